@@ -1,0 +1,33 @@
+"""Byrd: durable workflows for Celery.
+
+Adopt an app with ``engine = byrd.Byrd(app)``, then submit any canvas: ``engine.submit(chain(...))``.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from byrd import errors
+from byrd.engine import Byrd, Run, Workflow
+from byrd.model import RunStatus, StepStatus
+from byrd.task import CheckpointTask, DurableTask, Outcome, Progress, SagaTask
+
+try:
+    __version__ = version("byrd")
+except PackageNotFoundError:  # a checkout that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "Byrd",
+    "CheckpointTask",
+    "DurableTask",
+    "Outcome",
+    "Progress",
+    "Run",
+    "RunStatus",
+    "SagaTask",
+    "StepStatus",
+    "Workflow",
+    "__version__",
+    "errors",
+]

@@ -1,0 +1,246 @@
+"""The engine: one per Celery app."""
+
+from __future__ import annotations
+
+import functools
+import re
+import uuid
+from collections.abc import Callable, Iterable
+from typing import Any, ParamSpec, TypeVar, overload
+
+from celery import Celery
+from celery.canvas import Signature
+from kombu.utils.json import dumps
+from sqlalchemy import Connection
+from sqlalchemy.engine import URL
+
+from byrd.engine import settings
+from byrd.engine.run import Run
+from byrd.engine.workflow import Workflow
+from byrd.errors import ArgumentError, ConfigurationError, RunNotFoundError, ShuttingDownError, SubmitError, UnknownWorkflowError
+from byrd.model import RunStatus
+from byrd.store import Wakeup, WorkerRow, plans, runs, sweeps
+from byrd.task import Runtime, adopt_app
+from byrd.task.durable import adopt_task
+from byrd.worker import prepare_worker
+from byrd.worker.keeper import CHANNEL
+
+#: The task that a schedule runs: it submits a workflow by name.
+SUBMIT_TASK = "byrd.submit"
+_NUL = "\0"
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Byrd:
+    """Adopts a Celery app: from now on each of its tasks may be a step, and each of its canvases a run.
+
+    Call it once, in the module where the app is made and configured (the one that ``celery -A`` names), before or
+    after the tasks are defined.  The database is ``database_url``, else ``BYRD_DATABASE_URL``, else the setting
+    ``byrd_database_url``, else the app's own Postgres result backend.  ``BYRD_BROKER_URL`` overrides the app's broker.
+
+    Raises :class:`ConfigurationError`, or :class:`UnsafeSettingError` for settings that would lose work.
+    """
+
+    def __init__(self, app: Celery, database_url: str | URL | None = None) -> None:
+        if getattr(app, "byrd", None) is not None:
+            raise ConfigurationError(f"the app {app.main!r} has an engine already: app.byrd")
+        self.app = app
+        url = settings.apply(app, database_url)
+        self.runtime = Runtime(app, url)
+        self._workflows: dict[str, Workflow[..., Any]] = {}
+        self._closed = False
+        self._live = False
+        adopt_app(app)
+        prepare_worker(app)
+        app.byrd = self
+        self._add_submit_task()
+
+    # -- submitting ------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        canvas: Any,
+        *args: Any,
+        key: str | None = None,
+        connection: Any = None,
+        timeout: float | None = None,
+        **kwargs: Any,
+    ) -> Run:
+        """Write a run of a canvas, or of a workflow by its name; once this has returned, the run will reach an end.
+
+        ``args`` and ``kwargs`` go to the workflow's function, or to the canvas as ``apply_async`` would give them.
+        ``key``: a second submit with the same key (of the same workflow) returns the first run.
+        ``connection``: a SQLAlchemy Connection or Session on Byrd's database, whose transaction the run joins:
+        nothing is published before its commit, nothing remains after its rollback.
+        ``timeout``: seconds until the run is stopped and failed.
+
+        Raises :class:`SubmitError` for what cannot be run and :class:`NotLiveError` when the service is not live;
+        then nothing was written.
+        """
+        if isinstance(canvas, Workflow):
+            canvas = canvas.name
+        name: str | None = None
+        call: str | None = None
+        if isinstance(canvas, str):
+            workflow = self.workflow_named(canvas)
+            name, title = canvas, canvas
+            call = _call_json(canvas, args, kwargs)
+            canvas = workflow.build(*args, **kwargs)
+            timeout = timeout if timeout is not None else workflow.timeout
+            args, kwargs = (), {}
+        else:
+            title = _title(canvas)
+        if key is not None and (not isinstance(key, str) or not key or _NUL in key):
+            raise ArgumentError(f"key={key!r} must be a text that is not empty and has no NUL character")
+        if timeout is not None and not (isinstance(timeout, int | float) and timeout > 0):
+            raise ArgumentError(f"timeout={timeout!r} must be a number of seconds above 0")
+        self.check_live()
+        settings.refuse_unsafe(self.app)
+        plan = self.runtime.plan(canvas, args=args, kwargs=kwargs)
+        write = functools.partial(
+            plans.submit, plan=plan, workflow=name, title=title, key=key, args=call, deadline_seconds=timeout
+        )
+        return Run(self, self._write(write, connection))
+
+    def _write(self, write: Callable[..., tuple[str, list[Wakeup]]], connection: Any) -> str:
+        run_id = str(uuid.uuid4())
+        if connection is not None:
+            conn: Connection = connection.connection() if hasattr(connection, "get_bind") else connection
+            run_id, _ = settings.named_errors(write, conn, run_id)
+            # Delivered when, and only if, the caller commits: the relay is woken then.
+            conn.exec_driver_sql(f"NOTIFY {CHANNEL}")
+            return run_id
+        for _ in range(3):
+            try:
+                run_id, wakeups = settings.named_errors(self.runtime.store.run, write, run_id)
+            except plans.RunVanishedError:
+                continue
+            self.runtime.publisher.publish(wakeups)
+            return run_id
+        raise SubmitError("the run that has this key came and went three times meanwhile; submit again")
+
+    # -- workflows -------------------------------------------------------------------------------
+
+    @overload
+    def workflow(self, name: str, *, timeout: float | None = None) -> Callable[[Callable[P, R]], Workflow[P, R]]: ...
+
+    @overload
+    def workflow(self, name: Callable[P, R]) -> Workflow[P, R]: ...
+
+    def workflow(self, name: Any = None, *, timeout: float | None = None) -> Any:
+        """Register a function that returns a canvas under a name, to be started, listed and scheduled by it.
+
+        ``timeout``: seconds after which a run of it is stopped and failed.
+        """
+        if callable(name):
+            return self.workflow(f"{name.__module__}.{name.__qualname__}")(name)
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.:\-/]{1,200}", name):
+            raise ConfigurationError(f"the workflow name {name!r} must be 1 to 200 letters, digits or any of . : - / _")
+
+        def register(build: Callable[..., Any]) -> Workflow[..., Any]:
+            if name in self._workflows:
+                raise ConfigurationError(f"the workflow {name!r} is registered already, by {self._workflows[name].build}")
+            self._workflows[name] = Workflow(self, name, build, timeout)
+            return self._workflows[name]
+
+        return register
+
+    def workflow_named(self, name: str) -> Workflow[..., Any]:
+        """Return the workflow of that name; raise :class:`UnknownWorkflowError` when there is none."""
+        if name not in self._workflows:
+            self.app.loader.import_default_modules()
+        try:
+            return self._workflows[name]
+        except KeyError:
+            known = ", ".join(sorted(self._workflows)) or "none"
+            raise UnknownWorkflowError(
+                f"no workflow is called {name!r}; import the module that defines it (known: {known})"
+            ) from None
+
+    @property
+    def workflows(self) -> list[str]:
+        """The names of the registered workflows."""
+        return sorted(self._workflows)
+
+    # -- runs ------------------------------------------------------------------------------------
+
+    def get(self, run_id: str) -> Run:
+        """Return the run of that id; raise :class:`RunNotFoundError` when there is none.
+
+        The first letters of an id will do when they name one run only.
+        """
+        self.check_live()
+        text = str(run_id)
+        try:
+            full = str(uuid.UUID(text))
+        except ValueError:
+            found = self.runtime.store.run(runs.find, text.lower()) if re.fullmatch(r"[0-9a-fA-F-]{4,36}", text) else []
+            if len(found) != 1:
+                why = "no run has the id" if not found else f"{len(found)} runs or more have ids that begin with"
+                raise RunNotFoundError(f"{why} {text}") from None
+            full = found[0]
+        self.runtime.store.run(runs.get, full)
+        return Run(self, full)
+
+    def list(
+        self, *, workflow: str | None = None, status: str | Iterable[str] | None = None, limit: int = 50
+    ) -> list[Run]:
+        """Return the newest runs, newest first."""
+        self.check_live()
+        statuses = [status] if isinstance(status, str) else list(status) if status is not None else None
+        for wanted in statuses or []:
+            if wanted not in set(RunStatus):
+                raise ArgumentError(f"{wanted!r} is no status of a run; the statuses are {', '.join(RunStatus)}")
+        rows = self.runtime.store.run(runs.list_runs, workflow=workflow, statuses=statuses, limit=limit)
+        return [Run(self, row.id, row) for row in rows]
+
+    def workers(self) -> list[WorkerRow]:
+        """Return the registered workers."""
+        self.check_live()
+        return self.runtime.store.run(sweeps.list_workers)
+
+    # -- the service -----------------------------------------------------------------------------
+
+    def check_live(self) -> None:
+        """Raise :class:`NotLiveError` unless this engine may take work."""
+        if self._closed:
+            raise ShuttingDownError("this engine was closed; make a new one to submit to it")
+        if not self._live:
+            self.runtime.store.check_live()
+            self._live = True
+
+    def close(self) -> None:
+        """Take no more work, and close the connections."""
+        self._closed = True
+        self.runtime.store.close()
+        self.runtime.patient_store.close()
+
+    def _add_submit_task(self) -> None:
+        engine = self
+
+        @self.app.task(name=SUBMIT_TASK, shared=False, ignore_result=False)
+        def submit(workflow: str, *args: Any, key: str | None = None, **kwargs: Any) -> str:
+            """Submit a workflow by its name; return the run's id."""
+            return engine.submit(workflow, *args, key=key, **kwargs).id
+
+        if self.app.finalized:
+            adopt_task(self.app.tasks[SUBMIT_TASK])
+
+
+def _title(canvas: Any) -> str:
+    """Return a short text that tells a canvas from others in a list."""
+    try:
+        text = repr(canvas) if isinstance(canvas, Signature) else str(dict(canvas).get("task", ""))
+    except Exception:  # noqa: BLE001 - a repr of the user's own objects may raise anything
+        text = type(canvas).__name__
+    text = " ".join(text.replace(_NUL, " ").split())
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def _call_json(name: str, args: Any, kwargs: Any) -> str:
+    try:
+        text: str = dumps({"args": list(args), "kwargs": dict(kwargs)})
+    except (TypeError, ValueError) as exc:
+        raise ArgumentError(f"the arguments of workflow {name!r} cannot be held by JSON: {exc}") from None
+    return text

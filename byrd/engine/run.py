@@ -1,0 +1,141 @@
+"""A run, as app code sees it."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from celery.exceptions import TimeoutError as CeleryTimeoutError
+from kombu.utils.json import loads
+
+from byrd.model import FINAL_STEP, RunStatus
+from byrd.store import RunRow, StepRow, Wakeup, runs
+
+if TYPE_CHECKING:
+    from byrd.engine.engine import Byrd
+
+#: How often a waiting caller asks Postgres: at first quickly, then more and more slowly.
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.25
+
+
+class Run:
+    """One execution of a canvas.  It holds only the id: each question is answered by Postgres, now."""
+
+    def __init__(self, engine: Byrd, run_id: str, row: RunRow | None = None) -> None:
+        self.engine = engine
+        self.id = run_id
+        self._row = row
+
+    # -- questions -------------------------------------------------------------------------------
+
+    @property
+    def info(self) -> RunRow:
+        """Everything that the run's row says, read now."""
+        self._row = self._store.run(runs.get, self.id)
+        return self._row
+
+    @property
+    def status(self) -> RunStatus:
+        """Where the run stands, read now."""
+        return RunStatus(self.info.status)
+
+    @property
+    def workflow(self) -> str | None:
+        """The workflow's name, or None for a run of a bare canvas."""
+        row = self._row or self.info
+        return row.workflow
+
+    def get(self, timeout: float | None = None, *, propagate: bool = True) -> Any:
+        """Wait for the canvas's value, and return what ``AsyncResult.get()`` or ``GroupResult.get()`` would.
+
+        Raises the exception of the step that failed (``propagate=False`` returns it instead),
+        ``TaskRevokedError`` when the run was cancelled, and ``celery.exceptions.TimeoutError`` after ``timeout``
+        seconds.
+        """
+        output = (self._row or self.info).output
+        deadline = None if timeout is None else time.monotonic() + timeout
+        pause = _FIRST_PAUSE
+        while True:
+            status, result, error, run_status, ignored = self._store.run(runs.outcome_of, self.id, output)
+            if status in FINAL_STEP:
+                break
+            if deadline is not None and time.monotonic() >= deadline:
+                raise CeleryTimeoutError(f"run {self.id} is {run_status} after {timeout} s; `byrd why {self.id}` says why")
+            time.sleep(pause if deadline is None else max(0.0, min(pause, deadline - time.monotonic())))
+            pause = min(_LONGEST_PAUSE, pause * 1.3)
+        if status == "succeeded":
+            return None if ignored or result is None else loads(result)
+        exc, _ = self.engine.app.backend.decoded_error(error)
+        if not isinstance(exc, BaseException):
+            exc = RuntimeError(f"run {self.id} ended as {run_status} without an error on record")
+        if propagate:
+            raise exc
+        return exc
+
+    def wait(self, timeout: float | None = None) -> RunStatus:
+        """Wait until the run has ended, or cannot go on without an operator; return its status.
+
+        Unlike :meth:`get` it waits for callbacks, errbacks and compensations too, and raises for none of them.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        pause = _FIRST_PAUSE
+        while True:
+            status = self.status
+            if status.final or status is RunStatus.ROLLBACK_STUCK:
+                return status
+            if deadline is not None and time.monotonic() >= deadline:
+                raise CeleryTimeoutError(f"run {self.id} is {status} after {timeout} s; `byrd why {self.id}` says why")
+            time.sleep(pause)
+            pause = min(_LONGEST_PAUSE, pause * 1.3)
+
+    def steps(self) -> list[StepRow]:
+        """Return the run's steps, in the plan's order, as they stand now."""
+        return self._store.run(runs.list_steps, self.id)
+
+    def history(self) -> list[dict[str, Any]]:
+        """Return what happened to the run, in order: its own events, and each attempt at each step."""
+        return self._store.run(runs.history, self.id)
+
+    def why(self) -> list[str]:
+        """Return one sentence for each thing that the run waits for, or one that says how it ended."""
+        from byrd.engine.why import explain  # noqa: PLC0415 - only those who ask need it
+
+        return explain(self.engine, self.id)
+
+    # -- commands --------------------------------------------------------------------------------
+
+    def cancel(self, *, compensate: bool = False) -> None:
+        """Stop the run: what has not started never will, what runs stops at its next checkpoint.
+
+        ``compensate``: then undo its completed saga steps.
+        """
+        self._publish(self._store.run(runs.cancel, self.id, compensate=compensate))
+
+    def pause(self) -> None:
+        """Let nothing more start until :meth:`resume`."""
+        self._store.run(runs.pause, self.id)
+
+    def resume(self) -> None:
+        """Go on after :meth:`pause`."""
+        self._publish(self._store.run(runs.resume, self.id))
+
+    def retry(self) -> None:
+        """Try again what did not succeed in a failed or cancelled run, or the compensation that is stuck."""
+        self._publish(self._store.run(runs.retry, self.id))
+
+    @property
+    def _store(self) -> Any:
+        return self.engine.runtime.store
+
+    def _publish(self, wakeups: list[Wakeup]) -> None:
+        self.engine.runtime.publisher.publish(wakeups)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Run) and other.id == self.id
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def __repr__(self) -> str:
+        return f"<Run {self.id}>"
+

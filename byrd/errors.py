@@ -1,0 +1,128 @@
+"""The error tree.  Each class's docstring says what happened; the message says to which run or step.
+
+::
+
+    ByrdError
+    ├── ConfigurationError        Byrd cannot work with this set-up
+    │   ├── UnsafeSettingError    a Celery setting would lose work
+    │   └── TaskOverrideError     a task class overrides what Byrd needs
+    ├── NotLiveError              the service refuses work for now
+    │   ├── NotMigratedError      the tables are missing or old
+    │   ├── ShuttingDownError     this engine was closed
+    │   └── StoreUnavailableError Postgres does not answer
+    ├── SubmitError               what was submitted cannot be run; nothing was written
+    │   ├── CanvasError           the canvas cannot be compiled to a plan
+    │   ├── UnknownTaskError      a task that this app does not know
+    │   ├── UnknownWorkflowError  a workflow that this app does not know
+    │   ├── ArgumentError         an argument that JSON or the task cannot take
+    │   └── DuplicateStepError    a task id that is in use already
+    ├── RunNotFoundError          no run has this id
+    ├── IllegalTransitionError    the run's status does not allow that
+    ├── CheckpointError           a checkpoint that cannot be saved
+    ├── StepLostError             a step was preempted too often
+    ├── RunTimeoutError           a run did not end before its deadline
+    └── EmbeddedServerError       an embedded server did not start
+
+    ControlFlow (BaseException: no ``except Exception`` in a task swallows it)
+    ├── StaleAttempt              another attempt owns the step now
+    ├── StepCancelled             the run is being cancelled
+    └── StepHandedBack            the worker is shutting down, or the run is paused
+"""
+
+from __future__ import annotations
+
+
+class ByrdError(Exception):
+    """Base of every error that Byrd raises."""
+
+
+class ConfigurationError(ByrdError):
+    """Byrd cannot work with this set-up."""
+
+
+class UnsafeSettingError(ConfigurationError):
+    """A Celery setting would lose work."""
+
+
+class TaskOverrideError(ConfigurationError):
+    """A task class overrides what Byrd needs."""
+
+
+class NotLiveError(ByrdError):
+    """The service refuses work for now."""
+
+
+class NotMigratedError(NotLiveError):
+    """Byrd's tables are missing or of another version."""
+
+
+class ShuttingDownError(NotLiveError):
+    """This engine was closed."""
+
+
+class StoreUnavailableError(NotLiveError):
+    """Postgres does not answer."""
+
+
+class SubmitError(ByrdError):
+    """What was submitted cannot be run; nothing was written."""
+
+
+class CanvasError(SubmitError):
+    """The canvas cannot be compiled to a plan."""
+
+
+class UnknownTaskError(SubmitError):
+    """The canvas names a task that this app does not know."""
+
+
+class UnknownWorkflowError(SubmitError):
+    """No workflow of this name is registered in this app."""
+
+
+class ArgumentError(SubmitError):
+    """An argument that JSON cannot hold, or that the task cannot take."""
+
+
+class DuplicateStepError(SubmitError):
+    """The canvas carries a task id that another step has already."""
+
+
+class RunNotFoundError(ByrdError):
+    """No run has this id."""
+
+
+class IllegalTransitionError(ByrdError):
+    """The run's status does not allow what was asked."""
+
+
+class CheckpointError(ByrdError):
+    """A checkpoint that cannot be saved."""
+
+
+class StepLostError(ByrdError):
+    """The step's worker was lost too often while it ran."""
+
+
+class RunTimeoutError(ByrdError):
+    """The run did not end before its deadline."""
+
+
+class EmbeddedServerError(ByrdError):
+    """An embedded server did not start or stop as it should."""
+
+
+class ControlFlow(BaseException):
+    """Ends an attempt without an outcome of its own; not a failure."""
+
+
+class StaleAttempt(ControlFlow):
+    """Another attempt owns the step now: this one may write nothing and must stop."""
+
+
+class StepCancelled(ControlFlow):
+    """The run is being cancelled: the step stops at this checkpoint."""
+
+
+class StepHandedBack(ControlFlow):
+    """The worker is shutting down, or the run is paused: the step goes on later from its checkpoint."""

@@ -1,0 +1,134 @@
+"""The connection pool, and transactions that outlive deadlocks and outages of Postgres."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import time
+from collections.abc import Callable
+from typing import Concatenate, Never, ParamSpec, TypeVar
+
+from psycopg2 import errors as pg_errors
+from sqlalchemy import Connection, create_engine
+from sqlalchemy.engine import URL, Engine
+from sqlalchemy.exc import DBAPIError, NoSuchTableError, OperationalError, ProgrammingError
+
+from byrd.errors import NotMigratedError, StoreUnavailableError
+from byrd.store.migrate import current_revision, head_revision, normalise_url
+
+log = logging.getLogger(__name__)
+P = ParamSpec("P")
+T = TypeVar("T")
+
+#: Lost the race, not the transaction's fault: the same statements are right a moment later.
+_RACES = (pg_errors.DeadlockDetected, pg_errors.SerializationFailure, pg_errors.LockNotAvailable)
+#: Postgres is starting, stopping, full of connections, or gone: it may be back soon.
+_OUTAGES = (
+    pg_errors.AdminShutdown,
+    pg_errors.CrashShutdown,
+    pg_errors.CannotConnectNow,
+    pg_errors.TooManyConnections,
+    pg_errors.ConnectionException,
+    pg_errors.ConnectionFailure,
+    pg_errors.ReadOnlySqlTransaction,
+    pg_errors.IdleInTransactionSessionTimeout,
+)
+_MISSING = (pg_errors.UndefinedTable, pg_errors.UndefinedColumn, pg_errors.InvalidSchemaName, NoSuchTableError)
+
+
+class Store:
+    """A pool of connections to Byrd's database.
+
+    ``patience``: for how many seconds a transaction is tried again while Postgres is away; after that it
+    raises :class:`StoreUnavailableError`.  A worker passes infinity: what it has done must be recorded.
+    """
+
+    def __init__(self, database_url: str | URL, *, patience: float = 10.0, pool_size: int = 5) -> None:
+        self.url = normalise_url(database_url)
+        self.patience = patience
+        self._pool_size = pool_size
+        self._engine: Engine | None = None
+        self._pid = 0
+
+    @property
+    def engine(self) -> Engine:
+        """The SQLAlchemy engine of this process: a forked child gets its own, for connections cannot be shared."""
+        if self._engine is None or self._pid != os.getpid():
+            if self._engine is not None:
+                self._engine.dispose(close=False)
+            self._engine = create_engine(
+                self.url,
+                pool_size=self._pool_size,
+                max_overflow=20,
+                pool_timeout=30,
+                connect_args={
+                    "connect_timeout": 5,
+                    "application_name": "byrd",
+                    "keepalives_idle": 5,
+                    "keepalives_interval": 2,
+                    "keepalives_count": 3,
+                    "options": "-c timezone=UTC",
+                },
+            )
+            self._pid = os.getpid()
+        return self._engine
+
+    def run(self, statement: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run ``statement(connection, ...)`` in one transaction; try again after a race or an outage.
+
+        So each statement must be right when it is run twice: its guard refuses the second time, or it finds
+        what its first run had committed before the answer was lost.
+        """
+        tries = 0
+        deadline = time.monotonic() + self.patience
+        while True:
+            try:
+                with self.engine.begin() as conn:
+                    return statement(conn, *args, **kwargs)
+            except DBAPIError as exc:
+                tries += 1
+                self._wait_or_raise(exc, tries, deadline)
+
+    def close(self) -> None:
+        """Close the pool's idle connections."""
+        if self._engine is not None and self._pid == os.getpid():
+            self._engine.dispose()
+        self._engine = None
+
+    def check_live(self) -> None:
+        """Raise :class:`NotMigratedError` unless the database has the tables that this Byrd works with."""
+        found, wanted = self.run(current_revision), head_revision()
+        if found is None:
+            raise NotMigratedError("Byrd's tables are missing in this database; run `byrd migrate`")
+        if found < wanted:
+            raise NotMigratedError(f"Byrd's tables are at version {found}, this Byrd needs {wanted}; run `byrd migrate`")
+
+    def _wait_or_raise(self, exc: DBAPIError, tries: int, deadline: float) -> None:
+        race = isinstance(exc.orig, _RACES)
+        if isinstance(exc.orig, _MISSING) and isinstance(exc, ProgrammingError):
+            raise NotMigratedError(f"{str(exc.orig).splitlines()[0]}; run `byrd migrate`") from exc
+        if not (race or is_outage(exc)):
+            raise exc
+        if time.monotonic() > deadline:
+            _unavailable(self.url, exc)
+        if not race and (tries == 1 or tries % 20 == 0):
+            log.warning("Postgres does not answer (try %d): %s", tries, str(exc.orig).strip().splitlines()[0:1])
+        longest = 0.05 if race else 1.0
+        time.sleep(random.uniform(0.01, min(longest, 0.02 * 2 ** min(tries, 8))))  # noqa: S311 - jitter
+
+
+def is_outage(exc: BaseException) -> bool:
+    """Tell whether ``exc`` says that Postgres is away for now, rather than that a statement is wrong."""
+    if not isinstance(exc, DBAPIError):
+        return False
+    if exc.connection_invalidated or isinstance(exc.orig, _OUTAGES):
+        return True
+    # psycopg2 gives a refused or broken connection no SQLSTATE.
+    return isinstance(exc, OperationalError) and getattr(exc.orig, "pgcode", None) is None
+
+
+def _unavailable(url: URL, exc: DBAPIError) -> Never:
+    where = f"{url.host or 'localhost'}:{url.port or 5432}"
+    first = (str(exc.orig).strip().splitlines() or [""])[0]
+    raise StoreUnavailableError(f"Postgres at {where} does not answer: {first}") from exc

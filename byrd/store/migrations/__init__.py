@@ -1,0 +1,1 @@
+"""Alembic migrations of Byrd's own Postgres schema."""

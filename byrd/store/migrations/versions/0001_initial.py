@@ -1,0 +1,232 @@
+"""The tables of Byrd 0.1: runs, steps, checkpoints, failed items, attempts, events, workers.
+
+Revision ID: 0001
+Revises:
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+from sqlalchemy.dialects import postgresql as pg
+
+revision = "0001"
+down_revision = None
+branch_labels = None
+depends_on = None
+
+SCHEMA = "byrd"
+RUN_STATUSES = "'running','paused','cancelling','compensating','rollback_stuck','succeeded','failed','cancelled'"
+STEP_STATUSES = "'pending','ready','running','succeeded','failed','skipped','cancelled'"
+OUTCOMES = "'failed','retried','preempted','handed_back','replaced','cancelled'"
+
+
+def _now() -> sa.TextClause:
+    return sa.text("clock_timestamp()")
+
+
+def _time(name: str, *, nullable: bool = True) -> sa.Column:
+    return sa.Column(name, sa.DateTime(timezone=True), nullable=nullable, server_default=None if nullable else _now())
+
+
+def _zero(name: str, kind: type[sa.types.TypeEngine] = sa.Integer) -> sa.Column:
+    return sa.Column(name, kind, nullable=False, server_default=sa.text("0"))
+
+
+def _runs() -> None:
+    op.create_table(
+        "runs",
+        sa.Column("id", pg.UUID(as_uuid=False), primary_key=True),
+        sa.Column("workflow", sa.Text),
+        sa.Column("title", sa.Text, nullable=False, server_default=""),
+        sa.Column("key", sa.Text),
+        sa.Column("args", sa.Text),
+        sa.Column("status", sa.Text, nullable=False, server_default="running"),
+        sa.Column("output", sa.Integer, nullable=False),
+        # How a run that is being stopped or rolled back will end, and whether to compensate first.
+        sa.Column("outcome", sa.Text),
+        sa.Column("compensate", sa.Boolean, nullable=False, server_default=sa.false()),
+        sa.Column("error", sa.Text),
+        _time("created_at", nullable=False),
+        _time("finished_at"),
+        _time("deadline"),
+        sa.CheckConstraint(f"status IN ({RUN_STATUSES})", name="run_status_known"),
+        sa.CheckConstraint(
+            "(finished_at IS NOT NULL) = (status IN ('succeeded','failed','cancelled'))", name="run_finished_if_final"
+        ),
+        sa.CheckConstraint("outcome IS NULL OR outcome IN ('failed','cancelled')", name="run_outcome_known"),
+        schema=SCHEMA,
+    )
+    # A second submit of the same workflow with the same key finds this row: the unique key is the guard.
+    op.execute("CREATE UNIQUE INDEX runs_key ON byrd.runs (coalesce(workflow, ''), key) WHERE key IS NOT NULL")
+    op.execute("CREATE INDEX runs_created ON byrd.runs (created_at DESC)")
+    op.execute("CREATE INDEX runs_open ON byrd.runs (status, created_at DESC) WHERE finished_at IS NULL")
+    op.execute("CREATE INDEX runs_deadline ON byrd.runs (deadline) WHERE finished_at IS NULL AND deadline IS NOT NULL")
+
+
+def _steps() -> None:
+    op.create_table(
+        "steps",
+        sa.Column("id", sa.Text, primary_key=True),
+        sa.Column(
+            "run_id", pg.UUID(as_uuid=False), sa.ForeignKey("byrd.runs.id", ondelete="CASCADE"), nullable=False
+        ),
+        sa.Column("no", sa.Integer, nullable=False),
+        sa.Column("kind", sa.Text, nullable=False),
+        sa.Column("task", sa.Text),
+        sa.Column("queue", sa.Text),
+        sa.Column("args", sa.Text, nullable=False, server_default="[]"),
+        sa.Column("kwargs", sa.Text, nullable=False, server_default="{}"),
+        sa.Column("options", sa.Text, nullable=False, server_default="{}"),
+        sa.Column("compensation", sa.Text),
+        # The edges: what must be done first, whose value is the first argument, which join gets the value.
+        sa.Column("after", sa.Integer),
+        sa.Column("on_failure", sa.Boolean, nullable=False, server_default=sa.false()),
+        sa.Column("input", sa.Integer),
+        sa.Column("join_no", sa.Integer),
+        sa.Column("join_pos", sa.Integer),
+        sa.Column("compensates", sa.Integer),
+        _zero("waiting"),
+        sa.Column("replaced", sa.Boolean, nullable=False, server_default=sa.false()),
+        sa.Column("group_id", sa.Text),
+        sa.Column("countdown", sa.Float),
+        _time("eta"),
+        sa.Column("expires_in", sa.Float),
+        _time("expires_at"),
+        # Where it stands.
+        sa.Column("status", sa.Text, nullable=False, server_default="pending"),
+        _zero("attempt"),
+        _zero("retries"),
+        _zero("preemptions"),
+        _zero("sends"),
+        _time("run_at"),
+        _time("wake_at"),
+        _time("ready_at"),
+        _time("started_at"),
+        _time("finished_at"),
+        sa.Column("worker_id", pg.UUID(as_uuid=False)),
+        sa.Column("pid", sa.Integer),
+        sa.Column("claim", pg.UUID(as_uuid=False)),
+        sa.Column("result", sa.Text),
+        sa.Column("error", sa.Text),
+        sa.Column("cause", sa.Integer),
+        sa.UniqueConstraint("run_id", "no", name="steps_run_no"),
+        sa.CheckConstraint(f"status IN ({STEP_STATUSES})", name="step_status_known"),
+        sa.CheckConstraint("kind IN ('task','join','callback','errback','compensation')", name="step_kind_known"),
+        sa.CheckConstraint("(kind = 'join') = (task IS NULL)", name="step_has_task_unless_join"),
+        sa.CheckConstraint("kind <> 'join' OR status NOT IN ('ready','running')", name="join_never_runs"),
+        sa.CheckConstraint("(status = 'running') = (worker_id IS NOT NULL)", name="step_running_has_worker"),
+        sa.CheckConstraint("(status = 'running') = (claim IS NOT NULL)", name="step_running_has_claim"),
+        sa.CheckConstraint(
+            "(finished_at IS NOT NULL) = (status IN ('succeeded','failed','skipped','cancelled'))",
+            name="step_finished_if_final",
+        ),
+        sa.CheckConstraint("(result IS NOT NULL) = (status = 'succeeded')", name="step_result_if_succeeded"),
+        sa.CheckConstraint("status <> 'ready' OR (run_at IS NOT NULL AND wake_at IS NOT NULL)", name="ready_is_due"),
+        sa.CheckConstraint("attempt >= 0 AND retries >= 0 AND preemptions >= 0 AND waiting >= 0", name="step_counts"),
+        sa.CheckConstraint("(kind = 'compensation') = (compensates IS NOT NULL)", name="compensation_has_step"),
+        schema=SCHEMA,
+        postgresql_with={"fillfactor": "80"},
+    )
+    op.execute("CREATE UNIQUE INDEX steps_compensates ON byrd.steps (run_id, compensates) WHERE compensates IS NOT NULL")
+    op.execute('CREATE INDEX steps_after ON byrd.steps (run_id, after) WHERE after IS NOT NULL')
+    op.execute('CREATE INDEX steps_join ON byrd.steps (run_id, join_no) WHERE join_no IS NOT NULL')
+    op.execute("CREATE INDEX steps_open ON byrd.steps (run_id) WHERE status IN ('pending','ready','running')")
+    op.execute("CREATE INDEX steps_wake ON byrd.steps (wake_at) WHERE status = 'ready'")
+    op.execute("CREATE INDEX steps_running ON byrd.steps (worker_id) WHERE status = 'running'")
+
+
+def _progress() -> None:
+    def step() -> sa.Column:
+        return sa.Column("step_id", sa.Text, sa.ForeignKey("byrd.steps.id", ondelete="CASCADE"), nullable=False)
+
+    op.create_table(
+        "checkpoints",
+        step(),
+        sa.Column("name", sa.Text, nullable=False),
+        sa.Column("attempt", sa.Integer, nullable=False),
+        sa.Column("cursor", sa.Text),
+        _zero("completed", sa.BigInteger),
+        _zero("failed", sa.BigInteger),
+        sa.Column("value", sa.Text),
+        sa.Column("done", sa.Boolean, nullable=False, server_default=sa.false()),
+        _time("updated_at", nullable=False),
+        sa.PrimaryKeyConstraint("step_id", "name"),
+        sa.CheckConstraint("completed >= 0 AND failed >= 0", name="checkpoint_counts"),
+        schema=SCHEMA,
+    )
+    op.create_table(
+        "failed_items",
+        step(),
+        sa.Column("name", sa.Text, nullable=False),
+        sa.Column("cursor", sa.Text, nullable=False),
+        sa.Column("item", sa.Text, nullable=False),
+        sa.Column("tries", sa.Integer, nullable=False),
+        sa.Column("error", sa.Text, nullable=False),
+        sa.Column("quarantined", sa.Boolean, nullable=False),
+        _time("retry_at", nullable=False),
+        sa.PrimaryKeyConstraint("step_id", "name", "cursor"),
+        sa.CheckConstraint("tries >= 1", name="failed_item_tried"),
+        schema=SCHEMA,
+    )
+    op.create_table(
+        "attempts",
+        step(),
+        sa.Column("attempt", sa.Integer, nullable=False),
+        sa.Column("outcome", sa.Text, nullable=False),
+        sa.Column("error", sa.Text),
+        sa.Column("worker", sa.Text),
+        _time("started_at"),
+        _time("ended_at", nullable=False),
+        # An attempt ends once: a second record of the same one is refused.
+        sa.PrimaryKeyConstraint("step_id", "attempt"),
+        sa.CheckConstraint(f"outcome IN ({OUTCOMES})", name="attempt_outcome_known"),
+        schema=SCHEMA,
+    )
+
+
+def _events_and_workers() -> None:
+    op.create_table(
+        "events",
+        sa.Column("id", sa.BigInteger, sa.Identity(always=True), primary_key=True),
+        sa.Column(
+            "run_id", pg.UUID(as_uuid=False), sa.ForeignKey("byrd.runs.id", ondelete="CASCADE"), nullable=False
+        ),
+        sa.Column("step_no", sa.Integer),
+        _time("at", nullable=False),
+        sa.Column("event", sa.Text, nullable=False),
+        sa.Column("detail", sa.Text),
+        schema=SCHEMA,
+    )
+    op.execute("CREATE INDEX events_run ON byrd.events (run_id, id)")
+    op.create_table(
+        "workers",
+        sa.Column("id", pg.UUID(as_uuid=False), primary_key=True),
+        sa.Column("hostname", sa.Text, nullable=False),
+        sa.Column("pid", sa.Integer, nullable=False),
+        sa.Column("pool", sa.Text, nullable=False),
+        _zero("concurrency"),
+        sa.Column("queues", pg.ARRAY(sa.Text), nullable=False),
+        sa.Column("tasks", pg.ARRAY(sa.Text), nullable=False),
+        sa.Column("version", sa.Text, nullable=False),
+        _time("started_at", nullable=False),
+        _time("heartbeat_at", nullable=False),
+        _time("lease_until", nullable=False),
+        sa.Column("stopping", sa.Boolean, nullable=False, server_default=sa.false()),
+        schema=SCHEMA,
+    )
+    op.execute("CREATE INDEX workers_lease ON byrd.workers (lease_until)")
+
+
+def upgrade() -> None:
+    """Create the tables."""
+    _runs()
+    _steps()
+    _progress()
+    _events_and_workers()
+
+
+def downgrade() -> None:
+    """Drop the tables, and with them every run."""
+    for table in ("workers", "events", "attempts", "failed_items", "checkpoints", "steps", "runs"):
+        op.drop_table(table, schema=SCHEMA)

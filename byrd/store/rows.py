@@ -1,0 +1,166 @@
+"""What the store's statements return: frozen rows, as the tables hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, NamedTuple, Self
+
+from sqlalchemy import Connection, CursorResult
+
+
+def query(conn: Connection, sql: str, params: Mapping[str, Any] | None = None) -> CursorResult[Any]:
+    """Run ``sql`` with ``%(name)s`` parameters, bound by the driver."""
+    return conn.exec_driver_sql(sql, dict(params or {}))
+
+
+class Wakeup(NamedTuple):
+    """A ready step as the relay publishes it."""
+
+    id: str
+    run_id: str
+    no: int
+    kind: str
+    task: str
+    queue: str
+    attempt: int
+    retries: int
+    options: str
+    group_id: str | None
+    join_pos: int | None
+    parent_id: str | None
+    due: bool
+
+
+#: The columns of :class:`Wakeup` for a RETURNING clause, of the table alias ``s``.
+WAKEUP = """s.id, s.run_id, s.no, s.kind, s.task, s.queue, s.attempt, s.retries, s.options, s.group_id, s.join_pos,
+    (SELECT p.id FROM byrd.steps p WHERE p.run_id = s.run_id AND p.no = s.after) AS parent_id,
+    s.run_at <= clock_timestamp() AS due"""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A claimed step: what an attempt needs to know to run it."""
+
+    id: str
+    run_id: str
+    no: int
+    kind: str
+    task: str
+    attempt: int
+    retries: int
+    preemptions: int
+    args: str
+    kwargs: str
+    options: str
+    group_id: str | None
+    join_no: int | None
+    join_pos: int | None
+    parent_id: str | None
+    parent_task: str | None
+    on_failure: bool
+    input_no: int | None
+    input: str | None
+    after_error: str | None
+    compensates: int | None
+
+
+class Counts(NamedTuple):
+    """The progress of one checkpoint."""
+
+    cursor: str | None
+    completed: int
+    failed: int
+    done: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RunRow:
+    """One row of ``byrd.runs``."""
+
+    id: str
+    workflow: str | None
+    title: str
+    key: str | None
+    status: str
+    output: int
+    outcome: str | None
+    error: str | None
+    created_at: datetime
+    finished_at: datetime | None
+    deadline: datetime | None
+
+    @classmethod
+    def columns(cls) -> str:
+        """Return the column list for a SELECT from ``byrd.runs r``."""
+        return ", ".join(f"r.{name}" for name in cls.__dataclass_fields__)
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Self:
+        """Build it from a row's mapping."""
+        return cls(**{name: row[name] for name in cls.__dataclass_fields__})
+
+
+@dataclass(frozen=True, slots=True)
+class StepRow:
+    """One row of ``byrd.steps``, without its arguments."""
+
+    id: str
+    run_id: str
+    no: int
+    kind: str
+    task: str | None
+    queue: str | None
+    status: str
+    after: int | None
+    on_failure: bool
+    join_no: int | None
+    join_pos: int | None
+    compensates: int | None
+    waiting: int
+    replaced: bool
+    attempt: int
+    retries: int
+    preemptions: int
+    sends: int
+    run_at: datetime | None
+    wake_at: datetime | None
+    ready_at: datetime | None
+    started_at: datetime | None
+    finished_at: datetime | None
+    worker_id: str | None
+    pid: int | None
+    result: str | None
+    error: str | None
+    cause: int | None
+
+    @classmethod
+    def columns(cls) -> str:
+        """Return the column list for a SELECT from ``byrd.steps s``."""
+        return ", ".join(f"s.{name}" for name in cls.__dataclass_fields__)
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Self:
+        """Build it from a row's mapping."""
+        return cls(**{name: row[name] for name in cls.__dataclass_fields__})
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRow:
+    """One row of ``byrd.workers``; ``alive`` while its lease lasts."""
+
+    id: str
+    hostname: str
+    pid: int
+    pool: str
+    concurrency: int
+    queues: list[str]
+    tasks: list[str]
+    version: str
+    started_at: datetime
+    heartbeat_at: datetime
+    lease_until: datetime
+    stopping: bool
+    alive: bool
+    running: int

@@ -1,0 +1,357 @@
+"""The transitions of a run, and what can be read of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Connection
+
+from byrd.errors import IllegalTransitionError, RunNotFoundError
+from byrd.model import RUN_TRANSITIONS, sources
+from byrd.store import steps
+from byrd.store.rows import WAKEUP, RunRow, StepRow, Wakeup, query
+
+_NOW = "clock_timestamp()"
+#: A step that can still change.  An errback that was not called is none: it ends with its run.
+_OPEN = "status IN ('pending','ready','running') AND NOT (kind = 'errback' AND status = 'pending')"
+
+
+def record(conn: Connection, run_id: str, event: str, detail: Mapping[str, Any] | None = None, *, step_no: int | None = None) -> None:
+    """Add a line to the run's history."""
+    query(
+        conn,
+        "INSERT INTO byrd.events (run_id, step_no, event, detail) VALUES (%(run)s, %(no)s, %(event)s, %(detail)s)",
+        {"run": run_id, "no": step_no, "event": event, "detail": json.dumps(detail) if detail else None},
+    )
+
+
+# -- transitions -----------------------------------------------------------------------------------
+
+
+def finish_if_done(conn: Connection, run_id: str) -> list[Wakeup]:
+    """running, paused, cancelling or compensating → what follows, once no step is open any more.
+
+    The run's row is locked first, so that of two last steps that end at once the second sees the first.
+    """
+    run = query(
+        conn, "SELECT status, outcome, compensate FROM byrd.runs WHERE id = %(run)s FOR UPDATE", {"run": run_id}
+    ).first()
+    if run is None or query(conn, f"SELECT 1 FROM byrd.steps WHERE run_id = %(run)s AND {_OPEN} LIMIT 1", {"run": run_id}).first():
+        return []
+    if run.status in ("running", "paused"):
+        outcome = "failed" if _has_failed(conn, run_id) else "succeeded"
+        if outcome == "failed" and _can_compensate(conn, run_id):
+            return _compensate(conn, run_id, outcome)
+        _finish(conn, run_id, outcome)
+    elif run.status == "cancelling":
+        outcome = run.outcome or "cancelled"
+        if run.compensate and _can_compensate(conn, run_id):
+            return _compensate(conn, run_id, outcome)
+        _finish(conn, run_id, outcome)
+    elif run.status == "compensating":
+        _finish(conn, run_id, run.outcome)
+    return []
+
+
+def pause(conn: Connection, run_id: str) -> None:
+    """running → paused.  What runs goes on to its next checkpoint; nothing else starts."""
+    _move(conn, run_id, "pause", "paused")
+    # 'infinity' takes the steps out of the relay's sight, so that a paused run costs it nothing.
+    query(conn, "UPDATE byrd.steps SET wake_at = 'infinity' WHERE run_id = %(run)s AND status = 'ready'", {"run": run_id})
+    record(conn, run_id, "paused")
+
+
+def resume(conn: Connection, run_id: str) -> list[Wakeup]:
+    """paused → running."""
+    _move(conn, run_id, "resume", "running")
+    record(conn, run_id, "resumed")
+    return _wake(conn, run_id) or finish_if_done(conn, run_id)
+
+
+def cancel(
+    conn: Connection, run_id: str, *, compensate: bool = False, outcome: str = "cancelled", error: str | None = None
+) -> list[Wakeup]:
+    """running or paused → cancelling.  What has not started never will; what runs stops at its next checkpoint."""
+    _move(conn, run_id, "cancel", "cancelling")
+    query(
+        conn,
+        "UPDATE byrd.runs SET compensate = %(compensate)s, outcome = %(outcome)s, error = %(error)s WHERE id = %(run)s",
+        {"run": run_id, "compensate": compensate, "outcome": outcome, "error": error},
+    )
+    query(
+        conn,
+        f"""UPDATE byrd.steps SET status = 'cancelled', finished_at = {_NOW}, error = %(error)s
+            WHERE run_id = %(run)s AND status IN ('pending','ready')""",
+        {"run": run_id, "error": error or steps.error_json("TaskRevokedError", "celery.exceptions", ["cancelled"])},
+    )
+    record(conn, run_id, "cancel_requested", {"compensate": compensate, "outcome": outcome})
+    return finish_if_done(conn, run_id)
+
+
+def stick(conn: Connection, run_id: str, step_no: int) -> None:
+    """compensating → rollback_stuck: the compensation ``step_no`` used up its retries."""
+    row = query(
+        conn,
+        "UPDATE byrd.runs SET status = 'rollback_stuck' WHERE id = %(run)s AND status = 'compensating' RETURNING id",
+        {"run": run_id},
+    ).first()
+    if row is not None:
+        record(conn, run_id, "rollback_stuck", step_no=step_no)
+
+
+def retry(conn: Connection, run_id: str) -> list[Wakeup]:
+    """failed or cancelled → running: what succeeded is kept, the rest runs again.
+
+    rollback_stuck → compensating: the compensation that failed is tried again.
+    """
+    run = _locked(conn, run_id)
+    if run.status == "rollback_stuck":
+        _move(conn, run_id, "retry_rollback", "compensating")
+        rows = _reopen(conn, run_id, "kind = 'compensation' AND status = 'failed'")
+        record(conn, run_id, "rollback_retried")
+        return steps.release(conn, run_id, rows)
+    if run.status not in sources(RUN_TRANSITIONS, "retry_run"):
+        raise _illegal(run_id, run.status, "retry_run")
+    if query(conn, "SELECT 1 FROM byrd.steps WHERE run_id = %(run)s AND kind = 'compensation' LIMIT 1", {"run": run_id}).first():
+        raise IllegalTransitionError(f"run {run_id} was rolled back; its steps were undone, so submit it anew")
+    query(
+        conn,
+        """UPDATE byrd.runs SET status = 'running', finished_at = NULL, outcome = NULL, compensate = false, error = NULL,
+                  deadline = clock_timestamp() + (deadline - created_at) WHERE id = %(run)s""",
+        {"run": run_id},
+    )
+    _reopen(conn, run_id, "status IN ('failed','skipped','cancelled')")
+    record(conn, run_id, "retried")
+    return _resume_pending(conn, run_id)
+
+
+def _resume_pending(conn: Connection, run_id: str) -> list[Wakeup]:
+    """After a reopening: count again what joins wait for, and make ready what waits for nothing open."""
+    params = {"run": run_id}
+    query(
+        conn,
+        """UPDATE byrd.steps j SET waiting = (SELECT count(*) FROM byrd.steps m WHERE m.run_id = j.run_id
+                  AND m.join_no = j.no AND m.status <> 'succeeded')
+           WHERE j.run_id = %(run)s AND j.status = 'pending' AND (j.kind = 'join' OR j.replaced)""",
+        params,
+    )
+    rows = query(
+        conn,
+        """SELECT s.no FROM byrd.steps s LEFT JOIN byrd.steps p ON p.run_id = s.run_id AND p.no = s.after
+           WHERE s.run_id = %(run)s AND s.status = 'pending' AND s.kind <> 'join' AND NOT s.replaced
+             AND NOT s.on_failure AND (s.after IS NULL OR p.status = 'succeeded')""",
+        params,
+    )
+    wakeups = steps.release(conn, run_id, [row.no for row in rows])
+    # A join whose members had all succeeded before the run was cancelled waits for nothing: it ends now.
+    ended = query(
+        conn,
+        """SELECT j.no, j.kind FROM byrd.steps j LEFT JOIN byrd.steps p ON p.run_id = j.run_id AND p.no = j.after
+           WHERE j.run_id = %(run)s AND j.status = 'pending' AND (j.kind = 'join' OR j.replaced) AND j.waiting = 0
+             AND (j.after IS NULL OR p.status = 'succeeded') ORDER BY j.no""",
+        params,
+    ).all()
+    for no, kind in ended:
+        still = query(conn, "SELECT status FROM byrd.steps WHERE run_id = %(run)s AND no = %(no)s", {**params, "no": no}).one()
+        if still.status == "pending":
+            ok, join_no, _ = steps.finish_join(conn, run_id, no, is_join=kind == "join")
+            wakeups += steps.advance(conn, run_id, no, join_no, succeeded=ok)
+    return wakeups or finish_if_done(conn, run_id)
+
+
+def _reopen(conn: Connection, run_id: str, which: str) -> list[int]:
+    rows = query(
+        conn,
+        f"""UPDATE byrd.steps SET status = 'pending', finished_at = NULL, error = NULL, cause = NULL, retries = 0,
+                   preemptions = 0, started_at = NULL, run_at = NULL, wake_at = NULL, ready_at = NULL
+            WHERE run_id = %(run)s AND {which} RETURNING no""",
+        {"run": run_id},
+    )
+    return [row.no for row in rows]
+
+
+def _wake(conn: Connection, run_id: str) -> list[Wakeup]:
+    rows = query(
+        conn,
+        f"""UPDATE byrd.steps s SET wake_at = greatest(s.run_at, {_NOW} + {steps.RESEND_SECONDS} * interval '1 second'),
+                   sends = CASE WHEN s.run_at <= {_NOW} THEN 1 ELSE 0 END
+            WHERE s.run_id = %(run)s AND s.status = 'ready' RETURNING {WAKEUP}""",
+        {"run": run_id},
+    )
+    return [Wakeup(row[0], str(row[1]), *row[2:]) for row in rows]
+
+
+def _has_failed(conn: Connection, run_id: str) -> bool:
+    sql = """SELECT 1 FROM byrd.steps WHERE run_id = %(run)s AND kind IN ('task','join','callback')
+             AND status IN ('failed','skipped','cancelled') LIMIT 1"""
+    return query(conn, sql, {"run": run_id}).first() is not None
+
+
+def _can_compensate(conn: Connection, run_id: str) -> bool:
+    return query(conn, f"SELECT 1 FROM byrd.steps s WHERE {_COMPENSABLE} LIMIT 1", {"run": run_id}).first() is not None
+
+
+_COMPENSABLE = """s.run_id = %(run)s AND s.status = 'succeeded' AND s.compensation IS NOT NULL AND NOT EXISTS
+    (SELECT 1 FROM byrd.steps c WHERE c.run_id = s.run_id AND c.compensates = s.no)"""
+
+
+def _compensate(conn: Connection, run_id: str, outcome: str) -> list[Wakeup]:
+    """→ compensating: plan one compensation per completed saga step, the last completed first, one after another."""
+    query(
+        conn,
+        "UPDATE byrd.runs SET status = 'compensating', outcome = %(outcome)s WHERE id = %(run)s",
+        {"run": run_id, "outcome": outcome},
+    )
+    rows = query(
+        conn,
+        f"""WITH undo AS (
+              SELECT s.no, s.compensation::json AS how, row_number() OVER (ORDER BY s.finished_at DESC, s.no DESC) AS rank,
+                     (SELECT max(no) FROM byrd.steps WHERE run_id = %(run)s) AS top
+                FROM byrd.steps s WHERE {_COMPENSABLE})
+            INSERT INTO byrd.steps (id, run_id, no, kind, task, queue, options, compensates, after)
+            SELECT gen_random_uuid()::text, %(run)s, top + rank, 'compensation', how->>'task', how->>'queue',
+                   coalesce(how->>'options', '{{}}'), undo.no, CASE WHEN rank > 1 THEN top + rank - 1 END
+              FROM undo RETURNING no, after""",
+        {"run": run_id},
+    ).all()
+    record(conn, run_id, "rollback_started", {"steps": len(rows), "then": outcome})
+    return steps.release(conn, run_id, [row.no for row in rows if row.after is None])
+
+
+def _finish(conn: Connection, run_id: str, outcome: str) -> None:
+    query(
+        conn,
+        f"""UPDATE byrd.steps SET status = 'skipped', finished_at = {_NOW}
+            WHERE run_id = %(run)s AND status = 'pending' AND kind = 'errback'""",
+        {"run": run_id},
+    )
+    query(
+        conn,
+        f"""UPDATE byrd.runs r SET status = %(outcome)s, finished_at = {_NOW}, error = coalesce(r.error, CASE
+              WHEN %(outcome)s <> 'succeeded' THEN (SELECT coalesce(o.error, c.error, f.error) FROM byrd.steps o
+                LEFT JOIN byrd.steps c ON c.run_id = o.run_id AND c.no = o.cause
+                LEFT JOIN LATERAL (SELECT error FROM byrd.steps x WHERE x.run_id = o.run_id AND x.status = 'failed'
+                                   AND x.kind <> 'errback' ORDER BY x.finished_at LIMIT 1) f ON true
+                WHERE o.run_id = r.id AND o.no = r.output) END)
+            WHERE r.id = %(run)s""",
+        {"run": run_id, "outcome": outcome},
+    )
+    record(conn, run_id, outcome)
+
+
+def _locked(conn: Connection, run_id: str) -> Any:
+    row = query(conn, "SELECT id, status FROM byrd.runs WHERE id = %(run)s FOR UPDATE", {"run": run_id}).first()
+    if row is None:
+        raise RunNotFoundError(f"no run has the id {run_id}")
+    return row
+
+
+def _move(conn: Connection, run_id: str, name: str, target: str) -> None:
+    """The guarded UPDATE of a transition that an operator asks for; raises when the status does not allow it."""
+    row = query(
+        conn,
+        "UPDATE byrd.runs SET status = %(target)s WHERE id = %(run)s AND status = ANY(%(sources)s) RETURNING id",
+        {"run": run_id, "target": target, "sources": [str(s) for s in sources(RUN_TRANSITIONS, name)]},
+    ).first()
+    if row is None:
+        raise _illegal(run_id, _locked(conn, run_id).status, name)
+
+
+def _illegal(run_id: str, status: str, name: str) -> IllegalTransitionError:
+    allowed = ", ".join(sorted(str(s) for s in sources(RUN_TRANSITIONS, name)))
+    return IllegalTransitionError(f"run {run_id} is {status}: {name.replace('_', ' ')} needs it to be {allowed}")
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+def get(conn: Connection, run_id: str) -> RunRow:
+    """Return the run; raise :class:`RunNotFoundError` when there is none."""
+    row = query(conn, f"SELECT {RunRow.columns()} FROM byrd.runs r WHERE r.id = %(run)s", {"run": run_id}).mappings().first()
+    if row is None:
+        raise RunNotFoundError(f"no run has the id {run_id}")
+    return RunRow.from_row({**row, "id": str(row["id"])})
+
+
+def find(conn: Connection, prefix: str) -> list[str]:
+    """Return the ids of up to ten runs whose id begins with ``prefix``."""
+    rows = query(conn, "SELECT id FROM byrd.runs WHERE id::text LIKE %(prefix)s LIMIT 10", {"prefix": f"{prefix}%"})
+    return [str(row.id) for row in rows]
+
+
+def list_runs(
+    conn: Connection, *, workflow: str | None = None, statuses: Sequence[str] | None = None, limit: int = 50
+) -> list[RunRow]:
+    """Return the newest runs, newest first."""
+    rows = query(
+        conn,
+        f"""SELECT {RunRow.columns()} FROM byrd.runs r
+            WHERE (%(workflow)s::text IS NULL OR r.workflow = %(workflow)s)
+              AND (%(statuses)s::text[] IS NULL OR r.status = ANY(%(statuses)s))
+            ORDER BY r.created_at DESC LIMIT %(limit)s""",
+        {"workflow": workflow, "statuses": list(statuses) if statuses is not None else None, "limit": limit},
+    ).mappings()
+    return [RunRow.from_row({**row, "id": str(row["id"])}) for row in rows]
+
+
+def list_steps(conn: Connection, run_id: str) -> list[StepRow]:
+    """Return the steps of a run in the plan's order."""
+    rows = query(conn, f"SELECT {StepRow.columns()} FROM byrd.steps s WHERE s.run_id = %(run)s ORDER BY s.no", {"run": run_id})
+    return [_step(row) for row in rows.mappings()]
+
+
+def get_step(conn: Connection, step_id: str) -> StepRow | None:
+    """Return one step by its id, which is its Celery task id."""
+    row = query(conn, f"SELECT {StepRow.columns()} FROM byrd.steps s WHERE s.id = %(id)s", {"id": step_id}).mappings().first()
+    return _step(row) if row is not None else None
+
+
+def _step(row: Mapping[str, Any]) -> StepRow:
+    worker = row["worker_id"]
+    return StepRow.from_row({**row, "run_id": str(row["run_id"]), "worker_id": str(worker) if worker else None})
+
+
+def outcome_of(conn: Connection, run_id: str, no: int) -> tuple[str, str | None, str | None, str, bool]:
+    """Return (step status, result, error, run status, ignored) of a step; a skipped one bears its cause's error."""
+    row = query(
+        conn,
+        """SELECT s.status, s.result, coalesce(s.error, c.error, r.error) AS error, r.status AS run_status,
+                  coalesce((s.options::json->>'ignore_result')::bool, false) AS ignored
+           FROM byrd.runs r JOIN byrd.steps s ON s.run_id = r.id AND s.no = %(no)s
+           LEFT JOIN byrd.steps c ON c.run_id = s.run_id AND c.no = s.cause
+           WHERE r.id = %(run)s""",
+        {"run": run_id, "no": no},
+    ).first()
+    if row is None:
+        raise RunNotFoundError(f"no run has the id {run_id}")
+    return (row.status, row.result, row.error, row.run_status, row.ignored)
+
+
+def history(conn: Connection, run_id: str) -> list[dict[str, Any]]:
+    """Return what happened to a run, in order: its own events, and each attempt at each step."""
+    rows = query(
+        conn,
+        """SELECT at, event, step_no, NULL::int AS attempt, NULL AS worker, detail FROM byrd.events WHERE run_id = %(run)s
+           UNION ALL
+           SELECT a.ended_at, a.outcome, s.no, a.attempt, a.worker, a.error FROM byrd.attempts a
+             JOIN byrd.steps s ON s.id = a.step_id WHERE s.run_id = %(run)s
+           UNION ALL
+           SELECT s.finished_at, 'step_' || s.status, s.no, s.attempt, NULL, s.error FROM byrd.steps s
+            WHERE s.run_id = %(run)s AND s.finished_at IS NOT NULL AND s.kind <> 'join'
+           ORDER BY 1, 3 NULLS FIRST""",
+        {"run": run_id},
+    ).mappings()
+    return [{**row, "detail": json.loads(row["detail"]) if row["detail"] else None} for row in rows]
+
+
+def attempts(conn: Connection, run_id: str) -> list[dict[str, Any]]:
+    """Return the attempts of a run's steps that did not end in success, oldest first."""
+    rows = query(
+        conn,
+        """SELECT s.no, a.attempt, a.outcome, a.error, a.worker, a.started_at, a.ended_at FROM byrd.attempts a
+           JOIN byrd.steps s ON s.id = a.step_id WHERE s.run_id = %(run)s ORDER BY a.ended_at""",
+        {"run": run_id},
+    ).mappings()
+    return [dict(row) for row in rows]

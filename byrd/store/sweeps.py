@@ -1,0 +1,208 @@
+"""What the relay and recovery look for, and the workers' leases.  Each query reads only work that is due."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import Connection
+
+from byrd.store import runs, steps
+from byrd.store.rows import WAKEUP, Wakeup, WorkerRow, query
+
+_NOW = "clock_timestamp()"
+#: One sweeper at a time; the keys of Postgres advisory locks, held for one transaction, so that a sweeper
+#: that is stopped or cut off keeps nobody else from sweeping.
+_RELAY_LOCK, _RECOVERY_LOCK = 0x62797264_02, 0x62797264_03
+
+
+def _alone(conn: Connection, key: int) -> bool:
+    # Nothing holds the lock for longer than this, a suspended process included.
+    query(conn, "SET LOCAL idle_in_transaction_session_timeout = '5s'")
+    return bool(query(conn, "SELECT pg_try_advisory_xact_lock(%(key)s)", {"key": key}).scalar())
+
+
+# -- the relay -------------------------------------------------------------------------------------
+
+
+def take_due(conn: Connection, *, limit: int = 200) -> list[Wakeup]:
+    """Return ready steps that were never published and whose time has come; mark them as published."""
+    if not _alone(conn, _RELAY_LOCK):
+        return []
+    rows = query(
+        conn,
+        f"""UPDATE byrd.steps s SET sends = s.sends + 1, wake_at = now() + {steps.RESEND_SECONDS} * interval '1 second'
+              FROM (SELECT d.id FROM byrd.steps d JOIN byrd.runs r ON r.id = d.run_id
+                     WHERE d.status = 'ready' AND d.wake_at <= now() AND d.sends = 0
+                       AND r.status IN ('running','compensating')
+                     ORDER BY d.wake_at LIMIT %(limit)s FOR UPDATE OF d SKIP LOCKED) due
+             WHERE s.id = due.id RETURNING {WAKEUP}""",
+        {"limit": limit},
+    )
+    return [Wakeup(row[0], str(row[1]), *row[2:]) for row in rows]
+
+
+def overdue_queues(conn: Connection) -> dict[str, int]:
+    """Return, for each queue with published steps that nobody has claimed in time, how many of them (at most 1,000)."""
+    rows = query(
+        conn,
+        """SELECT d.queue, count(*) AS overdue FROM
+             (SELECT queue FROM byrd.steps WHERE status = 'ready' AND wake_at <= now() AND sends > 0
+               ORDER BY wake_at LIMIT 1000) d GROUP BY d.queue""",
+    )
+    return {row.queue: row.overdue for row in rows}
+
+
+def sent_and_waiting(conn: Connection, queue: str, *, at_most: int) -> int:
+    """Return how many published steps of a queue are still ready, counting no further than ``at_most``."""
+    found = query(
+        conn,
+        """SELECT count(*) FROM (SELECT 1 FROM byrd.steps WHERE status = 'ready' AND sends > 0 AND queue = %(queue)s
+                                  AND wake_at < 'infinity' LIMIT %(most)s) waiting""",
+        {"queue": queue, "most": at_most},
+    )
+    return int(found.scalar_one())
+
+
+def take_overdue(conn: Connection, queue: str, *, resend: int, limit: int = 1000) -> list[Wakeup]:
+    """Return up to ``resend`` overdue steps of a queue to publish again; look at the others again later.
+
+    The pause grows with each sending, so that a queue that nobody consumes costs little.
+    """
+    rows = query(
+        conn,
+        f"""UPDATE byrd.steps s
+               SET sends = s.sends + CASE WHEN due.rank <= %(resend)s THEN 1 ELSE 0 END,
+                   wake_at = CASE WHEN r.status NOT IN ('running','compensating') THEN 'infinity'::timestamptz
+                             ELSE now() + least(30, {steps.RESEND_SECONDS} * power(2, least(s.sends, 5))) * interval '1 second' END
+              FROM (SELECT o.id, row_number() OVER (ORDER BY o.wake_at) AS rank FROM
+                     (SELECT id, wake_at FROM byrd.steps WHERE status = 'ready' AND wake_at <= now() AND sends > 0
+                         AND queue = %(queue)s ORDER BY wake_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED) o) due,
+                   byrd.runs r
+             WHERE s.id = due.id AND r.id = s.run_id
+            RETURNING {WAKEUP}, due.rank <= %(resend)s AND r.status IN ('running','compensating') AS again""",
+        {"queue": queue, "resend": resend, "limit": limit},
+    )
+    return [Wakeup(row[0], str(row[1]), *row[2:-1]) for row in rows if row[-1]]
+
+
+def seconds_until_due(conn: Connection, *, at_most: float) -> float:
+    """Return how long nothing is due, for the relay to sleep."""
+    found = query(
+        conn,
+        """SELECT extract(epoch FROM min(wake_at) - clock_timestamp()) FROM
+             (SELECT wake_at FROM byrd.steps WHERE status = 'ready' ORDER BY wake_at LIMIT 1) first""",
+    ).scalar()
+    return at_most if found is None else max(0.0, min(at_most, float(found)))
+
+
+# -- leases and recovery ---------------------------------------------------------------------------
+
+
+def heartbeat(
+    conn: Connection,
+    worker_id: str,
+    *,
+    lease_seconds: float,
+    hostname: str,
+    pid: int,
+    pool: str,
+    concurrency: int,
+    queues: Sequence[str],
+    tasks: Sequence[str],
+    version: str,
+) -> None:
+    """Register a worker, or prolong its lease.  A worker that was given up comes back by the same statement."""
+    row = query(
+        conn,
+        f"""UPDATE byrd.workers SET heartbeat_at = {_NOW}, lease_until = {_NOW} + %(lease)s * interval '1 second',
+                   queues = %(queues)s, concurrency = %(concurrency)s
+            WHERE id = %(id)s RETURNING id""",
+        {"id": worker_id, "lease": lease_seconds, "queues": list(queues), "concurrency": concurrency},
+    ).first()
+    if row is not None:
+        return
+    query(
+        conn,
+        f"""INSERT INTO byrd.workers (id, hostname, pid, pool, concurrency, queues, tasks, version, lease_until)
+            VALUES (%(id)s, %(hostname)s, %(pid)s, %(pool)s, %(concurrency)s, %(queues)s, %(tasks)s, %(version)s,
+                    {_NOW} + %(lease)s * interval '1 second') ON CONFLICT (id) DO NOTHING""",
+        {
+            "id": worker_id, "lease": lease_seconds, "hostname": hostname, "pid": pid, "pool": pool,
+            "concurrency": concurrency, "queues": list(queues), "tasks": list(tasks), "version": version,
+        },
+    )  # fmt: skip
+
+
+def stop_worker(conn: Connection, worker_id: str) -> None:
+    """Tell the worker's checkpoints to hand back; it claims nothing any more."""
+    query(conn, "UPDATE byrd.workers SET stopping = true WHERE id = %(id)s", {"id": worker_id})
+
+
+def release_worker(conn: Connection, worker_id: str, *, reason: str) -> list[Wakeup]:
+    """End a worker's lease; what it was running becomes ready at once."""
+    query(conn, "UPDATE byrd.workers SET lease_until = clock_timestamp(), stopping = true WHERE id = %(id)s", {"id": worker_id})
+    wakeups = steps.preempt(conn, worker_id, reason=reason, limit=10_000)
+    query(conn, "DELETE FROM byrd.workers WHERE id = %(id)s", {"id": worker_id})
+    return wakeups
+
+
+def recover(conn: Connection, *, max_preemptions: int = steps.MAX_PREEMPTIONS) -> tuple[list[str], list[Wakeup]]:
+    """Give up the workers whose lease is over: their running steps become ready again, by the same door as all.
+
+    Returns the names of those workers, and the steps to publish.
+    """
+    if not _alone(conn, _RECOVERY_LOCK):
+        return [], []
+    lost = query(conn, f"SELECT id, hostname FROM byrd.workers WHERE lease_until < {_NOW} FOR UPDATE SKIP LOCKED").all()
+    wakeups: list[Wakeup] = []
+    for worker_id, hostname in lost:
+        reason = f"the lease of worker {hostname} ran out"
+        wakeups += steps.preempt(conn, str(worker_id), reason=reason, max_preemptions=max_preemptions)
+        query(
+            conn,
+            """DELETE FROM byrd.workers w WHERE w.id = %(id)s AND NOT EXISTS
+                 (SELECT 1 FROM byrd.steps s WHERE s.worker_id = w.id AND s.status = 'running')""",
+            {"id": worker_id},
+        )
+    return [row.hostname for row in lost], wakeups
+
+
+def end_overdue_runs(conn: Connection, error: str) -> list[Wakeup]:
+    """Cancel the runs whose deadline has passed; they will end as failed, with ``error`` (JSON)."""
+    if not _alone(conn, _RECOVERY_LOCK):
+        return []
+    rows = query(
+        conn,
+        """SELECT id FROM byrd.runs WHERE finished_at IS NULL AND deadline < now() AND status IN ('running','paused')
+           LIMIT 100 FOR UPDATE SKIP LOCKED""",
+    ).all()
+    wakeups: list[Wakeup] = []
+    for row in rows:
+        wakeups += runs.cancel(conn, str(row.id), compensate=True, outcome="failed", error=error)
+    return wakeups
+
+
+def postgres_uptime(conn: Connection) -> float:
+    """Return for how many seconds this Postgres has been up."""
+    return float(query(conn, "SELECT extract(epoch FROM clock_timestamp() - pg_postmaster_start_time())").scalar_one())
+
+
+def list_workers(conn: Connection) -> list[WorkerRow]:
+    """Return all registered workers."""
+    rows = query(
+        conn,
+        f"""SELECT w.*, w.lease_until > {_NOW} AS alive,
+                   (SELECT count(*) FROM byrd.steps s WHERE s.worker_id = w.id AND s.status = 'running') AS running
+            FROM byrd.workers w ORDER BY w.hostname, w.started_at""",
+    ).mappings()
+    return [WorkerRow(**{**row, "id": str(row["id"])}) for row in rows]
+
+
+def running_pids(conn: Connection, worker_id: str) -> list[int]:
+    """Return the processes in which a worker's steps are running."""
+    rows = query(
+        conn,
+        "SELECT DISTINCT pid FROM byrd.steps WHERE worker_id = %(worker)s AND status = 'running' AND pid IS NOT NULL",
+        {"worker": worker_id},
+    )
+    return [row.pid for row in rows]

@@ -1,0 +1,193 @@
+"""One attempt at a step, in the process that runs it: what it may record, each thing under its fence."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from celery import current_task
+from celery.app.task import Context
+from kombu.utils.json import dumps
+
+from byrd.errors import StaleAttempt
+from byrd.store import Claim, Wakeup, steps
+from byrd.task.runtime import Runtime
+
+
+@dataclass(frozen=True, slots=True)
+class RetryRequest:
+    """What ``self.retry`` asked for; None keeps what the step has.  ``args``, ``kwargs``, ``options`` are JSON."""
+
+    countdown: float = 0.0
+    eta: datetime | None = None
+    args: str | None = None
+    kwargs: str | None = None
+    queue: str | None = None
+    options: str | None = None
+
+
+class Attempt:
+    """A claimed step.  ``closed`` once its outcome is recorded; a second outcome is refused."""
+
+    def __init__(self, runtime: Runtime, claim: Claim) -> None:
+        self.runtime = runtime
+        self.claim = claim
+        self.closed = False
+        #: Set by ``self.retry``, for Celery's tracer to have it recorded.
+        self.retry_with: RetryRequest | None = None
+
+    @property
+    def step_id(self) -> str:
+        """The step's id, which is its Celery task id."""
+        return self.claim.id
+
+    @property
+    def run_id(self) -> str:
+        """The id of the run."""
+        return self.claim.run_id
+
+    @property
+    def number(self) -> int:
+        """The attempt's number: the fence."""
+        return self.claim.attempt
+
+    # -- outcomes --------------------------------------------------------------------------------
+
+    def complete(self, result: str) -> None:
+        """Record the result (JSON) and publish what it makes ready."""
+        self._close(steps.complete, result)
+
+    def fail(self, error: str) -> None:
+        """Record the error (JSON): the step has failed for good."""
+        self._close(steps.fail, error)
+
+    def retry(self, error: str | None) -> None:
+        """Give the step back, to be tried again when and how ``self.retry`` said."""
+        wanted = self.retry_with or RetryRequest()
+        self._close(
+            steps.retry,
+            error,
+            delay=wanted.countdown,
+            eta=wanted.eta,
+            args=wanted.args,
+            kwargs=wanted.kwargs,
+            queue=wanted.queue,
+            options=wanted.options,
+        )
+
+    def hand_back(self, *, delay: float = 0.0) -> None:
+        """Give the step back without blame."""
+        self._close(steps.hand_back, delay=delay)
+
+    def abandon(self) -> None:
+        """Stop: the run is being cancelled."""
+        self._close(steps.abandon)
+
+    def drop(self, reason: str) -> None:
+        """End without a result and without errbacks: the task raised Ignore."""
+        self._close(steps.ignore, steps.error_json("Ignore", "celery.exceptions", [reason] if reason else []))
+
+    def replace(self, canvas: Any) -> None:
+        """Put a canvas in the step's place; its value will be the step's."""
+
+        def transition(conn: Any) -> list[Wakeup]:
+            first_no = steps.reserve_numbers(conn, self.run_id)
+            plan = self.runtime.plan(canvas, first_no=first_no)
+            return steps.replace(conn, self.step_id, self.number, plan.steps, plan.output)
+
+        wakeups = self.runtime.patient_store.run(transition)
+        self.closed = True
+        self.runtime.publisher.publish(wakeups)
+
+    def extend_chord(self, canvas: Any) -> str:
+        """Add a canvas to the group that the step is a member of; return the id of the step that has its value."""
+
+        def transition(conn: Any) -> tuple[str, list[Wakeup]]:
+            first_no = steps.reserve_numbers(conn, self.run_id)
+            plan = self.runtime.plan(canvas, first_no=first_no)
+            wakeups = steps.extend_join(conn, self.step_id, self.number, plan.steps, plan.output)
+            return next(s.id for s in plan.steps if s.no == plan.output), wakeups
+
+        step_id, wakeups = self.runtime.patient_store.run(transition)
+        self.runtime.publisher.publish(wakeups)
+        return step_id
+
+    def _close(self, transition: Any, *args: Any, **kwargs: Any) -> None:
+        if self.closed:
+            raise StaleAttempt(f"step {self.step_id}: attempt {self.number} has recorded its outcome already")
+        wakeups = self.runtime.patient_store.run(transition, self.step_id, self.number, *args, **kwargs)
+        self.closed = True
+        self.runtime.publisher.publish(wakeups)
+
+
+def claim_step(runtime: Runtime, header: Mapping[str, Any], *, pid: int) -> Attempt | None:
+    """Claim the step that a message names; None when there is nothing to claim."""
+    token = str(uuid.uuid4())
+    step_id, attempt = str(header["step"]), int(header["attempt"])
+    store = runtime.patient_store
+    claim = store.run(steps.claim, step_id, attempt, worker_id=runtime.worker_id, pid=pid, token=token)
+    if claim is None:
+        runtime.publisher.publish(store.run(steps.expire, step_id))
+        return None
+    return Attempt(runtime, claim)
+
+
+def attempt_of(request: Any) -> Attempt | None:
+    """Return the attempt that a task's request belongs to, in the process that runs it."""
+    found = getattr(request, "byrd", None)
+    return found if isinstance(found, Attempt) else None
+
+
+def header_of(request: Any) -> Mapping[str, Any] | None:
+    """Return the step that a message names, in a worker's main process."""
+    found = getattr(request, "byrd", None)
+    return found if isinstance(found, Mapping) else None
+
+
+def current_attempt() -> Attempt | None:
+    """Return the attempt that this thread is running, if any."""
+    task = current_task._get_current_object() if current_task else None
+    return attempt_of(task.request) if task is not None else None
+
+
+def execution_request(attempt: Attempt, message: Mapping[str, Any], args: list[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the request that the task sees: Celery's own, with the plan's facts in place of the message's."""
+    claim = attempt.claim
+    request = dict(message)
+    user_headers = {k: v for k, v in (message.get("headers") or {}).items() if k != "byrd"} or None
+    request.update(
+        byrd=attempt,
+        id=claim.id,
+        root_id=claim.run_id,
+        parent_id=claim.parent_id,
+        retries=claim.retries,
+        group=claim.group_id,
+        group_index=claim.join_pos,
+        headers=user_headers if user_headers is not None else _custom_headers(message),
+        # The plan owns what comes next: Celery's tracer must not send anything on.
+        callbacks=None,
+        errbacks=None,
+        chain=None,
+        chord=None,
+        # The result is recorded in any case: successors need it.
+        ignore_result=False,
+        args=args,
+        kwargs=kwargs,
+    )
+    request.pop("argsrepr", None)
+    request.pop("kwargsrepr", None)
+    return request
+
+
+def _custom_headers(message: Mapping[str, Any]) -> dict[str, Any] | None:
+    known = {*Context.__dict__, "lang", "task", "argsrepr", "kwargsrepr", "compression", "byrd"}
+    return {k: v for k, v in message.items() if k not in known} or None
+
+
+def to_json(value: Any) -> str:
+    """Return ``value`` as JSON in Celery's dialect."""
+    text: str = dumps(value)
+    return text

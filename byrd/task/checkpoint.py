@@ -1,0 +1,402 @@
+"""CheckpointTask: a step that saves its progress and resumes where it was.
+
+A checkpoint is a cursor with counts.  It is written once per batch, under the fence, in one transaction with
+the writes of the user's own that belong to the batch, so after any crash the two agree.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from billiard.exceptions import SoftTimeLimitExceeded
+from celery._state import _task_stack
+from celery.exceptions import Ignore, Reject, Retry
+from kombu.utils.json import loads
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
+
+from byrd.errors import CheckpointError, StepHandedBack
+from byrd.store import Counts, progress, steps
+from byrd.store.database import is_outage
+from byrd.store.progress import FailedItem
+from byrd.task.attempt import Attempt, attempt_of, to_json
+from byrd.task.durable import DurableTask
+
+T = TypeVar("T")
+Cursor = Any
+Item = Any
+Enumerator = Callable[[Cursor], Iterable[tuple[Cursor, Item]]]
+
+#: While a task waits (for its interval, for an item's next try) it looks this often whether it should stop.
+_LOOK_SECONDS = 0.5
+#: Not an item's failure but the whole task's business.
+_NOT_AN_ITEMS = (SoftTimeLimitExceeded, Retry, Ignore, Reject)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far an iteration is: the last cursor, items completed, items given up on; ``done`` at the end."""
+
+    cursor: Cursor
+    completed: int
+    failed: int
+    done: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """An item that was processed: what ``save`` gets of it."""
+
+    cursor: Cursor
+    item: Item
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Try:
+    """An item about to be processed, for the ``tries``-th time."""
+
+    cursor: Cursor
+    item: Item
+    tries: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Iteration:
+    """The settings of one call of ``iterate``."""
+
+    name: str
+    process: Callable[[Item], Any]
+    save: Callable[[Connection, list[Outcome]], None] | None
+    batch_size: int
+    parallelism: int
+    min_interval: float
+    timeout: float | None
+    item_retries: int
+    item_retry_delay: float
+
+
+@dataclass(slots=True)
+class _OpenTransaction:
+    conn: Connection
+    saved: bool = False
+
+
+_transaction: ContextVar[_OpenTransaction | None] = ContextVar("byrd_transaction", default=None)
+
+
+class CheckpointTask(DurableTask):
+    """Base of tasks that resume where they were; use with ``@app.task(bind=True, base=byrd.CheckpointTask)``."""
+
+    abstract = True
+
+    def iterate(
+        self,
+        enumerator: Enumerator,
+        process: Callable[[Item], Any],
+        *,
+        save: Callable[[Connection, list[Outcome]], None] | None = None,
+        name: str = "items",
+        batch_size: int = 100,
+        parallelism: int = 1,
+        min_interval: float = 0.0,
+        timeout: float | None = None,
+        item_retries: int = 2,
+        item_retry_delay: float = 1.0,
+    ) -> Progress:
+        """Process all items that ``enumerator`` yields, in batches, with a checkpoint after each.
+
+        ``enumerator(cursor)`` yields (cursor, item) pairs, JSON values, for the items strictly after ``cursor``;
+        it gets None at the very start, and the last saved cursor when the step resumes.
+        ``process(item)`` is called in up to ``parallelism`` threads.  An exception fails that item alone: it is
+        recorded, tried again up to ``item_retries`` times with ``item_retry_delay`` seconds (doubled each time)
+        between, then quarantined (:meth:`quarantined`); the others go on.
+        ``save(conn, outcomes)`` is called in the transaction that saves the checkpoint, with the batch's successes:
+        what it writes on ``conn`` is committed exactly once.
+        ``min_interval``: seconds at least between the starts of two batches.  ``timeout``: seconds for one batch;
+        items that take longer have failed (their threads cannot be stopped, so give your I/O time-outs as well).
+
+        Stops at a checkpoint when the run is cancelled or paused, or the worker shuts down.
+        """
+        settings = _Iteration(
+            name, process, save, batch_size, parallelism, min_interval, timeout, item_retries, item_retry_delay
+        )
+        _check(settings)
+        attempt = self._attempt()
+        counts = attempt.runtime.patient_store.run(progress.load, attempt.step_id, name) or Counts(None, 0, 0, False)
+        if not counts.done:
+            with _Pool(self, settings) as pool:
+                counts = self._first_tries(attempt, settings, pool, counts, enumerator)
+                counts = self._further_tries(attempt, settings, pool, counts)
+            counts = self._commit(attempt, settings, counts, counts._replace(done=True), [], [])
+        return _progress(counts)
+
+    def step(self, name: str, fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Call ``fn`` once in the step's life: its value (JSON) is recorded, and returned by later attempts."""
+        attempt = self._attempt()
+        store = attempt.runtime.patient_store
+        key = f"step:{name}"
+        found = store.run(progress.remembered, attempt.step_id, key)
+        if found is None:
+            try:
+                found = to_json(fn(*args, **kwargs))
+            except TypeError as exc:
+                if "JSON" not in str(exc):
+                    raise
+                raise CheckpointError(f"sub-step {name!r} of step {attempt.step_id}: {exc}") from exc
+            store.run(progress.remember, attempt.step_id, attempt.number, key, found)
+        value: T = loads(found)
+        return value
+
+    def checkpoint(self, cursor: Cursor = None, *, completed: int = 0, failed: int = 0, name: str = "checkpoint") -> None:
+        """Save a cursor and counts by hand; inside ``with self.transaction()`` they commit with it.
+
+        Raises what stops the step here, when its run is cancelled or paused, or its worker shuts down.
+        """
+        attempt = self._attempt()
+        counts = Counts(_encoded(cursor, "the cursor"), completed, failed, False)
+        open_one = _transaction.get()
+        if open_one is not None:
+            progress.save(open_one.conn, attempt.step_id, attempt.number, name, counts)
+            open_one.saved = True
+            return
+        store = attempt.runtime.patient_store
+        store.run(progress.save, attempt.step_id, attempt.number, name, counts)
+        _stop_if_asked(attempt)
+
+    def progress(self, name: str = "checkpoint") -> Progress | None:
+        """Return the last checkpoint of that name (``"items"`` for :meth:`iterate`), or None at the first attempt."""
+        attempt = self._attempt()
+        counts = attempt.runtime.patient_store.run(progress.load, attempt.step_id, name)
+        return _progress(counts) if counts is not None else None
+
+    def quarantined(self, name: str | None = None) -> list[tuple[Item, str]]:
+        """Return the items that were given up on, each with its last error."""
+        attempt = self._attempt()
+        found = attempt.runtime.patient_store.run(progress.quarantined, attempt.step_id, name)
+        return [(loads(item.item), item.error) for item in found]
+
+    @contextmanager
+    def transaction(self) -> Iterator[Connection]:
+        """Open a transaction on Byrd's database, fenced: what is written in it counts only if this attempt owns the step.
+
+        A :meth:`checkpoint` in it commits with it.  If Postgres goes away in the middle, nothing is committed or
+        all is, and the step goes on from its last checkpoint.
+        """
+        attempt = self._attempt()
+        try:
+            with attempt.runtime.patient_store.engine.begin() as conn:
+                steps.check_owner(conn, attempt.step_id, attempt.number)
+                current = _OpenTransaction(conn)
+                token = _transaction.set(current)
+                try:
+                    yield conn
+                finally:
+                    _transaction.reset(token)
+        except DBAPIError as exc:
+            if is_outage(exc):
+                raise StepHandedBack(f"step {attempt.step_id}: Postgres went away in a transaction") from exc
+            raise
+        if current.saved:
+            _stop_if_asked(attempt)
+
+    # -- batches ---------------------------------------------------------------------------------
+
+    def _attempt(self) -> Attempt:
+        attempt = attempt_of(self.request)
+        if attempt is None:
+            raise CheckpointError(
+                f"{self.name} saves its progress as a step of a run: submit it with engine.submit({self.name}.s(...))"
+            )
+        return attempt
+
+    def _first_tries(
+        self, attempt: Attempt, settings: _Iteration, pool: _Pool, counts: Counts, enumerator: Enumerator
+    ) -> Counts:
+        cursor = loads(counts.cursor) if counts.cursor is not None else None
+        for batch in _batches(enumerator(cursor), settings.batch_size):
+            pool.keep_interval(attempt)
+            done, failed = pool.run([_Try(cursor, item, 1) for cursor, item in batch])
+            last = _encoded(batch[-1][0], "the cursor")
+            counts = self._commit(attempt, settings, counts, counts._replace(cursor=last), done, failed)
+        return counts
+
+    def _further_tries(self, attempt: Attempt, settings: _Iteration, pool: _Pool, counts: Counts) -> Counts:
+        store = attempt.runtime.patient_store
+        while waiting := store.run(progress.to_retry, attempt.step_id, settings.name, limit=settings.batch_size):
+            due = [item for item, seconds in waiting if seconds <= 0]
+            if not due:
+                _pause(attempt, waiting[0][1])
+                continue
+            pool.keep_interval(attempt)
+            done, failed = pool.run([_Try(loads(i.cursor), loads(i.item), i.tries + 1) for i in due])
+            counts = self._commit(attempt, settings, counts, counts, done, failed)
+        return counts
+
+    def _commit(
+        self,
+        attempt: Attempt,
+        settings: _Iteration,
+        before: Counts,
+        after: Counts,
+        done: list[tuple[_Try, Any]],
+        failed: list[tuple[_Try, BaseException]],
+    ) -> Counts:
+        """Save one batch: counts, failed items and the user's own writes, in one transaction."""
+        items = [_failed_item(settings, tried, exc) for tried, exc in failed]
+        after = after._replace(
+            completed=before.completed + len(done), failed=before.failed + sum(item.quarantined for item in items)
+        )
+        recovered = [to_json(tried.cursor) for tried, _ in done if tried.tries > 1]
+        outcomes = [Outcome(tried.cursor, tried.item, value) for tried, value in done]
+
+        def transition(conn: Connection) -> None:
+            steps.check_owner(conn, attempt.step_id, attempt.number)
+            found = progress.load(conn, attempt.step_id, settings.name)
+            if found == after and found != before:
+                return  # committed before: the answer was lost on its way
+            progress.save(conn, attempt.step_id, attempt.number, settings.name, after)
+            progress.put_failed(conn, attempt.step_id, settings.name, items)
+            if recovered:
+                progress.drop_failed(conn, attempt.step_id, settings.name, recovered)
+            if settings.save is not None and outcomes:
+                settings.save(conn, outcomes)
+
+        attempt.runtime.patient_store.run(transition)
+        _stop_if_asked(attempt)
+        return after
+
+
+class _Pool:
+    """The threads that process a batch; they see the task's request as its own thread does."""
+
+    def __init__(self, task: CheckpointTask, settings: _Iteration) -> None:
+        self.settings = settings
+        self._task = task
+        self._request = task.request_stack.top
+        self._threads: ThreadPoolExecutor | None = None
+        self._next_start = 0.0
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def keep_interval(self, attempt: Attempt) -> None:
+        """Wait until ``min_interval`` has passed since the start of the last batch."""
+        _pause(attempt, self._next_start - time.monotonic())
+        self._next_start = time.monotonic() + self.settings.min_interval
+
+    def run(self, batch: Sequence[_Try]) -> tuple[list[tuple[_Try, Any]], list[tuple[_Try, BaseException]]]:
+        """Process a batch; return what succeeded with its values, and what failed with its errors."""
+        if self.settings.parallelism == 1 and self.settings.timeout is None:
+            return self._sorted((tried, _caught(self.settings.process, tried.item)) for tried in batch)
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(self.settings.parallelism, thread_name_prefix="byrd-items")
+        futures = [(tried, self._threads.submit(self._call, tried.item)) for tried in batch]
+        _, late = wait([future for _, future in futures], timeout=self.settings.timeout)
+        if late:
+            # Their threads may hang for long: leave them, and go on with new ones.
+            self._threads.shutdown(wait=False, cancel_futures=True)
+            self._threads = None
+        return self._sorted((tried, self._result(future)) for tried, future in futures)
+
+    def _call(self, item: Item) -> tuple[bool, Any]:
+        self._task.request_stack.push(self._request)
+        _task_stack.push(self._task)
+        try:
+            return _caught(self.settings.process, item)
+        finally:
+            _task_stack.pop()
+            self._task.request_stack.pop()
+
+    def _result(self, future: Future[tuple[bool, Any]]) -> tuple[bool, Any]:
+        if future.done() and not future.cancelled():
+            return future.result()
+        return False, TimeoutError(f"not done when the batch's time-out of {self.settings.timeout} s was over")
+
+    @staticmethod
+    def _sorted(
+        results: Iterable[tuple[_Try, tuple[bool, Any]]],
+    ) -> tuple[list[tuple[_Try, Any]], list[tuple[_Try, BaseException]]]:
+        done: list[tuple[_Try, Any]] = []
+        failed: list[tuple[_Try, BaseException]] = []
+        for tried, (good, value) in results:
+            (done if good else failed).append((tried, value))
+        return done, failed
+
+
+def _caught(process: Callable[[Item], Any], item: Item) -> tuple[bool, Any]:
+    try:
+        return True, process(item)
+    except _NOT_AN_ITEMS:
+        raise
+    except Exception as exc:  # noqa: BLE001 - any error is the item's, and is recorded
+        return False, exc
+
+
+def _failed_item(settings: _Iteration, tried: _Try, exc: BaseException) -> FailedItem:
+    return FailedItem(
+        cursor=to_json(tried.cursor),
+        item=_encoded(tried.item, "a failed item"),
+        tries=tried.tries,
+        error=f"{type(exc).__name__}: {exc}".replace("\0", "\\0"),
+        quarantined=tried.tries > settings.item_retries,
+        retry_in=settings.item_retry_delay * 2 ** (tried.tries - 1),
+    )
+
+
+def _batches(pairs: Iterable[tuple[Cursor, Item]], size: int) -> Iterator[list[tuple[Cursor, Item]]]:
+    iterator = iter(pairs)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
+
+
+def _pause(attempt: Attempt, seconds: float) -> None:
+    """Sleep, looking from time to time whether the step should stop."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        time.sleep(min(left, _LOOK_SECONDS))
+        if left > _LOOK_SECONDS:
+            _stop_if_asked(attempt)
+
+
+def _stop_if_asked(attempt: Attempt) -> None:
+    reason = attempt.runtime.patient_store.run(progress.stop_reason, attempt.step_id, attempt.number)
+    if reason is not None:
+        raise reason
+
+
+def _progress(counts: Counts) -> Progress:
+    return Progress(loads(counts.cursor) if counts.cursor is not None else None, counts.completed, counts.failed, counts.done)
+
+
+def _encoded(value: Any, what: str) -> str:
+    try:
+        text = to_json(value)
+    except (TypeError, ValueError) as exc:
+        raise CheckpointError(f"{what} must be a JSON value, for it is saved: {exc}") from exc
+    return text
+
+
+def _check(settings: _Iteration) -> None:
+    wrong = None
+    if settings.batch_size < 1:
+        wrong = f"batch_size={settings.batch_size} must be at least 1"
+    elif settings.parallelism < 1:
+        wrong = f"parallelism={settings.parallelism} must be at least 1"
+    elif settings.item_retries < 0 or settings.item_retry_delay < 0 or settings.min_interval < 0:
+        wrong = "item_retries, item_retry_delay and min_interval cannot be negative"
+    elif settings.timeout is not None and settings.timeout <= 0:
+        wrong = f"timeout={settings.timeout} must be more than 0 seconds, or None"
+    if wrong:
+        raise CheckpointError(f"iterate({settings.name!r}): {wrong}")

@@ -1,0 +1,299 @@
+"""Makes the tasks of an app durable: each message that names a step is claimed, run by Celery's own tracer, recorded.
+
+Any task is adopted as it is, by giving it a class with :class:`DurableTask` in front of its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from datetime import datetime
+from functools import partial
+from typing import Any, Never
+
+from billiard.einfo import ExceptionInfo
+from celery import Celery, Task, states
+from celery.app.registry import TaskRegistry
+from celery.app.task import Context
+from celery.app.trace import TraceInfo, trace_ok_t
+from celery.canvas import _chain
+from celery.exceptions import Ignore, ImproperlyConfigured, Reject
+from celery.result import AsyncResult
+from kombu.utils.json import loads
+
+from byrd.errors import ControlFlow, StepCancelled, StepHandedBack, TaskOverrideError
+from byrd.model import PROTOCOL_VERSION, StepKind
+from byrd.store import steps
+from byrd.task import results
+from byrd.task.attempt import Attempt, RetryRequest, attempt_of, claim_step, execution_request, to_json
+from byrd.task.runtime import runtime_of
+
+log = logging.getLogger(__name__)
+Tracer = Callable[[str, Any, Any, Mapping[str, Any]], Any]
+
+#: What a task's own class may not override, for Byrd's version would be lost, or the user's never called.
+_OURS = ("retry", "replace", "add_to_chord", "signature_from_request", "Request")
+#: A step whose message was rejected with requeue comes back after this time, so that it does not spin.
+_REQUEUE_SECONDS = 1.0
+#: Set inside ``self.retry``: the attempt, whether it gets new arguments, the options asked for.
+_retrying: ContextVar[tuple[Attempt, bool, Mapping[str, Any]] | None] = ContextVar("byrd_retrying", default=None)
+
+
+class DurableTask(Task):
+    """A Celery task that may be a step of a run.
+
+    Every task of an app with an engine is one already; name it as ``base`` for clarity, or to subclass it.
+    Called in the ordinary way (``delay``, ``apply_async``), it is an ordinary Celery task.
+    """
+
+    abstract = True
+    Request = "byrd.worker.request:DurableRequest"
+
+    @property
+    def __trace__(self) -> Tracer | None:
+        """The function that Celery's pools call to run the task."""
+        return self.__dict__.get("_durable_tracer")
+
+    @__trace__.setter
+    def __trace__(self, tracer: Tracer | None) -> None:
+        # Celery sets a new tracer when a worker starts, and again in each pool process.
+        self.__dict__["_durable_tracer"] = None if tracer is None else partial(_trace, self, tracer)
+
+    def retry(self, args: Any = None, kwargs: Any = None, *a: Any, **options: Any) -> Any:
+        """Retry the task, as Celery's own; in a step it waits in Postgres, not as a message."""
+        attempt = attempt_of(self.request)
+        if attempt is None:
+            return super().retry(args, kwargs, *a, **options)
+        token = _retrying.set((attempt, args is not None or kwargs is not None, options))
+        try:
+            return super().retry(args, kwargs, *a, **options)
+        finally:
+            _retrying.reset(token)
+
+    def signature_from_request(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the signature of this very call, as Celery's own."""
+        sig = super().signature_from_request(*args, **kwargs)
+        retrying = _retrying.get()
+        if retrying is not None:
+            # Celery's retry() would send this signature: it is where the retry is certain, so remember it instead.
+            sig.apply_async = partial(_remember_retry, *retrying, sig)
+        return sig
+
+    def replace(self, sig: Any) -> Never:
+        """Let a canvas take the task's place: its value becomes the step's, and what follows waits for it."""
+        attempt = attempt_of(self.request)
+        if attempt is None:
+            super().replace(sig)
+            raise Ignore
+        if "chord" in sig.options:
+            raise ImproperlyConfigured("A signature replacing a task must not be part of a chord")
+        if isinstance(sig, _chain) and not getattr(sig, "tasks", True):
+            raise ImproperlyConfigured("Cannot replace with an empty chain")
+        attempt.replace(sig)
+        raise Ignore("Replaced by new task")
+
+    def add_to_chord(self, sig: Any, lazy: bool = False) -> Any:  # noqa: FBT001, FBT002 - Celery's own signature
+        """Add a canvas to the chord that the task is a member of; its value comes last in what the body gets."""
+        attempt = attempt_of(self.request)
+        if attempt is None:
+            return super().add_to_chord(sig, lazy=lazy)
+        if attempt.claim.join_no is None:
+            raise ValueError("Current task is not member of any chord")
+        if lazy:
+            raise ImproperlyConfigured(
+                f"step {attempt.step_id}: add_to_chord(lazy=True) has no meaning in a run, where a step of the plan "
+                "starts by itself; call it without lazy"
+            )
+        return AsyncResult(attempt.extend_chord(sig), app=self.app)
+
+
+# -- running a step --------------------------------------------------------------------------------
+
+
+def _trace(task: Task, tracer: Tracer, uuid: str, args: Any, kwargs: Any, request: Mapping[str, Any] | None = None) -> Any:
+    """Run one message: a step's through its claim, any other as Celery does."""
+    header = (request or {}).get("byrd")
+    if header is None:
+        return tracer(uuid, args, kwargs, request or {})
+    if header.get("v") != PROTOCOL_VERSION:
+        return _nothing(f"a message of protocol version {header.get('v')}, this worker knows {PROTOCOL_VERSION}")
+    attempt = claim_step(runtime_of(task.app), header, pid=os.getpid())
+    if attempt is None:
+        return _nothing(f"step {header.get('step')} is not ready for attempt {header.get('attempt')}")
+    try:
+        call_args, call_kwargs = _arguments(task, attempt)
+        outcome = tracer(uuid, call_args, call_kwargs, execution_request(attempt, request or {}, call_args, call_kwargs))
+        return _settle(attempt, outcome)
+    except ControlFlow as flow:
+        return _stop(attempt, flow)
+    except Reject as exc:
+        # Not one from the task itself, which the tracer catches: from a hook, after the outcome.
+        return _settle(attempt, trace_ok_t(None, TraceInfo(states.REJECTED, exc), 0.0, None))
+
+
+def _arguments(task: Task, attempt: Attempt) -> tuple[list[Any], dict[str, Any]]:
+    """Return what the task is called with: the plan's bindings, resolved."""
+    claim = attempt.claim
+    args, kwargs = loads(claim.args), loads(claim.kwargs)
+    if claim.kind == StepKind.COMPENSATION and claim.compensates is not None:
+        store = attempt.runtime.patient_store
+        result, given, call_args, call_kwargs = store.run(steps.compensated_call, claim.run_id, claim.compensates)
+        first = [loads(given)] if given is not None else []
+        return [loads(result), *first, *loads(call_args)], loads(call_kwargs)
+    if claim.input_no is None:
+        return args, kwargs
+    if claim.on_failure:
+        return [*_failure(task, attempt, args, kwargs), *args], kwargs
+    return [loads(claim.input), *args], kwargs
+
+
+def _failure(task: Task, attempt: Attempt, args: list[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """Return how the errback gets the failure: (request, exc, traceback), or the id of the failed step alone.
+
+    Celery tells the two styles apart by the errback's signature (``Backend._call_task_errbacks``).
+    """
+    claim = attempt.claim
+    if not _takes_failure(task, args, kwargs):
+        return [claim.parent_id]
+    exc, traceback = task.app.backend.decoded_error(claim.after_error)
+    request = Context(
+        {"id": claim.parent_id, "task": claim.parent_task, "root_id": claim.run_id, "errbacks": [], "delivery_info": {}}
+    )
+    return [request, exc, traceback]
+
+
+def _takes_failure(task: Task, args: list[Any], kwargs: dict[str, Any]) -> bool:
+    header = getattr(task, "__header__", None)
+    if header is None or isinstance(header, partial):
+        return False
+    try:
+        parameters = inspect.signature(partial(header, *args, **kwargs)).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(positional) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+
+
+def _settle(attempt: Attempt, outcome: Any) -> Any:
+    """Record what Celery's tracer leaves unrecorded: Ignore, Reject, and errors of its own."""
+    if attempt.closed:
+        return outcome
+    info = outcome.info
+    state = getattr(info, "state", None)
+    if state == states.REJECTED:
+        if getattr(info.retval, "requeue", False):
+            attempt.hand_back(delay=_REQUEUE_SECONDS)
+        else:
+            attempt.fail(attempt.runtime.app.backend.encoded_error(info.retval))
+        return _nothing("rejected")
+    if state == states.IGNORED:
+        attempt.drop(str(info.retval))
+        return outcome
+    exc = getattr(info, "retval", None)
+    if not isinstance(exc, BaseException):
+        exc = RuntimeError(f"the task ended in state {state} without an outcome")
+    attempt.fail(attempt.runtime.app.backend.encoded_error(exc))
+    return outcome
+
+
+def _stop(attempt: Attempt, flow: ControlFlow) -> Any:
+    """End an attempt that a checkpoint has stopped, or that has lost its step."""
+    if not attempt.closed:
+        try:
+            if isinstance(flow, StepCancelled):
+                attempt.abandon()
+            elif isinstance(flow, StepHandedBack):
+                attempt.hand_back()
+        except ControlFlow as stale:
+            flow = stale
+    log.info("step %s, attempt %d, stopped: %s", attempt.step_id, attempt.number, flow)
+    return _nothing(str(flow))
+
+
+def _nothing(reason: str) -> Any:
+    """Return what tells Celery that there is no outcome to speak of: no event, no result."""
+    try:
+        raise Ignore(reason)
+    except Ignore as exc:
+        return trace_ok_t(ExceptionInfo(internal=True), TraceInfo(states.IGNORED, exc), 0.0, None)
+
+
+def _remember_retry(
+    attempt: Attempt, new_args: bool, asked: Mapping[str, Any], sig: Any, *_args: Any, **_options: Any  # noqa: FBT001
+) -> None:
+    eta = sig.options.get("eta")
+    countdown = sig.options.get("countdown")
+    if isinstance(eta, str):
+        eta = datetime.fromisoformat(eta)
+    if isinstance(eta, datetime) and eta.tzinfo is None:
+        eta = eta.replace(tzinfo=attempt.runtime.app.timezone)
+    changed = {k: v for k, v in asked.items() if k not in ("exc", "throw", "eta", "countdown", "max_retries") and v is not None}
+    queue = options = None
+    if changed:
+        merged = {**loads(attempt.claim.options), **changed}
+        queue, merged = attempt.runtime.route(attempt.claim.task, merged, None)
+        queue = queue if {"queue", "exchange", "routing_key"} & changed.keys() else None
+        options = to_json(merged)
+    attempt.retry_with = RetryRequest(
+        countdown=0.0 if countdown is None else float(countdown),
+        eta=eta if isinstance(eta, datetime) and countdown is None else None,
+        args=to_json(list(sig.args)) if new_args else None,
+        kwargs=to_json(dict(sig.kwargs)) if new_args else None,
+        queue=queue,
+        options=options,
+    )
+
+
+# -- adoption --------------------------------------------------------------------------------------
+
+
+class DurableRegistry(TaskRegistry):
+    """The app's registry of tasks; each one that enters is adopted."""
+
+    def __setitem__(self, name: str, task: Any) -> None:
+        adopt_task(task)
+        super().__setitem__(name, task)
+
+
+def adopt_task(task: Any) -> None:
+    """Make a task durable in place; its class gets :class:`DurableTask` in front."""
+    plain = type(task)
+    if issubclass(plain, DurableTask):
+        _refuse_overrides(task, plain)
+        return
+    _refuse_overrides(task, plain)
+    namespace = {"__module__": plain.__module__, "__doc__": plain.__doc__, "abstract": True}
+    durable = type(plain.__name__, (DurableTask, plain), namespace)
+    durable.__qualname__ = plain.__qualname__
+    tracer = task.__dict__.pop("__trace__", None)
+    # What Celery bound to the plain class belongs to the durable one too.
+    task.__class__ = durable
+    if tracer is not None:
+        task.__trace__ = tracer
+
+
+def adopt_app(app: Celery) -> None:
+    """Adopt the tasks that the app has, and those that it will have, and its result backend."""
+    results.install(app)
+    app._tasks.__class__ = DurableRegistry
+    for task in list(app._tasks.values()):
+        adopt_task(task)
+
+
+def _refuse_overrides(task: Any, plain: type) -> None:
+    for base in plain.__mro__:
+        if base is Task or base is DurableTask or base.__module__.startswith(("celery.", "byrd.")):
+            continue
+        clash = [name for name in _OURS if name in base.__dict__ and not _is_celerys(name, base.__dict__[name])]
+        if clash:
+            raise TaskOverrideError(
+                f"{base.__module__}.{base.__qualname__}, the class of the task {task.name!r}, overrides {', '.join(clash)}, "
+                "which Byrd needs for durable steps; rename it, or use before_start, on_retry, on_failure or __call__"
+            )
+
+
+def _is_celerys(name: str, value: Any) -> bool:
+    return name == "Request" and value in (Task.Request, DurableTask.Request)

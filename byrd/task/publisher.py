@@ -1,0 +1,99 @@
+"""Publishes wake-ups: small messages that name a step.  Losing one costs time only; the relay sends it again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from celery import Celery
+
+from byrd.model import PROTOCOL_VERSION
+from byrd.store import Wakeup
+
+log = logging.getLogger(__name__)
+
+#: Options of a step that are not properties of its message.
+_NOT_SENT = frozenset({"retry", "retry_policy", "ignore_result", "serializer", "immutable", "task_type", "route_name"})
+
+
+class Publisher:
+    """Sends wake-ups to the queues that Celery's router chose for their steps."""
+
+    def __init__(self, app: Celery) -> None:
+        self.app = app
+        self._complained = 0.0
+
+    def publish(self, wakeups: Iterable[Wakeup]) -> bool:
+        """Publish the wake-ups that are due; tell whether all went out.
+
+        Never raises for a broker that is away: the steps stay ready in Postgres and are sent again.
+        """
+        due = [wakeup for wakeup in wakeups if wakeup.due]
+        if not due:
+            return True
+        try:
+            with self.app.producer_pool.acquire(block=True, timeout=5) as producer:
+                for wakeup in due:
+                    self._send(producer, wakeup)
+        except Exception as exc:  # noqa: BLE001 - each transport has errors of its own, and none of them loses work
+            if time.monotonic() - self._complained > 10:
+                self._complained = time.monotonic()
+                log.warning("the broker does not take wake-ups now (%r); the relay will send them again", exc)
+            return False
+        return True
+
+    def depth(self, queue: str) -> int:
+        """Return how many messages wait in a queue of the broker."""
+        with self.app.connection_for_write() as connection:
+            connection.ensure_connection(max_retries=0, timeout=5)
+            channel = connection.default_channel
+            try:
+                return int(channel.queue_declare(queue=queue, passive=True).message_count)
+            except connection.channel_errors:
+                return 0  # a queue that was never declared holds nothing
+
+    def _send(self, producer: Any, wakeup: Wakeup) -> None:
+        options = {k: v for k, v in json.loads(wakeup.options).items() if k not in _NOT_SENT}
+        headers = dict(options.pop("headers", None) or {})
+        headers["byrd"] = {
+            "v": PROTOCOL_VERSION,
+            "run": wakeup.run_id,
+            "step": wakeup.id,
+            "no": wakeup.no,
+            "attempt": wakeup.attempt,
+        }
+        amqp = self.app.amqp
+        stamped = options.get("stamped_headers") or []
+        message = amqp.as_task_v2(
+            wakeup.id,
+            wakeup.task,
+            args=(),
+            # A worker without Byrd must not run the task: it does not know this argument, and fails at once.
+            kwargs={"byrd_step": wakeup.id},
+            group_id=wakeup.group_id,
+            group_index=wakeup.join_pos,
+            retries=wakeup.retries,
+            root_id=wakeup.run_id,
+            parent_id=wakeup.parent_id,
+            time_limit=options.pop("time_limit", None),
+            soft_time_limit=options.pop("soft_time_limit", None),
+            shadow=options.pop("shadow", None),
+            argsrepr=f"run {wakeup.run_id}, step {wakeup.no}",
+            kwargsrepr="",
+            stamped_headers=options.pop("stamped_headers", None),
+            create_sent_event=self.app.conf.task_send_sent_event,
+            **{name: options.pop(name) for name in stamped if name in options},
+        )
+        target: dict[str, Any] = {"queue": wakeup.queue}
+        if "exchange" in options:
+            target = {k: options.pop(k) for k in ("exchange", "routing_key", "exchange_type") if k in options}
+        amqp.send_task_message(
+            producer, wakeup.task, message, **target, headers=headers, retry=False, serializer="json",
+            **{k: v for k, v in options.items() if k in _PROPERTIES},
+        )  # fmt: skip
+
+
+_PROPERTIES = frozenset({"priority", "delivery_mode", "compression", "reply_to"})

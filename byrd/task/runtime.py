@@ -1,0 +1,143 @@
+"""What an app's steps need at run time: the store, the publisher, and who this worker is."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from celery import Celery
+from kombu.utils.json import dumps, loads
+from sqlalchemy.engine import URL
+
+from byrd.canvas import Plan, Step, compile_canvas
+from byrd.errors import ArgumentError, ConfigurationError, UnknownTaskError
+from byrd.model import StepKind
+from byrd.store import Store
+from byrd.task.publisher import Publisher
+
+#: Children of a pool that is spawned rather than forked learn their worker's id from here.
+_WORKER_ID = "BYRD_WORKER_ID"
+_RUNTIME = "_byrd_runtime"
+
+
+class Runtime:
+    """One app's connection to Byrd's database and to the broker."""
+
+    def __init__(self, app: Celery, database_url: URL) -> None:
+        self.app = app
+        #: For callers: gives up after a while.
+        self.store = Store(database_url)
+        #: For running steps: what was done must be recorded, so it waits for Postgres as long as it takes.
+        self.patient_store = Store(database_url, patience=math.inf)
+        self.publisher = Publisher(app)
+        self._worker_id: str | None = None
+        setattr(app, _RUNTIME, self)
+
+    @property
+    def worker_id(self) -> str:
+        """The id of the worker that this process belongs to."""
+        found = self._worker_id or os.environ.get(_WORKER_ID)
+        if found is None:
+            raise ConfigurationError(
+                "this process is not a Byrd worker: create byrd.Byrd(app) in the module that `celery -A` names"
+            )
+        return found
+
+    def become_worker(self, worker_id: str) -> None:
+        """Take the identity of a worker, for this process and those that its pool starts."""
+        self._worker_id = os.environ[_WORKER_ID] = worker_id
+
+    # -- plans -----------------------------------------------------------------------------------
+
+    def plan(
+        self,
+        canvas: Any,
+        *,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        first_no: int = 0,
+    ) -> Plan:
+        """Compile a canvas, and freeze what only the app knows: queues, task options, compensations."""
+        plan = compile_canvas(canvas, self.app, args=args, kwargs=kwargs, first_no=first_no)
+        return Plan(tuple(self._frozen(step) for step in plan.steps), plan.output)
+
+    def _frozen(self, step: Step) -> Step:
+        if step.kind is StepKind.JOIN:
+            return step
+        task = self.app.tasks.get(step.task)
+        if task is None:
+            known = ", ".join(sorted(name for name in self.app.tasks if not name.startswith("celery."))[:8])
+            raise UnknownTaskError(
+                f"the task {step.task!r} is not registered in this app; import the module that defines it (known: {known})"
+            )
+        options = {**_task_options(task), **step.options}
+        if step.input is None and not step.on_failure:
+            _check_arguments(task, step)
+        queue, options = self.route(step.task or "", options, step)
+        compensation = getattr(task, "compensation_task", None)
+        return replace(
+            step,
+            queue=queue,
+            options=json.loads(_option_json(options, step.task or "")),
+            compensation=self._compensation(compensation) if compensation is not None else None,
+        )
+
+    def _compensation(self, task: Any) -> str:
+        queue, options = self.route(task.name, _task_options(task), None)
+        return dumps({"task": task.name, "queue": queue, "options": _option_json(options, task.name)})
+
+    def route(self, name: str, options: dict[str, Any], step: Step | None) -> tuple[str, dict[str, Any]]:
+        """Return the queue that Celery's router gives a task, and its options without the routing ones."""
+        options = dict(options)
+        route_name = options.pop("route_name", None) or name
+        wanted = {k: options.pop(k) for k in ("queue", "exchange", "routing_key", "exchange_type") if k in options}
+        wanted = {k: v for k, v in wanted.items() if v is not None}
+        args = loads(step.args) if step is not None else []
+        kwargs = loads(step.kwargs) if step is not None else {}
+        routed = self.app.amqp.router.route(wanted, route_name, args, kwargs, self.app.tasks.get(name))
+        queue = routed.pop("queue", None)
+        for key in ("exchange", "routing_key", "exchange_type"):
+            value = routed.pop(key, None)
+            if queue is None and value:
+                options[key] = getattr(value, "name", value)
+        options.update({k: v for k, v in routed.items() if v is not None and k not in options})
+        queue_name = getattr(queue, "name", queue) or self.app.conf.task_default_queue
+        return str(queue_name), options
+
+
+def runtime_of(app: Celery) -> Runtime:
+    """Return the runtime of an app that Byrd has adopted."""
+    found: Runtime | None = getattr(app, _RUNTIME, None)
+    if found is None:
+        raise ConfigurationError(f"the app {app.main!r} has no engine: call byrd.Byrd(app) once, where the app is made")
+    return found
+
+
+def _task_options(task: Any) -> dict[str, Any]:
+    options = {k: v for k, v in task._get_exec_options().items() if v is not None}
+    options.pop("serializer", None)  # always JSON
+    options.pop("expires", None)
+    return options
+
+
+def _check_arguments(task: Any, step: Step) -> None:
+    """Refuse arguments that the task's signature cannot take, as ``apply_async`` does, but before anything is written."""
+    check = getattr(task, "__header__", None)
+    if check is None or not task.typing or step.task in ("celery.map", "celery.starmap", "celery.chunks"):
+        return
+    try:
+        check(*loads(step.args), **loads(step.kwargs))
+    except TypeError as exc:
+        raise ArgumentError(f"{step.task}: {exc}") from None
+
+
+def _option_json(options: Mapping[str, Any], task: str) -> str:
+    try:
+        text: str = dumps(dict(options))
+    except (TypeError, ValueError) as exc:
+        raise ArgumentError(f"{task}: its options cannot be held by JSON: {exc}") from None
+    return text

@@ -1,0 +1,98 @@
+"""Ties Byrd's threads to the life of a Celery worker."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from typing import Any
+
+from celery import Celery, bootsteps
+from celery.signals import worker_init, worker_shutdown
+
+from byrd.errors import ConfigurationError
+from byrd.task.runtime import runtime_of
+from byrd.worker import broker
+from byrd.worker.keeper import Keeper, Settings, Sweeper
+
+log = logging.getLogger(__name__)
+
+
+class LeaseStep(bootsteps.StartStopStep):
+    """Registers the worker before it consumes anything, and ends its lease after its pool has drained."""
+
+    requires = ("celery.worker.components:Pool",)
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        super().__init__(worker, **options)
+        self.keeper: Keeper | None = None
+        self.sweeper: Sweeper | None = None
+
+    def start(self, worker: Any) -> None:
+        """Take the lease; refuse to work on a database that is not migrated."""
+        app: Celery = worker.app
+        runtime = runtime_of(app)
+        runtime.store.check_live()
+        settings = settings_of(app)
+        self.keeper = Keeper(
+            runtime,
+            settings,
+            worker_id=runtime.worker_id,
+            hostname=worker.hostname,
+            pool=_pool_name(worker),
+            concurrency=int(worker.concurrency or 0),
+            queues=lambda: sorted(app.amqp.queues.consume_from),
+        )
+        self.keeper.heartbeat()
+        self.keeper.start()
+        self.sweeper = Sweeper(runtime, settings)
+        self.sweeper.start()
+        worker_shutdown.connect(self._shut_down, sender=worker, weak=False)
+
+    def stop(self, worker: Any) -> None:
+        """The worker stops: its pool drains while the lease is kept."""
+        if self.keeper is not None:
+            self.keeper.stopping()
+
+    def terminate(self, worker: Any) -> None:
+        """The worker stops at once."""
+        self.stop(worker)
+
+    def _shut_down(self, **_: Any) -> None:
+        if self.sweeper is not None:
+            self.sweeper.stop()
+        if self.keeper is not None:
+            self.keeper.release("the worker was shut down")
+        self.keeper = self.sweeper = None
+
+
+def prepare_worker(app: Celery) -> None:
+    """Have workers of this app take part: called once, by the engine."""
+    app.steps["worker"].add(LeaseStep)
+
+    def init(sender: Any = None, **_: Any) -> None:
+        if sender is None or sender.app is not app:
+            return
+        # Before the pool starts, so that its processes are born knowing whose they are.
+        runtime_of(app).become_worker(str(uuid.uuid4()))
+        broker.tolerate_outages()
+        broker.cooperate_with_gevent()
+
+    worker_init.connect(init, weak=False)
+
+
+def settings_of(app: Celery) -> Settings:
+    """Return Byrd's own settings from the app's configuration (``byrd_lease_seconds``, ...)."""
+    defaults = Settings()
+    lease = float(app.conf.get("byrd_lease_seconds", defaults.lease_seconds))
+    sweep = float(app.conf.get("byrd_sweep_seconds", defaults.sweep_seconds))
+    most = int(app.conf.get("byrd_max_preemptions", defaults.max_preemptions))
+    if lease < 1 or sweep <= 0 or most < 0:
+        raise ConfigurationError(
+            f"byrd_lease_seconds={lease} must be at least 1, byrd_sweep_seconds={sweep} more than 0, "
+            f"byrd_max_preemptions={most} not negative"
+        )
+    return Settings(lease, sweep, most)
+
+
+def _pool_name(worker: Any) -> str:
+    return str(getattr(worker.pool_cls, "__module__", "")).rpartition(".")[2] or "unknown"

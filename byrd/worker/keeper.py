@@ -1,0 +1,265 @@
+"""The two threads beside a worker's pool: one keeps the lease, one sweeps (relay and recovery).
+
+Two, because a broker that hangs must not cost the lease.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import select
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
+
+from byrd.errors import NotLiveError
+from byrd.store import Wakeup, steps, sweeps
+from byrd.task.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+#: Postgres tells the sweeper of work that was submitted in a transaction of the caller's.
+CHANNEL = "byrd"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """``lease_seconds``: how long a worker may be silent before its steps are given to others.
+
+    ``sweep_seconds``: how often the relay and recovery look.  ``max_preemptions``: how often a step may lose its
+    worker before it is failed.
+    """
+
+    lease_seconds: float = 6.0
+    sweep_seconds: float = 0.5
+    max_preemptions: int = steps.MAX_PREEMPTIONS
+
+    @property
+    def heartbeat_seconds(self) -> float:
+        """Three heartbeats to a lease: two may be lost."""
+        return self.lease_seconds / 3
+
+
+class _Loop:
+    """A daemon thread that calls ``tick`` again and again, and outlives what goes wrong in it."""
+
+    def __init__(self, name: str) -> None:
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._failures = 0
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """Ask the thread to end, and wait for it a while."""
+        self._stop.set()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(timeout)
+
+    def tick(self) -> float:
+        """Do one round; return the seconds until the next."""
+        raise NotImplementedError
+
+    def rest(self, seconds: float) -> None:
+        """Wait until the next round."""
+        self._stop.wait(seconds)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                pause = self.tick()
+                self._failures = 0
+            except (NotLiveError, DBAPIError, OSError) as exc:
+                self._failures += 1
+                pause = min(1.0, 0.1 * 2**self._failures)
+                if self._failures in (1, 10) or self._failures % 100 == 0:
+                    log.warning("%s: %s; trying again", self._thread.name, exc)
+            except Exception:
+                log.exception("%s failed; trying again", self._thread.name)
+                pause = 1.0
+            self.rest(pause)
+
+
+class Keeper(_Loop):
+    """Keeps this worker's lease, and gives back the steps of pool processes that have died."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        settings: Settings,
+        *,
+        worker_id: str,
+        hostname: str,
+        pool: str,
+        concurrency: int,
+        queues: Callable[[], Sequence[str]],
+    ) -> None:
+        super().__init__("byrd-keeper")
+        self.runtime, self.settings, self.worker_id = runtime, settings, worker_id
+        self._identity = {
+            "hostname": hostname, "pid": os.getpid(), "pool": pool, "concurrency": concurrency, "version": version("byrd"),
+        }  # fmt: skip
+        self._queues = queues
+
+    def heartbeat(self) -> None:
+        """Prolong the lease, registering the worker when it is not known (yet, or any more)."""
+        self.runtime.store.run(
+            sweeps.heartbeat,
+            self.worker_id,
+            lease_seconds=self.settings.lease_seconds,
+            queues=list(self._queues()),
+            tasks=sorted(name for name in self.runtime.app.tasks if not name.startswith("celery.")),
+            **self._identity,
+        )
+
+    def tick(self) -> float:
+        started = time.monotonic()
+        self.heartbeat()
+        self._give_back_orphans()
+        return max(0.1, self.settings.heartbeat_seconds - (time.monotonic() - started))
+
+    def stopping(self) -> None:
+        """Let the checkpoints of this worker's steps hand back; keep the lease while the pool drains."""
+        self._try(sweeps.stop_worker, self.worker_id)
+
+    def release(self, reason: str) -> None:
+        """End the lease: what still runs here is given to others at once."""
+        self.stop()
+        wakeups = self._try(sweeps.release_worker, self.worker_id, reason=reason)
+        if wakeups:
+            self.runtime.publisher.publish(wakeups)
+
+    def _give_back_orphans(self) -> None:
+        """A pool process killed in the moment when Postgres was away left steps that no message speaks of any more."""
+        for pid in self.runtime.store.run(sweeps.running_pids, self.worker_id):
+            if not _alive(pid):
+                wakeups = self.runtime.store.run(
+                    steps.preempt,
+                    self.worker_id,
+                    pid=pid,
+                    reason=f"pool process {pid} is gone",
+                    max_preemptions=self.settings.max_preemptions,
+                )
+                self.runtime.publisher.publish(wakeups)
+
+    def _try(self, statement: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.runtime.store.run(statement, *args, **kwargs)
+        except (NotLiveError, DBAPIError) as exc:
+            log.warning("Postgres could not be told that this worker stops (%s); its lease will run out instead", exc)
+            return None
+
+
+class Sweeper(_Loop):
+    """Relay and recovery: publishes ready steps that nobody has been told of, and finds work whose owner is gone.
+
+    Any number may run; an advisory lock picks one for each sweep.
+    """
+
+    def __init__(self, runtime: Runtime, settings: Settings) -> None:
+        super().__init__("byrd-sweeper")
+        self.runtime, self.settings = runtime, settings
+        self._listening: Connection | None = None
+        self._well_since = time.monotonic()
+        self._last_recovery = 0.0
+
+    def tick(self) -> float:
+        try:
+            self._listen()
+            self.relay()
+            self.recover()
+            return self.runtime.store.run(sweeps.seconds_until_due, at_most=self.settings.sweep_seconds)
+        except BaseException:
+            # The others could not reach Postgres either, perhaps: give them time for a heartbeat.
+            self._well_since = time.monotonic()
+            self._unlisten()
+            raise
+
+    def rest(self, seconds: float) -> None:
+        connection = self._listening
+        if connection is None or seconds <= 0:
+            super().rest(seconds if seconds > 0 else 0.02)
+            return
+        raw: Any = connection.connection.driver_connection
+        try:
+            if select.select([raw], [], [], seconds)[0]:
+                raw.poll()
+                raw.notifies.clear()
+        except Exception:  # noqa: BLE001 - a broken connection: the next round finds out
+            self._unlisten()
+            super().rest(0.1)
+
+    def stop(self, timeout: float = 5.0) -> None:
+        super().stop(timeout)
+        self._unlisten()
+
+    def relay(self) -> int:
+        """Publish what is due; return how many wake-ups went out."""
+        store, publisher = self.runtime.store, self.runtime.publisher
+        due = store.run(sweeps.take_due)
+        publisher.publish(due)
+        sent = len(due)
+        for queue, overdue in store.run(sweeps.overdue_queues).items():
+            # Each wake-up in the broker will find one of the ready steps; only what is missing there was lost.
+            depth = publisher.depth(queue)
+            waiting = store.run(sweeps.sent_and_waiting, queue, at_most=depth + overdue)
+            lost: list[Wakeup] = store.run(sweeps.take_overdue, queue, resend=max(0, waiting - depth))
+            publisher.publish(lost)
+            sent += len(lost)
+        return sent
+
+    def recover(self) -> None:
+        """Give the steps of workers whose lease is over to others, and end runs whose deadline has passed."""
+        store, lease = self.runtime.store, self.settings.lease_seconds
+        if time.monotonic() - self._last_recovery < min(1.0, lease / 4):
+            return
+        self._last_recovery = time.monotonic()
+        # While Postgres was away nobody could prolong a lease: that alone makes no worker dead.
+        if time.monotonic() - self._well_since < lease or store.run(sweeps.postgres_uptime) < lease:
+            return
+        lost, wakeups = store.run(sweeps.recover, max_preemptions=self.settings.max_preemptions)
+        for hostname in lost:
+            log.warning("the lease of worker %s ran out: its running steps are ready again", hostname)
+        error = json.dumps({"exc_type": "RunTimeoutError", "exc_module": "byrd.errors", "exc_message": [_DEADLINE]})
+        wakeups += store.run(sweeps.end_overdue_runs, error)
+        self.runtime.publisher.publish(wakeups)
+
+    def _listen(self) -> None:
+        if self._listening is not None or _is_green():
+            return
+        connection = self.runtime.store.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        connection.exec_driver_sql(f"LISTEN {CHANNEL}")
+        self._listening = connection
+
+    def _unlisten(self) -> None:
+        connection, self._listening = self._listening, None
+        if connection is not None:
+            connection.invalidate()
+            connection.close()
+
+
+_DEADLINE = "the run did not end before its deadline"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _is_green() -> bool:
+    """A gevent worker's select() must be gevent's, and psycopg2's wait goes through a callback: just poll there."""
+    return getattr(select, "__name__", "") != "select" or "gevent" in getattr(select.select, "__module__", "")

@@ -1,0 +1,207 @@
+"""Real beats on a real database: one run per due time, whatever is started twice, killed, paused or broken."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import psycopg2
+import redis
+
+from tests.beat.conftest import Process, cursor, rows, wait_until
+
+Beat = Callable[[], Process]
+
+RUNS = "SELECT key FROM byrd.runs WHERE key LIKE %s ORDER BY key"
+
+
+def schedule(name: str, *args: Any, every: float | None = None, crontab: str | None = None, **fields: Any) -> Any:
+    """A schedule of `shop.tick`, or of what the first argument names."""
+    from django_celery_beat.models import CrontabSchedule, IntervalSchedule, PeriodicTask
+
+    from beat.cron import parse_cron
+
+    if every is not None:
+        fields["interval"], _ = IntervalSchedule.objects.get_or_create(every=every, period=IntervalSchedule.SECONDS)
+    if crontab is not None:
+        fields["crontab"], _ = CrontabSchedule.objects.get_or_create(**parse_cron(crontab), timezone="UTC")
+    last_run_at = fields.pop("last_run_at", None)
+    call = json.dumps(args or ["shop.tick", name])
+    made = PeriodicTask.objects.create(**{"name": name, "task": "byrd.submit", "args": call, **fields})
+    if last_run_at is not None:
+        PeriodicTask.objects.filter(pk=made.pk).update(last_run_at=last_run_at)
+    return made
+
+
+def due_times(url: str, task: Any) -> list[datetime]:
+    """For which due times the schedule has submitted runs."""
+    prefix = f"schedule:{task.pk}:"
+    return [datetime.fromisoformat(key.removeprefix(prefix)) for key in rows(url, RUNS, f"{prefix}%")]
+
+
+def fired(url: str, task: Any, count: int) -> list[datetime]:
+    return wait_until(
+        lambda: found if len(found := due_times(url, task)) >= count else None, f"{task.name} fired {count} times"
+    ) or []
+
+
+def test_two_beats_fire_each_due_time_once(schedules_url: str, beat: Beat) -> None:
+    task = schedule("often", every=1)
+    beats = [beat(), beat()]
+    wait_until(lambda: all("beat: Starting" in one.text() for one in beats), "both beats started")
+    known = len(due_times(schedules_url, task))
+    found = fired(schedules_url, task, known + 5)
+    for one in beats:
+        assert one.stop() == 0
+    found = due_times(schedules_url, task)
+    task.refresh_from_db()
+    assert len(rows(schedules_url, "SELECT id FROM byrd.runs")) == len(set(found)) == task.total_run_count
+    assert {later - earlier for earlier, later in zip(found[-5:], found[-4:], strict=False)} == {timedelta(seconds=1)}
+    # Both took part; how many each fired is chance.
+    submitted = [one.text().count("Schedule often, due at") for one in beats]
+    assert sum(submitted) == len(found)
+
+
+def test_a_beat_killed_in_the_middle_of_firing_neither_loses_nor_repeats_the_due_time(
+    schedules_url: str, beat: Beat
+) -> None:
+    task = schedule("slow", every=6)
+    with closing(psycopg2.connect(schedules_url)) as blocker, blocker.cursor() as locks:
+        locks.execute("LOCK TABLE byrd.runs IN ACCESS EXCLUSIVE MODE")
+        first = beat()
+        wait_until(lambda: rows(schedules_url, WAITING), "the first beat waits in its submission")
+        killed_at = datetime.now(UTC)
+        first.kill()
+        second = beat()
+        wait_until(lambda: "beat: Starting" in second.text(), "the second beat started")
+        blocker.rollback()
+    found = fired(schedules_url, task, 2)
+    assert second.stop() == 0
+    found = due_times(schedules_url, task)
+    task.refresh_from_db()
+    assert abs(found[0] - killed_at) < timedelta(seconds=12)
+    assert len(rows(schedules_url, "SELECT id FROM byrd.runs")) == len(set(found)) == task.total_run_count
+    assert {later - earlier for earlier, later in zip(found, found[1:], strict=False)} == {timedelta(seconds=6)}
+
+
+WAITING = "SELECT pid FROM pg_locks WHERE NOT granted AND relation = 'byrd.runs'::regclass"
+
+
+def test_of_what_a_dead_beat_missed_the_latest_due_time_is_made_up_for_once(schedules_url: str, beat: Beat) -> None:
+    now = datetime.now(UTC)
+    latest = (now - timedelta(minutes=30)).replace(microsecond=0)
+    task = schedule(
+        "daily", every=86_400, start_time=latest - timedelta(days=9), last_run_at=now - timedelta(days=3, minutes=1)
+    )
+    witness = schedule("witness", every=1)
+    first = beat()
+    assert fired(schedules_url, task, 1) == [latest]
+    first.kill()  # and not stopped: nothing that it still had in memory is written
+    already = len(due_times(schedules_url, witness))
+    beat()
+    fired(schedules_url, witness, already + 2)
+    assert due_times(schedules_url, task) == [latest]
+
+
+def test_a_crontab_far_from_the_servers_hour_is_made_up_for_too(schedules_url: str, beat: Beat) -> None:
+    now = datetime.now(UTC)
+    latest = (now - timedelta(hours=11)).replace(minute=0, second=0, microsecond=0)
+    task = schedule("nightly", crontab=f"0 {latest.hour} * * *", last_run_at=now - timedelta(days=2))
+    beat()
+    assert fired(schedules_url, task, 1) == [latest]
+
+
+def test_a_paused_schedule_does_not_fire_and_what_it_missed_is_not_made_up_for(schedules_url: str, beat: Beat) -> None:
+    task, witness = schedule("pausing", every=1), schedule("witness", every=1)
+    beat()
+    fired(schedules_url, task, 2)
+    task.refresh_from_db()
+    task.enabled = False
+    task.save()
+    before = due_times(schedules_url, task)
+    paused = fired(schedules_url, witness, len(due_times(schedules_url, witness)) + 3)
+    assert due_times(schedules_url, task) == before
+    task.enabled = True
+    task.save()
+    resumed_at = task.date_changed
+    after = fired(schedules_url, task, len(before) + 1)
+    assert after[len(before)] > resumed_at > paused[-1] > before[-1]
+
+
+def test_limits_of_a_schedule_are_kept(schedules_url: str, beat: Beat) -> None:
+    now = datetime.now(UTC)
+    once = schedule("once", every=1, one_off=True)
+    ended = schedule("ended", every=1, expires=now - timedelta(seconds=1), last_run_at=now - timedelta(hours=1))
+    not_yet = schedule("not yet", every=1, start_time=now + timedelta(days=1), last_run_at=now - timedelta(hours=1))
+    stale = schedule("stale", every=86_400, start_time=now - timedelta(hours=1), expire_seconds=600)
+    from_now = schedule("from now", every=1, start_time=(now + timedelta(seconds=4)).replace(microsecond=0))
+    witness = schedule("witness", every=1)
+    beat()
+    started = fired(schedules_url, from_now, 2)
+    fired(schedules_url, witness, 3)
+    assert started[0] == from_now.start_time
+    assert len(due_times(schedules_url, once)) == 1
+    for silent in (ended, not_yet, stale):
+        assert due_times(schedules_url, silent) == []
+    for task in (once, ended):
+        task.refresh_from_db()
+        assert not task.enabled
+    assert once.total_run_count == 1
+
+
+def test_a_single_date_is_fired_once_and_at_once_if_it_has_passed(schedules_url: str, beat: Beat) -> None:
+    from django_celery_beat.models import ClockedSchedule
+
+    past, soon = (datetime.now(UTC) + timedelta(seconds=seconds) for seconds in (-60, 5))
+    tasks = [
+        schedule(f"at {at}", one_off=True, clocked=ClockedSchedule.objects.create(clocked_time=at)) for at in (past, soon)
+    ]
+    beat()
+    assert [fired(schedules_url, task, 1) for task in tasks] == [[past], [soon]]
+    wait_until(lambda: not rows(schedules_url, ENABLED, [task.pk for task in tasks]), "both schedules have ended")
+
+
+ENABLED = "SELECT id FROM beat.django_celery_beat_periodictask WHERE enabled AND id = ANY(%s)"
+
+
+def test_a_schedule_that_cannot_be_submitted_is_named_and_stops_no_other(schedules_url: str, beat: Beat) -> None:
+    broken = [
+        schedule("unknown workflow", "shop.nothing", every=1),
+        schedule("no workflow", 42, every=1),
+        schedule("wrong arguments", "shop.tick", 1, 2, 3, every=1),
+        schedule("reserved", every=1, kwargs='{"key": "mine"}'),
+    ]
+    unreadable = schedule("no such hour", every=1)
+    type(unreadable).objects.filter(pk=unreadable.pk).update(interval=None)
+    witness = schedule("witness", every=1)
+    one = beat()
+    fired(schedules_url, witness, 4)
+    for task in broken:
+        assert due_times(schedules_url, task) == []
+        wait_until(lambda name=task.name: f"Schedule {name} cannot submit its run: " in one.text(), f"{task.name} is named")
+    assert "Schedule no such hour is left out" in one.text()
+    assert "shop.nothing" in one.text()
+
+
+def test_ordinary_periodic_tasks_are_sent_as_messages(schedules_url: str, broker_url: str, beat: Beat) -> None:
+    task = schedule("ordinary", "a label", every=1, task="tests.beat.shop.note")
+    beat()
+    with redis.Redis.from_url(broker_url) as broker:
+        message = wait_until(lambda: broker.lindex("celery", 0), "a message is in the queue")
+    headers = json.loads(message)["headers"]
+    assert (headers["task"], headers["periodic_task_name"]) == ("tests.beat.shop.note", "ordinary")
+    assert due_times(schedules_url, task) == []
+
+
+def test_a_beat_that_starts_before_the_migration_waits_for_it(schedules_url: str, beat: Beat) -> None:
+    from django.core.management import call_command
+
+    with cursor(schedules_url) as tables:
+        tables.execute("DROP SCHEMA beat CASCADE")
+    one = beat()
+    wait_until(lambda: "run `python -m beat migrate`" in one.text(), "the beat says what is missing")
+    call_command("migrate", verbosity=0, interactive=False)
+    fired(schedules_url, schedule("late", every=1), 1)
