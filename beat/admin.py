@@ -62,7 +62,8 @@ class ScheduleAdmin(admin.ModelAdmin):
         crontab = schedule.crontab
         if not crontab:
             return str(schedule.scheduler)
-        return format_html('<span title="{}">{} {}</span>', crontab.human_readable, write_cron(crontab), crontab.timezone)
+        written = f"{write_cron(crontab)} {crontab.timezone}"
+        return str(format_html('<span title="{}">{}</span>', crontab.human_readable, written))
 
     @admin.display(description="last run", ordering="last_run_at")
     def last_run(self, schedule: Schedule) -> datetime | None:
@@ -120,7 +121,7 @@ admin.site.unregister(PeriodicTask)
 
 @admin.register(PeriodicTask)
 class OrdinaryTaskAdmin(PeriodicTaskAdmin):
-    """django-celery-beat's admin; only its switches are told apart from a crash, after which due times are made up for."""
+    """django-celery-beat's admin, whose switches tell a pause from an outage: only what this missed is made up for."""
 
     @admin.action(description="Enable selected tasks")
     def enable_tasks(self, request: HttpRequest, queryset: Any) -> None:

@@ -27,7 +27,7 @@ def read_call(task: Any) -> Call:
     """The call of a periodic task; ArgumentError if its row holds none."""
     args, kwargs = read_json(task.args or "[]"), read_json(task.kwargs or "{}")
     if not (isinstance(args, list) and args and isinstance(args[0], str)):
-        raise ArgumentError(f"The positional arguments of schedule {task.name!r} have to be [\"workflow's name\", ...].")
+        raise ArgumentError(f"The arguments of schedule {task.name!r} have to be a JSON list that begins with a name.")
     if not isinstance(kwargs, dict):
         raise ArgumentError(f"The keyword arguments of schedule {task.name!r} have to be a JSON object.")
     call = Call(args[0], args[1:], kwargs)
@@ -38,7 +38,7 @@ def read_call(task: Any) -> Call:
 def check_call(call: Call) -> None:
     """ArgumentError if the call cannot be passed on to ``engine.submit``."""
     if taken := sorted(_TAKEN & call.kwargs.keys()):
-        raise ArgumentError(f"A schedule cannot pass {taken[0]!r} to its workflow: submit() takes an argument so named.")
+        raise ArgumentError(f"A schedule cannot pass {taken[0]!r} to its workflow: submit() takes it itself.")
 
 
 def check_signature(call: Call, workflow: Callable[..., Any]) -> None:

@@ -68,7 +68,7 @@ def _check_field(name: str, word: str) -> None:
     for part in word.split(","):
         # Celery's parser lets pass what follows a good start ("*/5;"), and names in any field ("mon" as a minute).
         if not re.fullmatch(rf"(?:\*|{value}-{value})(?:/0*[1-9][0-9]*)?|{value}", part):
-            raise CronError(f"{part!r} is no {title}. Write *, */n, or {values}, with a-b for ranges and commas between.")
+            raise CronError(f"{part!r} is no {title}. Write *, */n, a-b or {values}, with commas between.")
         try:
             crontab_parser(count, first).parse(part)
         except (ParseException, ValueError):

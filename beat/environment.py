@@ -37,7 +37,7 @@ def database(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     except (ArgumentError, ValueError):  # without its cause: that would print the password
         raise ImproperlyConfigured("BYRD_DATABASE_URL is no URL. It has to be postgresql://...") from None
     if url.get_backend_name() not in {"postgresql", "postgres"}:
-        raise ImproperlyConfigured(f"BYRD_DATABASE_URL names {url.get_backend_name()}. Byrd runs on postgresql:// only.")
+        raise ImproperlyConfigured(f"BYRD_DATABASE_URL is for {url.get_backend_name()}. It has to be postgresql://...")
     query: dict[str, Any] = {key: value if isinstance(value, str) else value[-1] for key, value in url.query.items()}
     host, port = query.pop("host", url.host), query.pop("port", url.port)
     query["options"] = f"{query.get('options', '')} {_SERVER_OPTIONS}".strip()

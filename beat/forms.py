@@ -107,8 +107,8 @@ class ScheduleForm(forms.ModelForm):
             "start_time": "Nothing is due before.",
             "expires": "Nothing is due from then on.",
             "expire_seconds": (
-                "Seconds. Of the due times that pass while no beat runs, the latest is made up for when one runs again, "
-                "unless it is older than this."
+                "Seconds. Of the due times that pass while no beat runs, the latest is made up for once one runs, unless "
+                "it is older."
             ),
             "one_off": "Pauses itself after its first run.",
         }
@@ -119,9 +119,8 @@ class ScheduleForm(forms.ModelForm):
         self._show_timing()
         self.known = known = known_workflows()
         if known is None:
-            self.fields["workflow"].help_text = (
-                f"The workflows of {settings.BYRD_APP} cannot be listed here (the log says why): write the name."
-            )
+            why = f"The workflows of {settings.BYRD_APP} cannot be listed (the log says why): write the name."
+            self.fields["workflow"].help_text = why
         else:
             names = sorted({*known, self.initial.get("workflow", "")} - {""})
             choices = [("", "---------"), *((name, name) for name in names)]
@@ -209,7 +208,7 @@ class ScheduleForm(forms.ModelForm):
             super().validate_unique()
 
     def _timezone(self, data: dict[str, Any]) -> str:
-        return data.get("timezone") or settings.TIME_ZONE
+        return str(data.get("timezone") or settings.TIME_ZONE)
 
     def save(self, commit: bool = True) -> Any:  # noqa: FBT001, FBT002 (Django's signature)
         row = self.instance

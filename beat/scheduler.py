@@ -21,8 +21,15 @@ if not apps.ready:  # no Django of the user's own is running: this project's the
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "beat.settings")
     django.setup()
 
-from django.db import DatabaseError, InterfaceError, OperationalError, ProgrammingError, close_old_connections, router
-from django.db import transaction
+from django.db import (
+    DatabaseError,
+    InterfaceError,
+    OperationalError,
+    ProgrammingError,
+    close_old_connections,
+    router,
+    transaction,
+)
 from django.db.models import F
 from django_celery_beat.models import PeriodicTasks
 from django_celery_beat.schedulers import DatabaseScheduler, ModelEntry
@@ -37,6 +44,7 @@ logger = get_logger(__name__)
 
 _RETRY_SECONDS = 5.0
 _LONGEST_RETRY_SECONDS = 30.0
+_LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
 
 class ByrdEntry(ModelEntry):
@@ -91,6 +99,9 @@ class ByrdScheduler(DatabaseScheduler):
     def setup_schedule(self) -> None:
         while True:
             try:
+                # django-celery-beat remembers its first look at the changes instead, which comes after it has read the
+                # schedules: what changed in between it would not see for five minutes.
+                self._last_timestamp = self.Changes.last_change() or _LONG_AGO
                 super().setup_schedule()
                 return
             except ProgrammingError as error:
@@ -111,10 +122,15 @@ class ByrdScheduler(DatabaseScheduler):
             wait: float = super().tick(*args, **kwargs)
         except (OperationalError, InterfaceError) as error:
             logger.warning("Postgres does not answer, trying again in %.0f s: %s", _RETRY_SECONDS, _line(error))
-            self._last_timestamp = datetime.min.replace(tzinfo=UTC)  # or the change that was being read would be missed
+            self._last_timestamp = _LONG_AGO  # or a change that was just being read would not be seen again
             close_old_connections()
             return _RETRY_SECONDS
         return wait
+
+    def schedule_changed(self) -> bool:
+        known = self._last_timestamp
+        changed: bool = super().schedule_changed()
+        return changed or self._last_timestamp != known  # of two changes at once, the earlier one may be written last
 
     def reserve(self, entry: Any) -> Any:
         return super().reserve(entry) if entry.due_times is None else entry
@@ -176,7 +192,7 @@ class ByrdScheduler(DatabaseScheduler):
     def _submit(self, row: Any, due: datetime) -> Any:
         engine = getattr(self.app, "byrd", None)
         if engine is None:
-            raise ConfigurationError(f"The Celery app {self.app.main!r} has no Byrd. Add `engine = byrd.Byrd(app)` to it.")
+            raise ConfigurationError(f"The app {self.app.main!r} has no Byrd. Add `engine = byrd.Byrd(app)` to it.")
         call = read_call(row)
         check_signature(call, engine.workflow_named(call.workflow))
         return engine.submit(call.workflow, *call.args, key=due_key(row, due), **call.kwargs)

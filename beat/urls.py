@@ -10,7 +10,7 @@ from django.views.decorators.http import require_safe
 
 
 @require_safe
-def health(request: HttpRequest) -> HttpResponse:
+def health(_request: HttpRequest) -> HttpResponse:
     """Answers 200 while the database answers."""
     with connection.cursor() as cursor:
         cursor.execute("SELECT 1")

@@ -18,15 +18,13 @@ logger = logging.getLogger(__name__)
 
 @cache  # also the failure: a broken module is not imported again at each page
 def load_celery_app() -> Celery | None:
-    """The app that BYRD_APP names, made the current one; None, with the reason logged, if it cannot be imported."""
+    """The app that BYRD_APP names; None, with the reason logged, if it cannot be imported."""
     try:
-        app = find_app(settings.BYRD_APP)
+        return find_app(settings.BYRD_APP)
     except Exception:
         # Schedules can be seen and paused without the app; a broken deploy of it must not take the admin away too.
         logger.exception("BYRD_APP=%s cannot be imported, so workflows are entered by name", settings.BYRD_APP)
         return None
-    app.set_default()
-    return app
 
 
 def engine() -> Any:

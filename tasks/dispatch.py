@@ -18,8 +18,13 @@ from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+from uuid import UUID
 
 import httpx
+from sqlalchemy import Engine
+
+from tasks import store
+from tasks.settings import Settings
 
 _TIMEOUT = 15.0
 SIGNATURE_AGE = 300.0
@@ -28,6 +33,46 @@ SIGNATURE_AGE = 300.0
 
 class DispatchError(Exception):
     """The report did not reach its receiver; the message says why. Trying again is safe."""
+
+
+def channels(settings: Settings) -> list[str]:
+    """The channels that the settings name."""
+    named = {
+        "webhook": bool(settings.webhook_url),
+        "mail_file": settings.mail_folder is not None,
+        "smtp": bool(settings.smtp_url and settings.mail_to),
+    }
+    return [channel for channel, is_named in named.items() if is_named]
+
+
+def notify(database: Engine, settings: Settings, run_id: UUID, channel: str) -> str:
+    """Tell one channel of a run's report, write down that it was told, and return where the message went."""
+    with database.connect() as connection:
+        report = store.load_report(connection, run_id)
+        check = store.check_summary(connection, run_id)
+    key = f"monitor-{run_id}"
+    if channel == "webhook":
+        post_webhook(settings.webhook_url, report.summary, key=key, secret=settings.webhook_secret)
+        target = _shown(settings.webhook_url)
+    else:
+        mail = compose_mail(
+            sender=settings.mail_from,
+            to=settings.mail_to or settings.mail_from,
+            subject=f"{check.competitor.name}: {report.text.splitlines()[0]}",
+            text=report.text,
+            html=report.html,
+            file_name=f"{check.started_at:%Y-%m-%d}-report.html",
+            key=key,
+            moment=check.started_at,
+        )
+        if channel == "smtp":
+            send_mail(mail, settings.smtp_url)
+            target = settings.mail_to
+        else:
+            target = str(write_mail(mail, settings.mail_folder or settings.reports, key=key))
+    with database.begin() as connection:
+        store.record_notification(connection, run_id, channel=channel, target=target)
+    return target
 
 
 def post_webhook(url: str, payload: Mapping[str, Any], *, key: str, secret: str = "") -> int:
@@ -71,7 +116,7 @@ def compose_mail(
     message["Message-ID"] = f"<{key}@byrd.invalid>"
     message["Auto-Submitted"] = "auto-generated"
     message.set_content(text)
-    message.add_attachment(html.encode(), maintype="text", subtype="html", filename=file_name)
+    message.add_attachment(html, subtype="html", filename=file_name)
     return message
 
 

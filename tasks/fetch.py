@@ -126,8 +126,9 @@ class Fetcher:
         return bool(self._robots_of(_origin(url)).can_fetch(url, ROBOTS_AGENT))
 
     def listed_pages(self, base_url: str) -> list[str]:
-        """The pages that a site's sitemaps list, on this site's own host, robots.txt not yet applied."""
+        """The pages at and below an address that the site's sitemaps list, robots.txt not yet applied."""
         origin = _origin(base_url)
+        folder = urlsplit(base_url).path.rstrip("/") + "/"
         named = [urljoin(origin, url) for url in self._robots_of(origin).sitemaps]
         waiting = [url for url in named if _origin(url) == origin] or [f"{origin}/sitemap.xml"]
         found: dict[str, None] = {}
@@ -141,7 +142,7 @@ class Fetcher:
             read.add(sitemap)
             nested, listed = self._read_sitemap(sitemap)
             waiting.extend(url for url in nested if _is_at(url, origin))
-            found |= dict.fromkeys(urldefrag(url).url for url in listed if _is_at(url, origin))
+            found |= dict.fromkeys(urldefrag(url).url for url in listed if _is_at(url, origin, folder))
             if len(found) > _MAX_LISTED:
                 raise TooLargeError(f"{origin} lists more than {_MAX_LISTED} pages; register a part of the site.")
         return sorted(found)
@@ -301,6 +302,11 @@ def _unwrapped(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
     return address
 
 
+def check_address(url: str) -> None:
+    """Raises AddressRefusedError for what cannot be a site's address."""
+    _origin(url)
+
+
 def _origin(url: str) -> str:
     """Scheme, host and port: what a robots.txt and a slot belong to."""
     try:
@@ -317,9 +323,9 @@ def _origin(url: str) -> str:
     return urlunsplit((parts.scheme, host if port in {None, default} else f"{host}:{port}", "", "", ""))
 
 
-def _is_at(url: str, origin: str) -> bool:
+def _is_at(url: str, origin: str, folder: str = "/") -> bool:
     try:
-        return _origin(url) == origin
+        return _origin(url) == origin and f"{urlsplit(url).path}/".startswith(folder)
     except AddressRefusedError:
         return False
 

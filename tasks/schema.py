@@ -116,6 +116,7 @@ reports = Table(
     Column("run_id", ForeignKey(checks.c.run_id, ondelete="CASCADE"), primary_key=True),
     Column("summary", JSONB, nullable=False),
     Column("html", Text, nullable=False),
+    Column("text", Text, nullable=False),
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
 )
 
@@ -133,7 +134,7 @@ hosts = Table(  # per origin: when the next request may start, and what its robo
     "hosts",
     metadata,
     Column("origin", Text, primary_key=True),
-    Column("next_at", DateTime(timezone=True), nullable=False, server_default=text("'-infinity'")),
+    Column("next_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     Column("robots", Text),
     Column("robots_read_at", DateTime(timezone=True)),
     CheckConstraint("(robots IS NULL) = (robots_read_at IS NULL)", name="robots_check"),

@@ -31,7 +31,7 @@ class Settings:
     batch_size: int = 20
     reports: Path = Path("reports")
     """Where the HTML reports are written."""
-    webhook_url: str = ""
+    webhook_url: str = field(default="", repr=False)
     webhook_secret: str = field(default="", repr=False)
     """Signs the webhook's body; empty sends it unsigned."""
     mail_to: str = ""

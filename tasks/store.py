@@ -88,6 +88,13 @@ class CheckSummary:
     disallowed: int
 
 
+@dataclass(frozen=True)
+class SavedReport:
+    summary: dict[str, Any]
+    html: str
+    text: str
+
+
 @contextmanager
 def open_database(database_url: str) -> Iterator[Engine]:
     """A pool of connections for as long as the block lasts; not to be carried over a fork."""
@@ -217,7 +224,7 @@ def record_changes(connection: Connection, run_id: UUID, changed: Iterable[Chang
 
 
 _GONE = text("""
-    SELECT p.id, p.url, seen.content_sha256
+    SELECT p.id, seen.content_sha256
       FROM monitor.checks c
       JOIN monitor.listings before ON before.run_id = c.previous_run_id
       JOIN monitor.pages p ON p.id = before.page_id
@@ -232,12 +239,17 @@ _GONE = text("""
      ORDER BY p.url""")
 
 
-def pages_gone(connection: Connection, run_id: UUID) -> list[tuple[int, str, str]]:
-    """Pages that the check before had and this one has not: id, address and the content they had."""
-    return [(row.id, row.url, row.content_sha256) for row in connection.execute(_GONE, {"run_id": run_id})]
+def pages_gone(connection: Connection, run_id: UUID) -> list[tuple[int, str]]:
+    """Pages that the check before had and this one has not: id, and the content they had."""
+    return [(row.id, row.content_sha256) for row in connection.execute(_GONE, {"run_id": run_id})]
 
 
 # ------------------------------------------------------------------------------------------------- reports
+
+
+def list_competitors(connection: Connection) -> list[Competitor]:
+    rows = connection.execute(select(competitors).order_by(competitors.c.id))
+    return [Competitor(row.id, row.name, row.base_url) for row in rows]
 
 
 def check_summary(connection: Connection, run_id: UUID) -> CheckSummary:
@@ -285,27 +297,19 @@ def list_captured(connection: Connection, run_id: UUID) -> list[CapturedPage]:
     return [CapturedPage(row.url, row.title or "", row.status, row.error, row.kind) for row in rows]
 
 
-def save_report(connection: Connection, run_id: UUID, *, summary: Mapping[str, Any], html: str) -> None:
-    values = {"summary": summary, "html": html}
+def save_report(connection: Connection, run_id: UUID, *, summary: Mapping[str, Any], html: str, text: str) -> None:
+    values = {"summary": summary, "html": html, "text": text}
     connection.execute(
         upsert(reports).values(run_id=run_id, **values).on_conflict_do_update(index_elements=["run_id"], set_=values)
     )
 
 
-def load_report(connection: Connection, run_id: UUID) -> tuple[dict[str, Any], str]:
-    """The summary and the HTML."""
-    row = connection.execute(select(reports.c.summary, reports.c.html).where(reports.c.run_id == run_id)).one()
-    return row.summary, row.html
+def load_report(connection: Connection, run_id: UUID) -> SavedReport:
+    statement = select(reports.c.summary, reports.c.html, reports.c.text).where(reports.c.run_id == run_id)
+    return SavedReport(**connection.execute(statement).one()._mapping)  # noqa: SLF001 - public, by its documentation
 
 
 # ------------------------------------------------------------------------------------------------- notifications
-
-
-def was_notified(connection: Connection, run_id: UUID, channel: str) -> bool:
-    statement = select(notifications.c.run_id).where(
-        notifications.c.run_id == run_id, notifications.c.channel == channel
-    )
-    return connection.execute(statement).first() is not None
 
 
 def record_notification(connection: Connection, run_id: UUID, *, channel: str, target: str) -> None:

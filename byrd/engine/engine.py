@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ParamSpec, TypeVar, overload
 
 from celery import Celery
@@ -17,7 +17,14 @@ from sqlalchemy.engine import URL
 from byrd.engine import settings
 from byrd.engine.run import Run
 from byrd.engine.workflow import Workflow
-from byrd.errors import ArgumentError, ConfigurationError, RunNotFoundError, ShuttingDownError, SubmitError, UnknownWorkflowError
+from byrd.errors import (
+    ArgumentError,
+    ConfigurationError,
+    RunNotFoundError,
+    ShuttingDownError,
+    SubmitError,
+    UnknownWorkflowError,
+)
 from byrd.model import RunStatus
 from byrd.store import Wakeup, WorkerRow, plans, runs, sweeps
 from byrd.task import Runtime, adopt_app
@@ -91,9 +98,9 @@ class Byrd:
             args, kwargs = (), {}
         else:
             title = _title(canvas)
-        if key is not None and (not isinstance(key, str) or not key or _NUL in key):
+        if key is not None and (type(key) is not str or not key or _NUL in key):
             raise ArgumentError(f"key={key!r} must be a text that is not empty and has no NUL character")
-        if timeout is not None and not (isinstance(timeout, int | float) and timeout > 0):
+        if timeout is not None and not timeout > 0:
             raise ArgumentError(f"timeout={timeout!r} must be a number of seconds above 0")
         self.check_live()
         settings.refuse_unsafe(self.app)
@@ -140,7 +147,9 @@ class Byrd:
 
         def register(build: Callable[..., Any]) -> Workflow[..., Any]:
             if name in self._workflows:
-                raise ConfigurationError(f"the workflow {name!r} is registered already, by {self._workflows[name].build}")
+                raise ConfigurationError(
+                    f"the workflow {name!r} is registered already, by {self._workflows[name].build}"
+                )
             self._workflows[name] = Workflow(self, name, build, timeout)
             return self._workflows[name]
 
@@ -195,7 +204,7 @@ class Byrd:
         rows = self.runtime.store.run(runs.list_runs, workflow=workflow, statuses=statuses, limit=limit)
         return [Run(self, row.id, row) for row in rows]
 
-    def workers(self) -> list[WorkerRow]:
+    def workers(self) -> Sequence[WorkerRow]:
         """Return the registered workers."""
         self.check_live()
         return self.runtime.store.run(sweeps.list_workers)

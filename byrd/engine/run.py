@@ -9,7 +9,7 @@ from celery.exceptions import TimeoutError as CeleryTimeoutError
 from kombu.utils.json import loads
 
 from byrd.model import FINAL_STEP, RunStatus
-from byrd.store import RunRow, StepRow, Wakeup, runs
+from byrd.store import RunRow, StepRow, Store, Wakeup, runs
 
 if TYPE_CHECKING:
     from byrd.engine.engine import Byrd
@@ -60,7 +60,9 @@ class Run:
             if status in FINAL_STEP:
                 break
             if deadline is not None and time.monotonic() >= deadline:
-                raise CeleryTimeoutError(f"run {self.id} is {run_status} after {timeout} s; `byrd why {self.id}` says why")
+                raise CeleryTimeoutError(
+                    f"run {self.id} is {run_status} after {timeout} s; `byrd why {self.id}` says why"
+                )
             time.sleep(pause if deadline is None else max(0.0, min(pause, deadline - time.monotonic())))
             pause = min(_LONGEST_PAUSE, pause * 1.3)
         if status == "succeeded":
@@ -84,7 +86,7 @@ class Run:
             if status.final or status is RunStatus.ROLLBACK_STUCK:
                 return status
             if deadline is not None and time.monotonic() >= deadline:
-                raise CeleryTimeoutError(f"run {self.id} is {status} after {timeout} s; `byrd why {self.id}` says why")
+                raise self._timed_out(status, timeout)
             time.sleep(pause)
             pause = min(_LONGEST_PAUSE, pause * 1.3)
 
@@ -98,7 +100,7 @@ class Run:
 
     def why(self) -> list[str]:
         """Return one sentence for each thing that the run waits for, or one that says how it ended."""
-        from byrd.engine.why import explain  # noqa: PLC0415 - only those who ask need it
+        from byrd.engine.why import explain
 
         return explain(self.engine, self.id)
 
@@ -124,8 +126,11 @@ class Run:
         self._publish(self._store.run(runs.retry, self.id))
 
     @property
-    def _store(self) -> Any:
+    def _store(self) -> Store:
         return self.engine.runtime.store
+
+    def _timed_out(self, status: str, timeout: float | None) -> CeleryTimeoutError:
+        return CeleryTimeoutError(f"run {self.id} is {status} after {timeout} s; `byrd why {self.id}` says why")
 
     def _publish(self, wakeups: list[Wakeup]) -> None:
         self.engine.runtime.publisher.publish(wakeups)
@@ -138,4 +143,3 @@ class Run:
 
     def __repr__(self) -> str:
         return f"<Run {self.id}>"
-

@@ -55,16 +55,20 @@ def apply(app: Celery, database_url: str | URL | None) -> URL:
 def refuse_unsafe(app: Celery) -> None:
     """Raise :class:`UnsafeSettingError` for settings under which steps would be lost or could not be run."""
     conf = app.conf
-    if conf.task_protocol != 2:  # noqa: PLR2004
+    if conf.task_protocol != 2:
         _refuse("task_protocol", conf.task_protocol, "its messages have no headers to name a step; use 2")
     for name in ("task_serializer", "result_serializer"):
         if conf[name] != "json":
-            _refuse(name, conf[name], "steps are JSON, so that no message can run code and any tool can read them; use 'json'")
+            _refuse(
+                name,
+                conf[name],
+                "steps are JSON, so that no message can run code and any tool can read them; use 'json'",
+            )
     accept = {str(kind) for kind in conf.accept_content or ()}
     if not accept & {"json", "application/json"}:
         _refuse("accept_content", conf.accept_content, "workers would discard the messages of steps; add 'json'")
     if accept & {"pickle", "application/x-python-serialize"}:
-        _refuse("accept_content", conf.accept_content, "whoever can write to the broker could run code; remove 'pickle'")
+        _refuse("accept_content", conf.accept_content, "who can write to the broker could run code; remove 'pickle'")
     if str(conf.broker_url or "").startswith("memory:"):
         _refuse("broker_url", "memory://", "its messages never leave this process; use Redis or another real broker")
 
@@ -82,11 +86,15 @@ def named_errors(write: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         raise
     except ValueError as exc:
         if "NUL" in str(exc):
-            raise ArgumentError(f"what was submitted contains a NUL character, which Postgres cannot hold: {exc}") from exc
+            raise ArgumentError(
+                f"what was submitted contains a NUL character, which Postgres cannot hold: {exc}"
+            ) from exc
         raise
     except DBAPIError as exc:
         if isinstance(exc.orig, pg_errors.UndefinedTable | pg_errors.InvalidSchemaName):
-            raise NotMigratedError("Byrd's tables are not in the database of this connection; run `byrd migrate`") from exc
+            raise NotMigratedError(
+                "Byrd's tables are not in the database of this connection; run `byrd migrate`"
+            ) from exc
         raise
 
 
@@ -106,7 +114,9 @@ def _database_url(app: Celery, given: str | URL | None) -> URL:
     try:
         url = normalise_url(found)
     except UrlError:
-        raise ConfigurationError("the database URL cannot be read; it looks like postgresql://user:password@host/name") from None
+        raise ConfigurationError(
+            "the database URL cannot be read; it looks like postgresql://user:password@host/name"
+        ) from None
     if not url.drivername.startswith("postgresql"):
         raise ConfigurationError(f"Byrd keeps its runs in Postgres, not in {url.drivername}; use postgresql://...")
     return url

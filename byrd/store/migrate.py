@@ -33,7 +33,8 @@ def _config() -> Config:
 def head_revision() -> str:
     """Return the schema version that this Byrd works with."""
     head = ScriptDirectory.from_config(_config()).get_current_head()
-    assert head is not None
+    if head is None:
+        raise RuntimeError("this installation of byrd lacks its migrations; install it again")
     return head
 
 

@@ -2,22 +2,24 @@
 
 Every writer of a running step passes the attempt number that it claimed with: the fence.  Once the step has
 been given to somebody else, or its run was cancelled, the guard refuses and :class:`StaleAttempt` is raised.
+The same outcome of the same attempt is accepted twice, for the answer to the first may have been lost.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection
 
-from byrd.canvas import Step
-from byrd.errors import StaleAttempt
-from byrd.model import Outcome
-from byrd.store import plans
+from byrd.canvas import Plan
+from byrd.errors import IllegalTransitionError, StaleAttempt, StepCancelled
+from byrd.model import Outcome, RunStatus, StepKind, StepStatus
+from byrd.store import locks, plans
+from byrd.store.locks import SHARE_RUN_OF_STEP, TRY_SHARE_RUN
 from byrd.store.rows import WAKEUP, Claim, Wakeup, query
 
 #: A ready step whose message was just published is looked at again by the relay after this time.
@@ -32,13 +34,16 @@ _CLAIM = f"""
 UPDATE byrd.steps s
    SET status = 'running', attempt = s.attempt + 1, started_at = {_NOW},
        worker_id = %(worker)s, pid = %(pid)s, claim = %(claim)s
-  FROM byrd.runs r
- WHERE s.id = %(id)s AND s.status = 'ready' AND s.attempt = %(attempt)s
+  FROM byrd.runs r, (SELECT lease_until, stopping FROM byrd.workers WHERE id = %(worker)s FOR KEY SHARE) w
+ WHERE s.id = %(id)s AND s.status = 'ready' AND s.attempt = %(attempt)s AND s.wake_at < 'infinity'
    AND s.run_at <= {_NOW} AND (s.expires_at IS NULL OR s.expires_at > {_NOW})
    AND r.id = s.run_id AND r.status = CASE WHEN s.kind = 'compensation' THEN 'compensating' ELSE 'running' END
-   AND EXISTS (SELECT 1 FROM byrd.workers w WHERE w.id = %(worker)s AND w.lease_until > {_NOW} AND NOT w.stopping)
+   AND w.lease_until > {_NOW} AND NOT w.stopping
 RETURNING s.id
 """
+# Two guards look superfluous.  wake_at: a pause that commits while this statement waits for the step's row is seen in
+# that row only.  FOR KEY SHARE: a worker is not given up between this check and the commit, or nobody would ever
+# recover what it has just claimed.
 
 _CLAIMED = """
 SELECT s.id, s.run_id, s.no, s.kind, s.task, s.attempt, s.retries, s.preemptions, s.args, s.kwargs, s.options,
@@ -81,9 +86,10 @@ def compensated_call(conn: Connection, run_id: str, no: int) -> tuple[str, str |
 
 
 _COMPLETE = f"""
-UPDATE byrd.steps SET status = 'succeeded', result = %(result)s, finished_at = {_NOW}, {_UNCLAIMED}
- WHERE id = %(id)s AND attempt = %(attempt)s AND status = 'running'
-RETURNING run_id, no, join_no
+UPDATE byrd.steps s SET status = 'succeeded', result = %(result)s, finished_at = {_NOW}, {_UNCLAIMED}
+  FROM {SHARE_RUN_OF_STEP}
+ WHERE s.id = %(id)s AND s.attempt = %(attempt)s AND s.status = 'running'
+RETURNING s.run_id, s.no, s.join_no
 """
 
 
@@ -94,7 +100,7 @@ def complete(conn: Connection, step_id: str, attempt: int, result: str) -> list[
     """
     row = query(conn, _COMPLETE, {"id": step_id, "attempt": attempt, "result": result}).first()
     if row is None:
-        _refuse_unless(conn, step_id, attempt, "succeeded")
+        _refuse_unless_completed(conn, step_id, attempt)
         return []
     return advance(conn, str(row.run_id), row.no, row.join_no, succeeded=True)
 
@@ -103,7 +109,7 @@ def fail(conn: Connection, step_id: str, attempt: int, error: str) -> list[Wakeu
     """running → failed, with the error (JSON text); call errbacks, skip what waited for its success."""
     row = _end(conn, step_id, attempt, "failed", Outcome.FAILED, error)
     if row is None:
-        _refuse_unless(conn, step_id, attempt, "failed")
+        _refuse_unless_recorded(conn, step_id, attempt, Outcome.FAILED)
         return []
     return _after_failure(conn, row)
 
@@ -133,7 +139,7 @@ def retry(
         params={"args": args, "kwargs": kwargs, "queue": queue, "options": options, "delay": delay, "eta": eta},
     )  # fmt: skip
     if row is None:
-        _refuse_unless(conn, step_id, attempt, "ready")
+        _refuse_unless_recorded(conn, step_id, attempt, Outcome.RETRIED)
         return []
     return _settle_returned(conn, row)
 
@@ -142,7 +148,7 @@ def hand_back(conn: Connection, step_id: str, attempt: int, *, delay: float = 0.
     """running → ready, without blame: the worker shuts down or the run is paused."""
     row = _give_back(conn, step_id, attempt, Outcome.HANDED_BACK, None, delay=delay, preempted=0)
     if row is None:
-        _refuse_unless(conn, step_id, attempt, "ready")
+        _refuse_unless_recorded(conn, step_id, attempt, Outcome.HANDED_BACK)
         return []
     return _settle_returned(conn, row)
 
@@ -158,17 +164,20 @@ def preempt(
 ) -> list[Wakeup]:
     """running → ready for the steps of a worker (or of one of its pool processes) that is gone.
 
-    A step that has lost its worker ``max_preemptions`` times before is failed instead.
+    A step that has lost its worker ``max_preemptions`` times before is failed instead.  Steps that somebody is
+    writing just now, and those beyond ``limit``, are left for the next time: it waits for nobody.
     """
     rows = query(
         conn,
-        """SELECT id, attempt, preemptions FROM byrd.steps
-           WHERE status = 'running' AND worker_id = %(worker)s AND (%(pid)s::int IS NULL OR pid = %(pid)s)
-           ORDER BY id LIMIT %(limit)s FOR UPDATE SKIP LOCKED""",
+        f"""SELECT s.id, s.attempt, s.preemptions, {TRY_SHARE_RUN} AS free FROM byrd.steps s
+            WHERE s.status = 'running' AND s.worker_id = %(worker)s AND (%(pid)s::int IS NULL OR s.pid = %(pid)s)
+            ORDER BY s.run_id, s.no LIMIT %(limit)s FOR UPDATE SKIP LOCKED""",
         {"worker": worker_id, "pid": pid, "limit": limit},
     ).all()
     wakeups: list[Wakeup] = []
-    for step_id, attempt, preemptions in rows:
+    for step_id, attempt, preemptions, free in rows:
+        if not free:
+            continue
         if preemptions >= max_preemptions:
             lost = preemptions + 1
             error = error_json("StepLostError", "byrd.errors", [f"lost its worker {lost} times; the last: {reason}"])
@@ -193,7 +202,7 @@ def revoke(conn: Connection, step_id: str, reason: str, *, attempt: int | None =
         row = query(
             conn,
             f"""UPDATE byrd.steps s SET status = 'cancelled', error = %(error)s, finished_at = {_NOW}
-                WHERE s.id = %(id)s AND s.status = 'ready' RETURNING {_ENDED}""",
+                FROM {SHARE_RUN_OF_STEP} WHERE s.id = %(id)s AND s.status = 'ready' RETURNING {_ENDED}""",
             {"id": step_id, "error": error},
         ).first()
     return _after_failure(conn, row) if row is not None else []
@@ -204,6 +213,7 @@ def expire(conn: Connection, step_id: str) -> list[Wakeup]:
     row = query(
         conn,
         f"""UPDATE byrd.steps s SET status = 'cancelled', error = %(error)s, finished_at = {_NOW}
+            FROM {SHARE_RUN_OF_STEP}
             WHERE s.id = %(id)s AND s.status = 'ready' AND s.expires_at <= {_NOW} RETURNING {_ENDED}""",
         {"id": step_id, "error": error_json("TaskRevokedError", "celery.exceptions", ["expired"])},
     ).first()
@@ -214,7 +224,7 @@ def ignore(conn: Connection, step_id: str, attempt: int, error: str) -> list[Wak
     """running → cancelled, without errbacks: the task raised Ignore, so it has no outcome for anyone to act on."""
     row = _end(conn, step_id, attempt, "cancelled", Outcome.CANCELLED, error)
     if row is None:
-        _refuse_unless(conn, step_id, attempt, "cancelled")
+        _refuse_unless_recorded(conn, step_id, attempt, Outcome.CANCELLED)
         return []
     query(
         conn,
@@ -230,58 +240,78 @@ def abandon(conn: Connection, step_id: str, attempt: int) -> list[Wakeup]:
     error = error_json("TaskRevokedError", "celery.exceptions", ["cancelled"])
     row = _end(conn, step_id, attempt, "cancelled", Outcome.CANCELLED, error)
     if row is None:
-        _refuse_unless(conn, step_id, attempt, "cancelled")
+        _refuse_unless_recorded(conn, step_id, attempt, Outcome.CANCELLED)
         return []
     return _after_failure(conn, row)
 
 
-def replace(conn: Connection, step_id: str, attempt: int, steps: Sequence[Step], output: int) -> list[Wakeup]:
+def replace(conn: Connection, step_id: str, attempt: int, plan: Plan) -> list[Wakeup]:
     """running → pending: a canvas takes the step's place, and its value becomes the step's.
 
-    ``steps`` are numbered from :func:`reserve_numbers`, called in the same transaction.
+    ``plan`` may be numbered as it likes.  Raises :class:`StepCancelled` when the run is being cancelled.
     """
+    run_id, first_no = _open_plan(conn, step_id)
     row = _end(
         conn, step_id, attempt, "pending", Outcome.REPLACED, None,
         extra="replaced = true, waiting = 1, started_at = NULL, ready_at = NULL, run_at = NULL, wake_at = NULL",
     )  # fmt: skip
     if row is None:
-        raise StaleAttempt(f"step {step_id}: attempt {attempt} does not own it any more, so it cannot be replaced")
-    plans.insert_steps(conn, str(row.run_id), steps)
+        _refuse_unless_recorded(conn, step_id, attempt, Outcome.REPLACED)
+        return []
+    plan = plans.renumbered(plan, first_no)
+    plans.insert_steps(conn, run_id, plan.steps)
     query(
         conn,
         "UPDATE byrd.steps SET join_no = %(no)s, join_pos = 0 WHERE run_id = %(run)s AND no = %(output)s",
-        {"run": row.run_id, "no": row.no, "output": output},
+        {"run": run_id, "no": row.no, "output": plan.output},
     )
-    return plans.start(conn, str(row.run_id), steps)
+    return plans.start(conn, run_id, plan.steps)
 
 
-def extend_join(conn: Connection, step_id: str, attempt: int, steps: Sequence[Step], output: int) -> list[Wakeup]:
-    """Add a canvas to the group that the running step is a member of; its value comes last in the group's."""
-    row = query(
-        conn,
-        """SELECT run_id, join_no FROM byrd.steps WHERE id = %(id)s AND attempt = %(attempt)s AND status = 'running'
-           FOR UPDATE""",
-        {"id": step_id, "attempt": attempt},
-    ).first()
-    if row is None or row.join_no is None:
-        raise StaleAttempt(f"step {step_id}: attempt {attempt} does not own it any more, so its chord cannot grow")
-    plans.insert_steps(conn, str(row.run_id), steps)
-    params = {"run": row.run_id, "join": row.join_no, "output": output}
-    query(conn, "UPDATE byrd.steps SET waiting = waiting + 1 WHERE run_id = %(run)s AND no = %(join)s", params)
+def extend_join(conn: Connection, step_id: str, attempt: int, plan: Plan) -> list[Wakeup]:
+    """Add a canvas to the group that the running step is a member of; its value comes last in the group's.
+
+    Raises :class:`StepCancelled` when the run is being cancelled.
+    """
+    run_id, first_no = _open_plan(conn, step_id)
+    check_owner(conn, step_id, attempt)
+    output_id = next(step.id for step in plan.steps if step.no == plan.output)
+    if query(conn, "SELECT 1 FROM byrd.steps WHERE id = %(id)s", {"id": output_id}).first():
+        return []  # added before: the answer was lost on its way
+    plan = plans.renumbered(plan, first_no)
+    plans.insert_steps(conn, run_id, plan.steps)
     query(
         conn,
-        """UPDATE byrd.steps SET join_no = %(join)s, join_pos =
-             (SELECT max(join_pos) + 1 FROM byrd.steps WHERE run_id = %(run)s AND join_no = %(join)s)
-           WHERE run_id = %(run)s AND no = %(output)s""",
-        params,
+        """WITH joined AS (
+             UPDATE byrd.steps j SET waiting = j.waiting + 1 FROM byrd.steps m
+              WHERE m.id = %(id)s AND j.run_id = m.run_id AND j.no = m.join_no RETURNING j.run_id, j.no)
+           UPDATE byrd.steps s SET join_no = joined.no, join_pos =
+             (SELECT max(o.join_pos) + 1 FROM byrd.steps o WHERE o.run_id = joined.run_id AND o.join_no = joined.no)
+             FROM joined WHERE s.run_id = joined.run_id AND s.no = %(output)s""",
+        {"id": step_id, "output": plan.output},
     )
-    return plans.start(conn, str(row.run_id), steps)
+    return plans.start(conn, run_id, plan.steps)
 
 
-def reserve_numbers(conn: Connection, run_id: str) -> int:
-    """Lock the run and return the number of its next step; steps are added to one run one writer at a time."""
-    query(conn, "SELECT 1 FROM byrd.runs WHERE id = %(run)s FOR UPDATE", {"run": run_id})
-    return int(query(conn, "SELECT max(no) + 1 FROM byrd.steps WHERE run_id = %(run)s", {"run": run_id}).scalar_one())
+def _open_plan(conn: Connection, step_id: str) -> tuple[str, int]:
+    """Have the step's run to oneself, to add steps to it; return its id and the number of its next step."""
+    found = query(conn, "SELECT run_id, kind FROM byrd.steps WHERE id = %(id)s", {"id": step_id}).first()
+    if found is None:
+        raise StaleAttempt(f"step {step_id} does not exist any more")
+    if found.kind == StepKind.COMPENSATION:
+        raise IllegalTransitionError(f"step {step_id} is a compensation, which can neither be replaced nor grow a chord")
+    run_id = str(found.run_id)
+    locks.own_run(conn, run_id)
+    row = query(
+        conn,
+        """SELECT r.status, (SELECT max(no) + 1 FROM byrd.steps s WHERE s.run_id = r.id) AS next_no
+           FROM byrd.runs r WHERE r.id = %(run)s""",
+        {"run": run_id},
+    ).one()
+    if row.status == RunStatus.CANCELLING:
+        # The new steps would never start, and the run would wait for them for ever.
+        raise StepCancelled(f"step {step_id}: its run is being cancelled")
+    return run_id, row.next_no
 
 
 def check_owner(conn: Connection, step_id: str, attempt: int) -> None:
@@ -333,11 +363,14 @@ def advance(conn: Connection, run_id: str, no: int, join_no: int | None, *, succ
             wakeups += _wakeups(query(conn, _RELEASE_AFTER, {"run": run_id, "no": current, "failed": True}))
             arrived.update(_skip_after(conn, run_id, current))
         for join, count in sorted(arrived.items()):
-            finished = _arrive(conn, run_id, join, count)
-            if finished is None:
+            left = _arrive(conn, run_id, join, count)
+            if left is None:
+                continue  # the join was cancelled with its run, so this may be the run's last step
+            if left.waiting > 0:
                 still_waiting = True
                 continue
-            ok, next_join, is_join = finished
+            is_join = left.kind == "join"
+            ok, next_join = finish_join(conn, run_id, join, is_join=is_join)
             done.append((join, next_join, ok))
             if not ok and is_join:
                 done.extend((n, j, False) for n, j in _fail_bodies(conn, run_id, join))
@@ -379,24 +412,21 @@ def _skip_after(conn: Connection, run_id: str, no: int) -> Counter[int]:
     return Counter(row.join_no for row in rows if row.join_no is not None and row.join_no not in skipped)
 
 
-def _arrive(conn: Connection, run_id: str, join: int, count: int) -> tuple[bool, int | None, bool] | None:
-    """Count members that are done; when the last one is, record the join's outcome.
-
-    Returns None while the join waits on, else (succeeded, its own join, whether it is a group's join).
-    """
-    row = query(
+def _arrive(conn: Connection, run_id: str, join: int, count: int) -> Any:
+    """Count members that are done; return how many the join still waits for, or None when it is over."""
+    return query(
         conn,
         """UPDATE byrd.steps SET waiting = waiting - %(count)s
            WHERE run_id = %(run)s AND no = %(join)s AND status = 'pending' RETURNING waiting, kind""",
         {"run": run_id, "join": join, "count": count},
     ).first()
-    if row is None or row.waiting > 0:
-        return None
-    return finish_join(conn, run_id, join, is_join=row.kind == "join")
 
 
-def finish_join(conn: Connection, run_id: str, join: int, *, is_join: bool) -> tuple[bool, int | None, bool]:
-    """pending → succeeded with its members' values in order, or → failed with the first failed member's error."""
+def finish_join(conn: Connection, run_id: str, join: int, *, is_join: bool) -> tuple[bool, int | None]:
+    """pending → succeeded with its members' values in order, or → failed with the first failed member's error.
+
+    Returns whether it succeeded, and the join that it is itself a member of.
+    """
     params: dict[str, Any] = {"run": run_id, "join": join}
     bad = query(
         conn,
@@ -415,14 +445,14 @@ def finish_join(conn: Connection, run_id: str, join: int, *, is_join: bool) -> t
                 WHERE run_id = %(run)s AND no = %(join)s AND status = 'pending' RETURNING join_no""",
             params,
         ).one()
-        return True, done.join_no, is_join
+        return True, done.join_no
     done = query(
         conn,
         f"""UPDATE byrd.steps SET status = 'failed', finished_at = {_NOW}, error = %(error)s, cause = %(cause)s
             WHERE run_id = %(run)s AND no = %(join)s AND status = 'pending' RETURNING join_no""",
         {**params, "error": bad.error, "cause": bad.no},
     ).one()
-    return False, done.join_no, is_join
+    return False, done.join_no
 
 
 def _fail_bodies(conn: Connection, run_id: str, join: int) -> list[tuple[int, int | None]]:
@@ -470,7 +500,8 @@ def _end(
         conn,
         f"""WITH old AS (
               SELECT o.id, o.attempt, o.started_at, (SELECT w.hostname FROM byrd.workers w WHERE w.id = o.worker_id) AS host
-                FROM byrd.steps o WHERE o.id = %(id)s AND o.attempt = %(attempt)s AND o.status = 'running' FOR UPDATE),
+                FROM {SHARE_RUN_OF_STEP}, byrd.steps o
+               WHERE o.id = %(id)s AND o.attempt = %(attempt)s AND o.status = 'running' FOR UPDATE OF o),
             ended AS (
               INSERT INTO byrd.attempts (step_id, attempt, outcome, error, worker, started_at)
               SELECT id, attempt, %(outcome)s, %(error)s, host, started_at FROM old ON CONFLICT DO NOTHING)
@@ -492,10 +523,13 @@ def _give_back(
 
 
 def _settle_returned(conn: Connection, row: Any) -> list[Wakeup]:
-    """A step went back to ready: publish it, unless its run is being cancelled, which ends it here."""
-    run = query(conn, "SELECT status FROM byrd.runs WHERE id = %(run)s FOR SHARE", {"run": row.run_id}).one()
-    if run.status == "cancelling":
+    """A step went back to ready: publish it, unless its run is being cancelled, which ends it here, or is paused."""
+    run = query(conn, "SELECT status FROM byrd.runs WHERE id = %(run)s", {"run": row.run_id}).one()
+    if run.status == RunStatus.CANCELLING:
         return revoke(conn, row.id, "cancelled")
+    if run.status == RunStatus.PAUSED:
+        query(conn, "UPDATE byrd.steps SET wake_at = 'infinity' WHERE id = %(id)s AND status = 'ready'", {"id": row.id})
+        return []
     found = query(
         conn,
         f"""UPDATE byrd.steps s SET sends = 1, wake_at = greatest(s.run_at, {_NOW} + {RESEND_SECONDS} * interval '1 second')
@@ -514,20 +548,29 @@ def _after_failure(conn: Connection, row: Any) -> list[Wakeup]:
     return advance(conn, str(row.run_id), row.no, row.join_no, succeeded=False)
 
 
-def _refuse_unless(conn: Connection, step_id: str, attempt: int, status: str) -> None:
-    """Raise :class:`StaleAttempt`, unless this very attempt had left the step in ``status`` before."""
+def _refuse_unless_completed(conn: Connection, step_id: str, attempt: int) -> None:
+    """Raise :class:`StaleAttempt`, unless this very attempt has completed the step."""
+    row = query(conn, "SELECT status, attempt FROM byrd.steps WHERE id = %(id)s", {"id": step_id}).first()
+    if row is None or row.attempt != attempt or row.status != StepStatus.SUCCEEDED:
+        raise _stale(step_id, attempt, row)
+
+
+def _refuse_unless_recorded(conn: Connection, step_id: str, attempt: int, outcome: Outcome) -> None:
+    """Raise :class:`StaleAttempt`, unless this very attempt is on record as having ended so."""
     row = query(
         conn,
-        """SELECT s.status, s.attempt, EXISTS (SELECT 1 FROM byrd.attempts a WHERE a.step_id = s.id
-                                                AND a.attempt = %(attempt)s) AS ended
-           FROM byrd.steps s WHERE s.id = %(id)s""",
+        """SELECT s.status, s.attempt, a.outcome FROM byrd.steps s
+           LEFT JOIN byrd.attempts a ON a.step_id = s.id AND a.attempt = %(attempt)s WHERE s.id = %(id)s""",
         {"id": step_id, "attempt": attempt},
     ).first()
+    if row is None or row.outcome != outcome:
+        raise _stale(step_id, attempt, row)
+
+
+def _stale(step_id: str, attempt: int, row: Any) -> StaleAttempt:
     if row is None:
-        raise StaleAttempt(f"step {step_id} does not exist any more")
-    recorded = row.attempt == attempt and row.status == status and (row.ended or status == "succeeded")
-    if not recorded:
-        raise StaleAttempt(f"step {step_id}: attempt {attempt} may not write; it is {row.status}, attempt {row.attempt}")
+        return StaleAttempt(f"step {step_id} does not exist any more")
+    return StaleAttempt(f"step {step_id}: attempt {attempt} may not write; it is {row.status}, attempt {row.attempt}")
 
 
 def _wakeups(rows: Iterable[Any]) -> list[Wakeup]:

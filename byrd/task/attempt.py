@@ -153,11 +153,14 @@ def current_attempt() -> Attempt | None:
     return attempt_of(task.request) if task is not None else None
 
 
-def execution_request(attempt: Attempt, message: Mapping[str, Any], args: list[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+def execution_request(
+    attempt: Attempt, message: Mapping[str, Any], args: list[Any], kwargs: dict[str, Any]
+) -> dict[str, Any]:
     """Return the request that the task sees: Celery's own, with the plan's facts in place of the message's."""
     claim = attempt.claim
     request = dict(message)
-    user_headers = {k: v for k, v in (message.get("headers") or {}).items() if k != "byrd"} or None
+    # Never None: Celery would then take every header that it does not know for the user's, "byrd" among them.
+    headers = message.get("headers") or _custom_headers(message)
     request.update(
         byrd=attempt,
         id=claim.id,
@@ -166,7 +169,7 @@ def execution_request(attempt: Attempt, message: Mapping[str, Any], args: list[A
         retries=claim.retries,
         group=claim.group_id,
         group_index=claim.join_pos,
-        headers=user_headers if user_headers is not None else _custom_headers(message),
+        headers={k: v for k, v in headers.items() if k != "byrd"},
         # The plan owns what comes next: Celery's tracer must not send anything on.
         callbacks=None,
         errbacks=None,
@@ -182,9 +185,9 @@ def execution_request(attempt: Attempt, message: Mapping[str, Any], args: list[A
     return request
 
 
-def _custom_headers(message: Mapping[str, Any]) -> dict[str, Any] | None:
-    known = {*Context.__dict__, "lang", "task", "argsrepr", "kwargsrepr", "compression", "byrd"}
-    return {k: v for k, v in message.items() if k not in known} or None
+def _custom_headers(message: Mapping[str, Any]) -> dict[str, Any]:
+    known = {*Context.__dict__, "lang", "task", "argsrepr", "kwargsrepr", "compression"}
+    return {k: v for k, v in message.items() if k not in known}
 
 
 def to_json(value: Any) -> str:

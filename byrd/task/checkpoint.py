@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from billiard.exceptions import SoftTimeLimitExceeded
 from celery._state import _task_stack
@@ -155,7 +155,9 @@ class CheckpointTask(DurableTask):
         value: T = loads(found)
         return value
 
-    def checkpoint(self, cursor: Cursor = None, *, completed: int = 0, failed: int = 0, name: str = "checkpoint") -> None:
+    def checkpoint(
+        self, cursor: Cursor = None, *, completed: int = 0, failed: int = 0, name: str = "checkpoint"
+    ) -> None:
         """Save a cursor and counts by hand; inside ``with self.transaction()`` they commit with it.
 
         Raises what stops the step here, when its run is cancelled or paused, or its worker shuts down.
@@ -185,7 +187,7 @@ class CheckpointTask(DurableTask):
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
-        """Open a transaction on Byrd's database, fenced: what is written in it counts only if this attempt owns the step.
+        """Open a fenced transaction on Byrd's database: its writes count only if this attempt owns the step.
 
         A :meth:`checkpoint` in it commits with it.  If Postgres goes away in the middle, nothing is committed or
         all is, and the step goes on from its last checkpoint.
@@ -284,7 +286,7 @@ class _Pool:
         self._threads: ThreadPoolExecutor | None = None
         self._next_start = 0.0
 
-    def __enter__(self) -> _Pool:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -377,7 +379,9 @@ def _stop_if_asked(attempt: Attempt) -> None:
 
 
 def _progress(counts: Counts) -> Progress:
-    return Progress(loads(counts.cursor) if counts.cursor is not None else None, counts.completed, counts.failed, counts.done)
+    return Progress(
+        loads(counts.cursor) if counts.cursor is not None else None, counts.completed, counts.failed, counts.done
+    )
 
 
 def _encoded(value: Any, what: str) -> str:

@@ -113,7 +113,9 @@ class DurableTask(Task):
 # -- running a step --------------------------------------------------------------------------------
 
 
-def _trace(task: Task, tracer: Tracer, uuid: str, args: Any, kwargs: Any, request: Mapping[str, Any] | None = None) -> Any:
+def _trace(
+    task: Task, tracer: Tracer, uuid: str, args: Any, kwargs: Any, request: Mapping[str, Any] | None = None
+) -> Any:
     """Run one message: a step's through its claim, any other as Celery does."""
     header = (request or {}).get("byrd")
     if header is None:
@@ -125,7 +127,9 @@ def _trace(task: Task, tracer: Tracer, uuid: str, args: Any, kwargs: Any, reques
         return _nothing(f"step {header.get('step')} is not ready for attempt {header.get('attempt')}")
     try:
         call_args, call_kwargs = _arguments(task, attempt)
-        outcome = tracer(uuid, call_args, call_kwargs, execution_request(attempt, request or {}, call_args, call_kwargs))
+        outcome = tracer(
+            uuid, call_args, call_kwargs, execution_request(attempt, request or {}, call_args, call_kwargs)
+        )
         return _settle(attempt, outcome)
     except ControlFlow as flow:
         return _stop(attempt, flow)
@@ -222,7 +226,12 @@ def _nothing(reason: str) -> Any:
 
 
 def _remember_retry(
-    attempt: Attempt, new_args: bool, asked: Mapping[str, Any], sig: Any, *_args: Any, **_options: Any  # noqa: FBT001
+    attempt: Attempt,
+    new_args: bool,  # noqa: FBT001 - bound by partial()
+    asked: Mapping[str, Any],
+    sig: Any,
+    *_args: Any,
+    **_options: Any,
 ) -> None:
     eta = sig.options.get("eta")
     countdown = sig.options.get("countdown")
@@ -230,7 +239,9 @@ def _remember_retry(
         eta = datetime.fromisoformat(eta)
     if isinstance(eta, datetime) and eta.tzinfo is None:
         eta = eta.replace(tzinfo=attempt.runtime.app.timezone)
-    changed = {k: v for k, v in asked.items() if k not in ("exc", "throw", "eta", "countdown", "max_retries") and v is not None}
+    changed = {
+        k: v for k, v in asked.items() if k not in ("exc", "throw", "eta", "countdown", "max_retries") and v is not None
+    }
     queue = options = None
     if changed:
         merged = {**loads(attempt.claim.options), **changed}
@@ -290,8 +301,9 @@ def _refuse_overrides(task: Any, plain: type) -> None:
         clash = [name for name in _OURS if name in base.__dict__ and not _is_celerys(name, base.__dict__[name])]
         if clash:
             raise TaskOverrideError(
-                f"{base.__module__}.{base.__qualname__}, the class of the task {task.name!r}, overrides {', '.join(clash)}, "
-                "which Byrd needs for durable steps; rename it, or use before_start, on_retry, on_failure or __call__"
+                f"{base.__module__}.{base.__qualname__}, the class of the task {task.name!r}, overrides "
+                f"{', '.join(clash)}, which Byrd needs for durable steps; rename it, or use before_start, on_retry, "
+                "on_failure or __call__ instead"
             )
 
 

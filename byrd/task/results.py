@@ -51,7 +51,9 @@ class DurableResults:
         else:
             attempt.complete(self._encoded(result))
 
-    def mark_as_failure(self, task_id: str, exc: BaseException, traceback: Any = None, request: Any = None, **kwargs: Any) -> None:
+    def mark_as_failure(
+        self, task_id: str, exc: BaseException, traceback: Any = None, request: Any = None, **kwargs: Any
+    ) -> None:
         """Record failure."""
         attempt, header = attempt_of(request), header_of(request)
         if attempt is not None:

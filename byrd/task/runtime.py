@@ -72,7 +72,7 @@ class Runtime:
         if task is None:
             known = ", ".join(sorted(name for name in self.app.tasks if not name.startswith("celery."))[:8])
             raise UnknownTaskError(
-                f"the task {step.task!r} is not registered in this app; import the module that defines it (known: {known})"
+                f"the task {step.task!r} is not registered in this app; import its module (known: {known})"
             )
         options = {**_task_options(task), **step.options}
         if step.input is None and not step.on_failure:
@@ -88,7 +88,7 @@ class Runtime:
 
     def _compensation(self, task: Any) -> str:
         queue, options = self.route(task.name, _task_options(task), None)
-        return dumps({"task": task.name, "queue": queue, "options": _option_json(options, task.name)})
+        return _option_json({"task": task.name, "queue": queue, "options": _option_json(options, task.name)}, task.name)
 
     def route(self, name: str, options: dict[str, Any], step: Step | None) -> tuple[str, dict[str, Any]]:
         """Return the queue that Celery's router gives a task, and its options without the routing ones."""
@@ -120,12 +120,13 @@ def runtime_of(app: Celery) -> Runtime:
 def _task_options(task: Any) -> dict[str, Any]:
     options = {k: v for k, v in task._get_exec_options().items() if v is not None}
     options.pop("serializer", None)  # always JSON
-    options.pop("expires", None)
+    if task.ignore_result:
+        options["ignore_result"] = True
     return options
 
 
 def _check_arguments(task: Any, step: Step) -> None:
-    """Refuse arguments that the task's signature cannot take, as ``apply_async`` does, but before anything is written."""
+    """Refuse arguments that the task cannot take, as ``apply_async`` does, before anything is written."""
     check = getattr(task, "__header__", None)
     if check is None or not task.typing or step.task in ("celery.map", "celery.starmap", "celery.chunks"):
         return

@@ -41,6 +41,7 @@ class LeaseStep(bootsteps.StartStopStep):
             pool=_pool_name(worker),
             concurrency=int(worker.concurrency or 0),
             queues=lambda: sorted(app.amqp.queues.consume_from),
+            children=lambda: _children(worker),
         )
         self.keeper.heartbeat()
         self.keeper.start()
@@ -92,6 +93,12 @@ def settings_of(app: Celery) -> Settings:
             f"byrd_max_preemptions={most} not negative"
         )
     return Settings(lease, sweep, most)
+
+
+def _children(worker: Any) -> list[int]:
+    """Return the processes of a prefork pool; the other pools have none."""
+    pool = getattr(worker.pool, "_pool", None)
+    return [process.pid for process in list(getattr(pool, "_pool", None) or []) if getattr(process, "pid", None)]
 
 
 def _pool_name(worker: Any) -> str:

@@ -17,7 +17,7 @@ def tolerate_outages() -> None:
     step's message is only a wake-up, sent again by the relay.
     """
     try:
-        from kombu.transport import redis as transport  # noqa: PLC0415 - only where Redis is the broker
+        from kombu.transport import redis as transport
     except ImportError:
         return
     plain = transport.Channel.QoS
@@ -58,8 +58,8 @@ def cooperate_with_gevent() -> None:
     monkey = sys.modules.get("gevent.monkey")
     if monkey is None or not monkey.is_module_patched("socket"):
         return
-    from gevent.socket import wait_read, wait_write  # noqa: PLC0415 - only in a gevent worker
-    from psycopg2 import extensions  # noqa: PLC0415
+    from gevent.socket import wait_read, wait_write
+    from psycopg2 import extensions
 
     def wait(connection: Any, timeout: float | None = None) -> None:
         while True:

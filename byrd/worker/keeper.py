@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 #: Postgres tells the sweeper of work that was submitted in a transaction of the caller's.
 CHANNEL = "byrd"
+#: How often a worker looks whether one of its pool processes has died.
+_CHILD_SECONDS = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +104,19 @@ class Keeper(_Loop):
         pool: str,
         concurrency: int,
         queues: Callable[[], Sequence[str]],
+        children: Callable[[], Sequence[int]] = lambda: (),
     ) -> None:
         super().__init__("byrd-keeper")
         self.runtime, self.settings, self.worker_id = runtime, settings, worker_id
-        self._identity = {
-            "hostname": hostname, "pid": os.getpid(), "pool": pool, "concurrency": concurrency, "version": version("byrd"),
-        }  # fmt: skip
-        self._queues = queues
+        self._identity: dict[str, Any] = {
+            "hostname": hostname,
+            "pid": os.getpid(),
+            "pool": pool,
+            "concurrency": concurrency,
+            "version": version("byrd"),
+        }
+        self._queues, self._children = queues, children
+        self._next_heartbeat = 0.0
 
     def heartbeat(self) -> None:
         """Prolong the lease, registering the worker when it is not known (yet, or any more)."""
@@ -122,10 +130,14 @@ class Keeper(_Loop):
         )
 
     def tick(self) -> float:
-        started = time.monotonic()
-        self.heartbeat()
-        self._give_back_orphans()
-        return max(0.1, self.settings.heartbeat_seconds - (time.monotonic() - started))
+        exited = [pid for pid in self._children() if _exited(pid)]
+        if time.monotonic() >= self._next_heartbeat:
+            self._next_heartbeat = time.monotonic() + self.settings.heartbeat_seconds
+            self.heartbeat()
+            exited += [pid for pid in self.runtime.store.run(sweeps.running_pids, self.worker_id) if _exited(pid)]
+        for pid in set(exited):
+            self._give_back(pid)
+        return _CHILD_SECONDS
 
     def stopping(self) -> None:
         """Let the checkpoints of this worker's steps hand back; keep the lease while the pool drains."""
@@ -138,18 +150,16 @@ class Keeper(_Loop):
         if wakeups:
             self.runtime.publisher.publish(wakeups)
 
-    def _give_back_orphans(self) -> None:
-        """A pool process killed in the moment when Postgres was away left steps that no message speaks of any more."""
-        for pid in self.runtime.store.run(sweeps.running_pids, self.worker_id):
-            if not _alive(pid):
-                wakeups = self.runtime.store.run(
-                    steps.preempt,
-                    self.worker_id,
-                    pid=pid,
-                    reason=f"pool process {pid} is gone",
-                    max_preemptions=self.settings.max_preemptions,
-                )
-                self.runtime.publisher.publish(wakeups)
+    def _give_back(self, pid: int) -> None:
+        """Make the steps of a pool process that has died ready again: Celery tells of it later, or not at all."""
+        wakeups = self.runtime.store.run(
+            steps.preempt,
+            self.worker_id,
+            pid=pid,
+            reason=f"pool process {pid} is gone",
+            max_preemptions=self.settings.max_preemptions,
+        )
+        self.runtime.publisher.publish(wakeups)
 
     def _try(self, statement: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
@@ -250,14 +260,20 @@ class Sweeper(_Loop):
 _DEADLINE = "the run did not end before its deadline"
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+def _exited(pid: int) -> bool:
+    """Tell whether a process of this worker is gone; one that waits to be reaped by its pool is."""
+    if pid == os.getpid():
         return False
-    except PermissionError:
+    try:
+        if hasattr(os, "waitid"):
+            # WNOWAIT: look, but leave the reaping to the pool.
+            return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        os.kill(pid, 0)
+    except (ChildProcessError, ProcessLookupError):
         return True
-    return True
+    except PermissionError:
+        return False
+    return False
 
 
 def _is_green() -> bool:

@@ -38,7 +38,7 @@ class DurableRequest(Request):
         return super().execute(loglevel, logfile)
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:  # noqa: FBT001, FBT002 - Celery's
-        """Celery cancels late-acknowledged tasks when the broker's connection is lost; a step needs no broker to go on."""
+        """Celery cancels late-acknowledged tasks when it loses the broker; a step needs no broker to go on."""
         if not self.durable:
             super().cancel(pool, signal, emit_retry=emit_retry)
 
@@ -62,7 +62,10 @@ class DurableRequest(Request):
         runtime = runtime_of(self._app)
         try:
             wakeups = runtime.store.run(
-                steps.preempt, runtime.worker_id, pid=self.worker_pid, reason=f"pool process {self.worker_pid}: {reason}"
+                steps.preempt,
+                runtime.worker_id,
+                pid=self.worker_pid,
+                reason=f"pool process {self.worker_pid}: {reason}",
             )
         except Exception:
             # The lease of this worker goes on, so recovery would not see the step: the keeper looks for such steps too.

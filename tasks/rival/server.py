@@ -5,8 +5,10 @@ The version is switched at run time by `server.version = 2`, or by `POST /_admin
 """
 
 import json
+import sys
 import threading
 import time
+from bisect import bisect
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from email.utils import format_datetime, parsedate_to_datetime
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
-from typing import Self, cast
+from typing import Any, Self, cast
 from xml.sax.saxutils import escape
 
 from tasks.rival.content import HIDDEN_PAGES, Site, SitePage, load_site
@@ -30,6 +32,8 @@ class Traffic:
     peak_concurrency: int
     shortest_gap: float
     """Seconds between the two closest page requests, as they arrived (infinite for fewer than two)."""
+    busiest_second: int
+    """The most page requests that arrived within any second."""
 
 
 class RivalServer:
@@ -65,11 +69,18 @@ class RivalServer:
         self._site = load_site(version)
 
     @property
+    def page_requests(self) -> int:
+        """How many pages were asked for; robots.txt and the sitemap are none."""
+        return len(self._arrivals)
+
+    @property
     def traffic(self) -> Traffic:
         with self._lock:
             arrivals = self._arrivals
             gaps = [later - earlier for earlier, later in pairwise(arrivals)]
-            return Traffic(dict(self._requests), dict(self._statuses), self._peak, min(gaps, default=float("inf")))
+            busiest = max((bisect(arrivals, start + 1) - index for index, start in enumerate(arrivals)), default=0)
+            shortest = min(gaps, default=float("inf"))
+            return Traffic(dict(self._requests), dict(self._statuses), self._peak, shortest, busiest)
 
     def reset_traffic(self) -> None:
         with self._lock:
@@ -123,6 +134,11 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], rival: RivalServer) -> None:
         self.rival = rival
         super().__init__(address, _Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A visitor who hangs up, or is killed, is no news."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

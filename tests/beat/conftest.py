@@ -1,8 +1,9 @@
-"""A migrated database with schedules in it, Django in this process on it, and real processes of Celery and of the web."""
+"""Databases with the tables of schedules, Django in this process on them, and real processes of the deployment."""
 
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -14,9 +15,13 @@ from typing import Any, TypeVar
 
 import psycopg2
 import pytest
+from sqlalchemy import make_url
+
+from tests.servers import Server, execute, url_of
 
 ROOT = Path(__file__).resolve().parents[2]
 APP = "tests.beat.shop"
+BEAT = ("celery", "-A", APP, "beat", "--scheduler=beat.scheduler:ByrdScheduler", "--loglevel=INFO")
 
 _T = TypeVar("_T")
 
@@ -36,21 +41,62 @@ def django_project(tmp_path_factory: pytest.TempPathFactory) -> None:
         assert settings.BYRD_APP == APP
 
 
+@pytest.fixture(scope="session")
+def schedules_template(postgres_server: Server, database_template: str, django_project: None) -> Iterator[str]:
+    """The name of a database to clone, with Byrd's tables and Django's."""
+    name = f"byrd_beat_template_{secrets.token_hex(4)}"
+    execute(postgres_server, "CREATE DATABASE {} TEMPLATE {}", name, database_template)
+    try:
+        with django_on(url_of(postgres_server, name)):
+            call_migrate()
+        yield name
+    finally:
+        execute(postgres_server, "DROP DATABASE {} WITH (FORCE)", name)
+
+
 @pytest.fixture
-def schedules_url(database_url: str, broker_url: str, django_project: None, monkeypatch: Any) -> Iterator[str]:
-    """The database of the test, with Django's tables too, and Django in this process on it."""
-    from django.core.management import call_command
+def schedules_url(
+    postgres_server: Server, schedules_template: str, broker_url: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """A fresh database with Byrd's tables and Django's; Django in this process is on it."""
+    name = f"byrd_beat_{secrets.token_hex(4)}"
+    execute(postgres_server, "CREATE DATABASE {} TEMPLATE {}", name, schedules_template)
+    url = url_of(postgres_server, name)
+    monkeypatch.setenv("BYRD_DATABASE_URL", url)
+    monkeypatch.setenv("BYRD_BROKER_URL", broker_url)
+    try:
+        with django_on(url):
+            yield url
+    finally:
+        execute(postgres_server, "DROP DATABASE {} WITH (FORCE)", name)
+
+
+@contextmanager
+def django_on(url: str) -> Iterator[None]:
     from django.db import connection, connections
 
     from beat.environment import database
 
-    monkeypatch.setenv("BYRD_DATABASE_URL", database_url)
-    monkeypatch.setenv("BYRD_BROKER_URL", broker_url)
+    before = dict(connection.settings_dict)
     connections.close_all()
-    connection.settings_dict.update(database({"BYRD_DATABASE_URL": database_url}))
+    connection.settings_dict.update(database({"BYRD_DATABASE_URL": url}))
+    try:
+        yield
+    finally:
+        connections.close_all()
+        connection.settings_dict.update(before)
+
+
+def call_migrate() -> None:
+    """Bring the tables of beat/ to the database that Django in this process is on."""
+    from django.core.management import call_command
+
     call_command("migrate", verbosity=0, interactive=False)
-    yield database_url
-    connections.close_all()
+
+
+def libpq_url(url: str) -> str:
+    """The URL in the form that libpq takes too."""
+    return make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
 
 
 @dataclass
@@ -101,7 +147,7 @@ def start(schedules_url: str, broker_url: str, tmp_path: Path) -> Iterator[Start
 @pytest.fixture
 def beat(start: Start) -> Callable[[], Process]:
     """Starts a beat."""
-    return lambda: start("celery", "-A", APP, "beat", "--scheduler=beat.scheduler:ByrdScheduler", "--loglevel=INFO")
+    return lambda: start(*BEAT)
 
 
 def _environ(database_url: str, broker_url: str, state: Path, more: Mapping[str, str]) -> dict[str, str]:

@@ -38,7 +38,9 @@ def test_what_else_the_url_asks_for_is_passed_on() -> None:
     assert options["options"].startswith("-c statement_timeout=9s -c search_path=beat ")
 
 
-@pytest.mark.parametrize("url", ["", "secret-word", "mysql://ada:secret-word@h/d", "postgresql://ada:secret-word@h:port/d"])
+@pytest.mark.parametrize(
+    "url", ["", "secret-word", "mysql://ada:secret-word@h/d", "postgresql://ada:secret-word@h:port/d"]
+)
 def test_an_unusable_database_url_is_refused_and_its_password_kept(url: str) -> None:
     with pytest.raises(ImproperlyConfigured) as refusal:
         database({"BYRD_DATABASE_URL": url})

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from itertools import pairwise
 
 import pytest
 from sqlalchemy import Engine, text
@@ -106,7 +107,7 @@ def test_slots_are_booked_one_after_another(database: Engine) -> None:
         waits = sorted(threads.map(book, range(16)))
     took = time.monotonic() - started
     assert waits[0] == 0
-    for earlier, later in zip(waits, waits[1:], strict=False):
+    for earlier, later in pairwise(waits):
         assert 5.0 - took <= later - earlier <= 5.0 + took
 
 

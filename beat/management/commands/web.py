@@ -29,7 +29,8 @@ class Server(BaseApplication):
             self.cfg.set("control_socket_disable", True)
 
     def load(self) -> Any:
-        load_celery_app()
+        if (app := load_celery_app()) is not None:
+            app.set_default()  # django-celery-beat's admin lists the tasks of the current app
         return application
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from alembic import context
 
 config = context.config
-options = {"version_table_schema": "byrd", "include_schemas": True}
+options: dict[str, Any] = {"version_table_schema": "byrd", "include_schemas": True}
 
 if context.is_offline_mode():
     context.configure(dialect_name="postgresql", literal_binds=True, dialect_opts={"paramstyle": "named"}, **options)

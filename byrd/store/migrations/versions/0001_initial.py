@@ -6,6 +6,8 @@ Revises:
 
 from __future__ import annotations
 
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql as pg
@@ -25,11 +27,11 @@ def _now() -> sa.TextClause:
     return sa.text("clock_timestamp()")
 
 
-def _time(name: str, *, nullable: bool = True) -> sa.Column:
+def _time(name: str, *, nullable: bool = True) -> sa.Column[Any]:
     return sa.Column(name, sa.DateTime(timezone=True), nullable=nullable, server_default=None if nullable else _now())
 
 
-def _zero(name: str, kind: type[sa.types.TypeEngine] = sa.Integer) -> sa.Column:
+def _zero(name: str, kind: type[sa.types.TypeEngine[Any]] = sa.Integer) -> sa.Column[Any]:
     return sa.Column(name, kind, nullable=False, server_default=sa.text("0"))
 
 
@@ -68,9 +70,7 @@ def _steps() -> None:
     op.create_table(
         "steps",
         sa.Column("id", sa.Text, primary_key=True),
-        sa.Column(
-            "run_id", pg.UUID(as_uuid=False), sa.ForeignKey("byrd.runs.id", ondelete="CASCADE"), nullable=False
-        ),
+        sa.Column("run_id", pg.UUID(as_uuid=False), sa.ForeignKey("byrd.runs.id", ondelete="CASCADE"), nullable=False),
         sa.Column("no", sa.Integer, nullable=False),
         sa.Column("kind", sa.Text, nullable=False),
         sa.Column("task", sa.Text),
@@ -128,16 +128,18 @@ def _steps() -> None:
         schema=SCHEMA,
         postgresql_with={"fillfactor": "80"},
     )
-    op.execute("CREATE UNIQUE INDEX steps_compensates ON byrd.steps (run_id, compensates) WHERE compensates IS NOT NULL")
-    op.execute('CREATE INDEX steps_after ON byrd.steps (run_id, after) WHERE after IS NOT NULL')
-    op.execute('CREATE INDEX steps_join ON byrd.steps (run_id, join_no) WHERE join_no IS NOT NULL')
+    op.execute(
+        "CREATE UNIQUE INDEX steps_compensates ON byrd.steps (run_id, compensates) WHERE compensates IS NOT NULL"
+    )
+    op.execute("CREATE INDEX steps_after ON byrd.steps (run_id, after) WHERE after IS NOT NULL")
+    op.execute("CREATE INDEX steps_join ON byrd.steps (run_id, join_no) WHERE join_no IS NOT NULL")
     op.execute("CREATE INDEX steps_open ON byrd.steps (run_id) WHERE status IN ('pending','ready','running')")
     op.execute("CREATE INDEX steps_wake ON byrd.steps (wake_at) WHERE status = 'ready'")
     op.execute("CREATE INDEX steps_running ON byrd.steps (worker_id) WHERE status = 'running'")
 
 
 def _progress() -> None:
-    def step() -> sa.Column:
+    def step() -> sa.Column[Any]:
         return sa.Column("step_id", sa.Text, sa.ForeignKey("byrd.steps.id", ondelete="CASCADE"), nullable=False)
 
     op.create_table(
@@ -189,9 +191,7 @@ def _events_and_workers() -> None:
     op.create_table(
         "events",
         sa.Column("id", sa.BigInteger, sa.Identity(always=True), primary_key=True),
-        sa.Column(
-            "run_id", pg.UUID(as_uuid=False), sa.ForeignKey("byrd.runs.id", ondelete="CASCADE"), nullable=False
-        ),
+        sa.Column("run_id", pg.UUID(as_uuid=False), sa.ForeignKey("byrd.runs.id", ondelete="CASCADE"), nullable=False),
         sa.Column("step_no", sa.Integer),
         _time("at", nullable=False),
         sa.Column("event", sa.Text, nullable=False),

@@ -1,0 +1,284 @@
+"""What people ask of the tables: how far a run is, what its steps wait for, what a set-up lacks.  Reads only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection
+
+from byrd.store import progress, runs, sweeps
+from byrd.store.rows import Counts, RunRow, StepRow, WorkerRow, query
+
+#: A queue longer than this is as good as endless to those who wait in it.
+_FAR = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A run with all that is known of it at one moment, by Postgres's clock."""
+
+    run: RunRow
+    now: datetime
+    steps: list[StepRow]
+    checkpoints: Mapping[int, list[tuple[str, Counts]]]
+    attempts: list[dict[str, Any]]
+    #: The node names of the workers that hold its steps, by worker id.
+    holders: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class OpenStep:
+    """A step that is ready or running, with its worker's lease and the end of its last attempt."""
+
+    no: int
+    kind: str
+    task: str
+    queue: str
+    status: str
+    compensates: int | None
+    attempt: int
+    retries: int
+    preemptions: int
+    sends: int
+    due: bool
+    run_at: datetime | None
+    wake_at: datetime | None
+    ready_at: datetime | None
+    started_at: datetime | None
+    expires_at: datetime | None
+    pid: int | None
+    worker: str | None
+    lease_until: datetime | None
+    stopping: bool | None
+    last_outcome: str | None
+    last_error: str | None
+    last_worker: str | None
+    last_ended_at: datetime | None
+    checkpoint_at: datetime | None
+    completed: int | None
+    failed: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a run waits for.  ``open_steps`` are the first of ``open_count``."""
+
+    run: RunRow
+    now: datetime
+    open_steps: list[OpenStep]
+    open_count: int
+    workers: list[WorkerRow]
+    #: When each kind of event last happened to the run.
+    events: Mapping[str, datetime]
+
+
+class Failure(NamedTuple):
+    """The step that made a run fail."""
+
+    no: int
+    kind: str
+    task: str | None
+    attempt: int
+    retries: int
+    error: str | None
+    finished_at: datetime | None
+    compensates: int | None
+
+
+class Demand(NamedTuple):
+    """Steps of one task that are due in one queue."""
+
+    queue: str
+    task: str
+    steps: int
+    since: datetime
+
+
+class Tally(NamedTuple):
+    """The steps of a run, counted by what has become of them; errbacks that were not called are left out."""
+
+    total: int
+    done: int
+    running: int
+    failed: int
+
+
+class ServerFacts(NamedTuple):
+    """What the doctor asks Postgres."""
+
+    version: str
+    version_num: int
+    standby: bool
+    fsync: str
+    synchronous_commit: str
+    now: datetime
+
+
+# -- one run ---------------------------------------------------------------------------------------
+
+
+def snapshot(conn: Connection, run_id: str) -> Snapshot:
+    """Return a run with everything that ``byrd show`` draws."""
+    # One moment for all of it: a step must not be running in one query and done in the next.
+    query(conn, "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+    rows = query(
+        conn,
+        """SELECT w.id, w.hostname FROM byrd.workers w WHERE w.id IN
+             (SELECT s.worker_id FROM byrd.steps s WHERE s.run_id = %(run)s AND s.status = 'running')""",
+        {"run": run_id},
+    )
+    return Snapshot(
+        run=runs.get(conn, run_id),
+        now=_now(conn),
+        steps=runs.list_steps(conn, run_id),
+        checkpoints=progress.list_checkpoints(conn, run_id),
+        attempts=runs.attempts(conn, run_id),
+        holders={str(row.id): row.hostname for row in rows},
+    )
+
+
+def standing(conn: Connection, run_id: str, *, limit: int = 2000) -> Standing:
+    """Return what ``byrd why`` needs to know of a run."""
+    query(conn, "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+    run = runs.get(conn, run_id)
+    rows = query(conn, _OPEN_STEPS, {"run": run_id, "limit": limit}).mappings()
+    count = query(
+        conn,
+        "SELECT count(*) FROM byrd.steps WHERE run_id = %(run)s AND status IN ('ready','running')",
+        {"run": run_id},
+    ).scalar_one()
+    events = query(
+        conn, "SELECT event, max(at) AS at FROM byrd.events WHERE run_id = %(run)s GROUP BY event", {"run": run_id}
+    )
+    return Standing(
+        run=run,
+        now=_now(conn),
+        open_steps=[OpenStep(**row) for row in rows],
+        open_count=int(count),
+        workers=list(sweeps.list_workers(conn)),
+        events={row.event: row.at for row in events},
+    )
+
+
+#: 'infinity' is how a paused run's steps stay out of the relay's sight; it is no time to show to anybody.
+_OPEN_STEPS = """
+SELECT s.no, s.kind, s.task, s.queue, s.status, s.compensates, s.attempt, s.retries, s.preemptions, s.sends,
+       s.run_at <= clock_timestamp() AS due, s.run_at, nullif(s.wake_at, 'infinity') AS wake_at, s.ready_at,
+       s.started_at, s.expires_at, s.pid, w.hostname AS worker, w.lease_until, w.stopping,
+       a.outcome AS last_outcome, a.error AS last_error, a.worker AS last_worker, a.ended_at AS last_ended_at,
+       c.updated_at AS checkpoint_at, c.completed, c.failed
+  FROM byrd.steps s
+  LEFT JOIN byrd.workers w ON w.id = s.worker_id
+  LEFT JOIN LATERAL (SELECT outcome, error, worker, ended_at FROM byrd.attempts a
+                      WHERE a.step_id = s.id ORDER BY a.attempt DESC LIMIT 1) a ON true
+  LEFT JOIN LATERAL (SELECT updated_at, completed, failed FROM byrd.checkpoints c
+                      WHERE c.step_id = s.id AND c.name NOT LIKE 'step:%%' ORDER BY c.updated_at DESC LIMIT 1) c ON true
+ WHERE s.run_id = %(run)s AND s.status IN ('ready','running')
+ ORDER BY s.status DESC, s.no LIMIT %(limit)s
+"""
+
+
+def failure_of(conn: Connection, run_id: str, *, compensation: bool = False) -> Failure | None:
+    """Return the step whose failure came first: it caused the others.  Or the compensation that is stuck."""
+    kind = "kind = 'compensation'" if compensation else "kind NOT IN ('join', 'errback', 'compensation')"
+    row = query(
+        conn,
+        f"""SELECT no, kind, task, attempt, retries, error, finished_at, compensates FROM byrd.steps
+            WHERE run_id = %(run)s AND status IN ('failed','cancelled') AND {kind}
+            ORDER BY status <> 'failed', finished_at, no LIMIT 1""",
+        {"run": run_id},
+    ).first()
+    return Failure._make(row) if row is not None else None
+
+
+def compensations(conn: Connection, run_id: str) -> tuple[int, int]:
+    """Return how many of a run's compensations are done, and how many there are."""
+    row = query(
+        conn,
+        """SELECT count(*) FILTER (WHERE status = 'succeeded') AS done, count(*) AS total FROM byrd.steps
+           WHERE run_id = %(run)s AND kind = 'compensation'""",
+        {"run": run_id},
+    ).one()
+    return int(row.done), int(row.total)
+
+
+def steps_before(conn: Connection, queue: str, ready_at: datetime) -> int:
+    """Return how many due steps became ready in a queue before ``ready_at``; no more than 10,000 are counted."""
+    found = query(
+        conn,
+        """SELECT count(*) FROM (SELECT 1 FROM byrd.steps WHERE status = 'ready' AND queue = %(queue)s
+             AND run_at <= clock_timestamp() AND wake_at < 'infinity' AND ready_at < %(ready)s LIMIT %(far)s) before""",
+        {"queue": queue, "ready": ready_at, "far": _FAR},
+    )
+    return int(found.scalar_one())
+
+
+def tallies(conn: Connection, run_ids: Sequence[str]) -> dict[str, Tally]:
+    """Return the counts of steps of these runs."""
+    rows = query(
+        conn,
+        """SELECT run_id, count(*) AS total,
+                  count(*) FILTER (WHERE status IN ('succeeded','failed','skipped','cancelled')) AS done,
+                  count(*) FILTER (WHERE status = 'running') AS running,
+                  count(*) FILTER (WHERE status = 'failed') AS failed
+             FROM byrd.steps WHERE run_id = ANY(%(runs)s::uuid[]) AND kind <> 'join'
+              AND NOT (kind = 'errback' AND status IN ('pending','skipped')) GROUP BY run_id""",
+        {"runs": list(run_ids)},
+    )
+    return {str(row.run_id): Tally(row.total, row.done, row.running, row.failed) for row in rows}
+
+
+# -- the whole set-up ------------------------------------------------------------------------------
+
+
+def demand(conn: Connection) -> list[Demand]:
+    """Return what is due now, by queue and task; steps of runs that are paused wait for their operator, not here."""
+    rows = query(
+        conn,
+        """SELECT s.queue, s.task, count(*) AS steps, min(s.run_at) AS since FROM byrd.steps s
+           JOIN byrd.runs r ON r.id = s.run_id AND r.status IN ('running','compensating')
+           WHERE s.status = 'ready' AND s.wake_at < 'infinity' AND s.run_at <= clock_timestamp()
+           GROUP BY s.queue, s.task ORDER BY s.queue, s.task""",
+    )
+    return [Demand(row.queue, row.task, row.steps, row.since) for row in rows]
+
+
+def orphans(conn: Connection, *, seconds: float) -> int:
+    """Return how many running steps belong to workers whose lease ended more than ``seconds`` ago."""
+    found = query(
+        conn,
+        """SELECT count(*) FROM byrd.steps s LEFT JOIN byrd.workers w ON w.id = s.worker_id
+           WHERE s.status = 'running'
+             AND (w.id IS NULL OR w.lease_until < clock_timestamp() - %(seconds)s * interval '1 second')""",
+        {"seconds": seconds},
+    )
+    return int(found.scalar_one())
+
+
+def stuck_rollbacks(conn: Connection, *, limit: int = 5) -> list[str]:
+    """Return the ids of runs whose rollback waits for an operator."""
+    rows = query(
+        conn,
+        """SELECT id FROM byrd.runs WHERE finished_at IS NULL AND status = 'rollback_stuck'
+           ORDER BY created_at LIMIT %(limit)s""",
+        {"limit": limit},
+    )
+    return [str(row.id) for row in rows]
+
+
+def server_facts(conn: Connection) -> ServerFacts:
+    """Return what is to know of the server itself."""
+    row = query(
+        conn,
+        """SELECT current_setting('server_version'), current_setting('server_version_num')::int, pg_is_in_recovery(),
+                  current_setting('fsync'), current_setting('synchronous_commit'), clock_timestamp()""",
+    ).one()
+    return ServerFacts._make(row)
+
+
+def _now(conn: Connection) -> datetime:
+    now: datetime = query(conn, "SELECT clock_timestamp()").scalar_one()
+    return now

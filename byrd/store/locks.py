@@ -1,0 +1,36 @@
+"""Who waits for whom: the advisory locks, each held until its transaction ends.
+
+A transition of a step *shares* its run with the others; what moves the run, or changes the shape of its plan, has the
+run to itself.  Each takes this lock first, then rows in the plan's order (the step, what comes after it, the joins from
+the inside out, the run), so that no two of them wait for one another.  A shared row lock would do the same at first
+sight, but whoever wants the run alone would starve in a busy one; these locks are fair.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection
+
+from byrd.store.rows import query
+
+#: One process at a time relays, and recovers.
+RELAY, RECOVERY = 0x62797264_02, 0x62797264_03
+
+_RUN = "1652126308, hashtext({run}::text)"
+
+#: A row source that shares the run of the step %(id)s, for the FROM of the statement that moves the step.
+SHARE_RUN_OF_STEP = f"""(SELECT pg_advisory_xact_lock_shared({_RUN.format(run="run_id")})
+    FROM byrd.steps WHERE id = %(id)s) shared_run"""
+#: An expression that shares the run ``s.run_id`` unless somebody has it to himself; false then.
+TRY_SHARE_RUN = f"pg_try_advisory_xact_lock_shared({_RUN.format(run='s.run_id')})"
+
+
+def own_run(conn: Connection, run_id: str) -> None:
+    """Have a run to oneself: wait until no transition of its steps is under way."""
+    query(conn, f"SELECT pg_advisory_xact_lock({_RUN.format(run='%(run)s::uuid')})", {"run": run_id})
+
+
+def alone(conn: Connection, key: int) -> bool:
+    """Tell whether this transaction is the only one that does what ``key`` stands for."""
+    # Nothing holds the lock for longer than this, a suspended process included.
+    query(conn, "SET LOCAL idle_in_transaction_session_timeout = '5s'")
+    return bool(query(conn, "SELECT pg_try_advisory_xact_lock(%(key)s)", {"key": key}).scalar())
