@@ -11,8 +11,8 @@ import os
 address = os.environ.get("FLOWER_ADDRESS", "127.0.0.1")
 port = int(os.environ.get("FLOWER_PORT", "5555"))
 
-# A step's root_id is its run.
-tasks_columns = "name,root_id,uuid,state,args,kwargs,result,received,started,runtime,retries,worker"
+# The arguments of a step are read in Postgres: what its message shows in their place is its run and its number there.
+tasks_columns = "name,state,args,kwargs,result,exception,received,runtime,worker,uuid"
 
 # Steps that ended long ago are in Postgres; what is kept here is memory.
 max_tasks = 10_000

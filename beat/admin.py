@@ -29,7 +29,6 @@ _TIMING = {"cron", "timezone", "every", "period", "at", "solar", "start_time", "
 class ScheduleAdmin(admin.ModelAdmin):
     form = ScheduleForm
     list_display = ("name", "workflow", "active", "when", "next_due", "last_run", "runs")
-    list_filter = ("enabled",)
     list_select_related = ("crontab", "interval", "solar", "clocked")
     search_fields = ("name", "description", "args")
     ordering = ("name",)
@@ -59,27 +58,33 @@ class ScheduleAdmin(admin.ModelAdmin):
 
     @admin.display
     def when(self, schedule: Schedule) -> str:
-        crontab = schedule.crontab
-        if not crontab:
+        if schedule.clocked:
+            return f"once, at {_shown(schedule.clocked.clocked_time)}"
+        if not schedule.crontab:
             return str(schedule.scheduler)
-        written = f"{write_cron(crontab)} {crontab.timezone}"
-        return str(format_html('<span title="{}">{}</span>', crontab.human_readable, written))
+        written = f"{write_cron(schedule.crontab)} {schedule.crontab.timezone}"
+        return str(format_html('<span title="{}">{}</span>', schedule.crontab.human_readable, written))
 
     @admin.display(description="last run", ordering="last_run_at")
-    def last_run(self, schedule: Schedule) -> datetime | None:
-        last_run: datetime | None = schedule.last_run_at
-        return last_run
+    def last_run(self, schedule: Schedule) -> str | None:
+        return _shown(schedule.last_run_at)
 
     @admin.display(ordering="total_run_count")
     def runs(self, schedule: Schedule) -> int:
         return int(schedule.total_run_count)
 
     @admin.display(description="next due", empty_value="never")
-    def next_due(self, schedule: Schedule) -> datetime | str | None:
-        if not schedule.pk or not schedule.enabled:
-            return "paused" if schedule.pk else "not saved yet"
-        due_times, now = due_times_of(schedule), timezone.now()
-        return due_times.due(now) or due_times.following(now)
+    def next_due(self, schedule: Schedule) -> str | None:
+        if not schedule.pk:
+            return "once it is saved"
+        if not schedule.enabled:
+            return "paused"
+        now = timezone.now()
+        try:
+            due_times = due_times_of(schedule)
+            return _shown(due_times.due(now) or due_times.following(now))
+        except Exception as error:  # noqa: BLE001 (one row that somebody broke must not hide the others)
+            return f"unreadable: {error}"
 
     @admin.action(description="Pause selected schedules", permissions=["change"])
     def pause(self, request: HttpRequest, queryset: Any) -> None:
@@ -114,6 +119,10 @@ class ScheduleAdmin(admin.ModelAdmin):
     def delete_queryset(self, request: HttpRequest, queryset: Any) -> None:
         super().delete_queryset(request, queryset)
         PeriodicTasks.update_changed()  # django-celery-beat's signal knows its own model only, not the proxy
+
+
+def _shown(moment: datetime | None) -> str | None:
+    return None if moment is None else str(timezone.localtime(moment).strftime("%Y-%m-%d %H:%M:%S"))
 
 
 admin.site.unregister(PeriodicTask)

@@ -104,11 +104,12 @@ class ScheduleForm(forms.ModelForm):
             "name": "What the schedule is for, in a few words.",
             "enabled": "A schedule that is not active is paused: its due times pass, and are not made up for.",
             "solar": "Sunrise, sunset and the like, at a place.",
+            "description": "",
             "start_time": "Nothing is due before.",
             "expires": "Nothing is due from then on.",
             "expire_seconds": (
-                "Seconds. Of the due times that pass while no beat runs, the latest is made up for once one runs, unless "
-                "it is older."
+                "Seconds. Of the due times that pass while no beat runs, the latest is made up for once one runs, "
+                "unless it is older than this."
             ),
             "one_off": "Pauses itself after its first run.",
         }

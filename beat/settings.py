@@ -91,6 +91,7 @@ LOGGING = {  # Django's own would mail the errors of a production server, and to
 USE_TZ = True
 TIME_ZONE = os.environ.get("BYRD_TIME_ZONE") or "UTC"
 USE_I18N = False
+DATE_FORMAT, TIME_FORMAT, DATETIME_FORMAT = "Y-m-d", "H:i:s", "Y-m-d H:i:s"
 
 # Read by django-celery-beat's admin: the zone it proposes for a crontab, and whether schedules will be fired at all.
 CELERY_TIMEZONE = TIME_ZONE

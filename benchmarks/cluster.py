@@ -74,6 +74,8 @@ def cluster(names: Sequence[EngineName]) -> Iterator[Cluster]:
         engines = [_engine(name, number, postgres.url, valkey.url) for number, name in enumerate(names)]
         contestants = tuple(stack.enter_context(_contestant(engine, folder)) for engine in engines)
         for contestant in contestants:
+            stack.callback(contestant.worker.terminate)  # so that, at the end, none waits for another's
+        for contestant in contestants:
             _wait_until_ready(contestant)
         with redis.Redis.from_url(valkey.url) as client:
             redis_version = str(client.info("server")["redis_version"])

@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Any, Self
 
 from celery import Celery, chain, chord
-from celery.result import ResultBase
+from celery.result import GroupResult
 from sqlalchemy import make_url
 
 import byrd
@@ -116,13 +116,10 @@ def submitter(app: Celery) -> Callable[[Any], Any]:
     return lambda signature: signature.apply_async()
 
 
-def forget(app: Celery, handle: Any) -> None:
-    """Have the app's result backend wait no longer for what ``handle``, from a submitter, stands for.
-
-    Celery's waits for ever for the members of a chord, whose results nobody asks for.
-    """
-    result = handle if isinstance(handle, ResultBase) else None
-    while result is not None:
-        for one in getattr(result, "results", None) or [result]:
-            app.backend.remove_pending_result(one)
-        result = result.parent
+def fetch(handle: Any, *, timeout: float) -> Any:
+    """Return the value of a canvas that has ended; ``handle`` is from a :func:`submitter`."""
+    value = handle.get(timeout=timeout)
+    members = getattr(handle, "parent", None)
+    if isinstance(members, GroupResult):  # Celery's client listens for the members of a chord until they were fetched
+        members.get(timeout=timeout)
+    return value

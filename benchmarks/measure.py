@@ -28,7 +28,7 @@ from typing import Self
 import redis
 
 from benchmarks.cluster import Contestant
-from benchmarks.engines import ENDED, EngineName, Workload, canvas, expected, forget, submitter
+from benchmarks.engines import ENDED, EngineName, Workload, canvas, expected, fetch, submitter
 
 _TURN_SECONDS = 180.0
 _LOOK_SECONDS = 0.005
@@ -125,14 +125,12 @@ def run_turn(contestant: Contestant, workload: Workload, count: int) -> Turn:
                 )
         seconds = time.perf_counter() - started
     for number in range(count):
-        value, right = handles[number].get(timeout=_FETCH_SECONDS), expected(workload, number)
+        value, right = fetch(handles[number], timeout=_FETCH_SECONDS), expected(workload, number)
         if value != right:
             raise contestant.error(
                 f"{contestant.engine.name} gave {value!r}, not {right}, for number {number} of {workload}"
             )
-    for handle in handles:
-        forget(app, handle)
-    del handle, handles
+    del handles
     gc.collect()  # Celery's results are cycles that talk to Redis when they go: not in the next turn, please
     return Turn(submitted - started, seconds)
 

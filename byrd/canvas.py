@@ -18,7 +18,7 @@ from datetime import datetime
 from typing import Any
 
 from celery import Celery
-from celery.canvas import Signature, _chain, _chord, chunks, group, maybe_signature, xmap, xstarmap
+from celery.canvas import Signature, _chain, _chord, chunks, group, maybe_signature
 from kombu.utils.json import dumps
 
 from byrd.errors import ArgumentError, CanvasError
@@ -30,6 +30,8 @@ _FROZEN_OPTIONS = frozenset({
     "link", "link_error", "producer", "publisher", "connection", "add_to_parent", "router", "result_cls",
     "replaced_task_nesting", "use_link",
 })  # fmt: skip
+#: A clone of one of these is an ordinary signature: only the task's name tells.
+_MAPS = frozenset({"celery.map", "celery.starmap"})
 _DELAYS = frozenset({"countdown", "eta"})
 _TIMES = _DELAYS | {"expires"}
 
@@ -166,26 +168,24 @@ class _Builder:
         """Add the steps of ``sig``; return the number of the step whose value is the canvas's."""
         sig = self.signature(sig)
         if isinstance(sig, _chain):
-            return self.chain(sig, given, override, links, errbacks)
+            # Cloning a chain loses that it was immutable, and Celery clones all but the outermost.
+            return self.chain(sig, given.with_args(sig) if top else given, override, links, errbacks)
         if isinstance(sig, group):
             return self.group(sig, given, override, links, errbacks, top=top)
         if isinstance(sig, _chord):
             return self.chord(sig, given, override, links, errbacks)
-        if isinstance(sig, chunks):
-            options = {k: v for k, v in sig.options.items() if k not in ("link", "link_error")}
-            links = (*links, *_listed(sig.options.get("link")))
-            errbacks = (*errbacks, *_listed(sig.options.get("link_error")))
-            return self.group(sig.group(), given, {**options, **override}, links, errbacks, top=top)
+        if sig.task == "celery.chunks":
+            return self.chunks(sig, given, override, links, errbacks)
         return self.task(sig, given, override, links, errbacks)
 
     def task(
         self, sig: Signature, given: _Input, override: Mapping[str, Any], links: tuple[Any, ...], errbacks: tuple[Any, ...]
     ) -> int:
         options = _merged(sig, override)
-        links = _unique(_listed(sig.options.get("link")), links)
+        links = _unique(_callbacks(sig, override), links)
         errbacks = _unique(_listed(sig.options.get("link_error")), errbacks)
         kwargs = dict(sig.kwargs)
-        if isinstance(sig, xmap | xstarmap):
+        if sig.task in _MAPS:
             kwargs["it"] = list(kwargs["it"])
             options.setdefault("route_name", _task_name(kwargs.get("task")))
         if sig.immutable:
@@ -227,19 +227,21 @@ class _Builder:
     def chain(
         self, sig: _chain, given: _Input, override: Mapping[str, Any], links: tuple[Any, ...], errbacks: tuple[Any, ...]
     ) -> int:
-        links = _unique(_listed(sig.options.get("link")), links)
+        links = _unique(_callbacks(sig, override), links)
         errbacks = _unique(_listed(sig.options.get("link_error")), errbacks)
-        override = {**{k: v for k, v in sig.options.items() if k not in _FROZEN_OPTIONS}, **override}
+        override = {**_settings(sig.options), **_settings(override)}
         parts = self.chain_parts(sig)
         if not parts:
             raise CanvasError("an empty chain has no value; Celery cannot run it either")
-        given = given.with_args(sig)
         last = len(parts) - 1
         out = -1
         for index, (part, own_links, own_errbacks) in enumerate(parts):
             part_links = _unique(own_links, links) if index == last else own_links
             # The chain's options reach its first part only: Celery sends just that one itself.
             options = override if index == 0 else {}
+            if isinstance(part, group) and part_links:
+                # A chain sets its callbacks as an option of its last part; a group's options replace its members'.
+                options, part_links = {**options, "link": part_links}, ()
             out = self.visit(part, given, options, links=part_links, errbacks=_unique(own_errbacks, errbacks))
             given = given.then(out)
         return out
@@ -302,10 +304,10 @@ class _Builder:
         *,
         top: bool = False,
     ) -> int:
-        given = given.with_args(sig)
-        override = {**{k: v for k, v in sig.options.items() if k not in _FROZEN_OPTIONS}, **override}
+        replaced = _callbacks(sig, override)
+        override = {**_settings(sig.options), **_settings(override), **({"link": replaced} if replaced else {})}
         members = self.members(sig)
-        if links and members:
+        if links:
             # group.link attaches to the first member, immutable: it cannot pass its siblings' values on.
             links = tuple(self.signature(link).clone().set(immutable=True) for link in links)
         group_id = str(sig.options.get("task_id") or uuid.uuid4())
@@ -328,8 +330,21 @@ class _Builder:
         )
         for position, out in enumerate(outs):
             self.change(out, into=join, position=position, group_id=group_id)
-        if links and not members:
-            self.links(join, links, (), given)
+        return join
+
+    def chunks(
+        self, sig: Signature, given: _Input, override: Mapping[str, Any], links: tuple[Any, ...], errbacks: tuple[Any, ...]
+    ) -> int:
+        """Add the group that ``chunks`` stand for.
+
+        Celery does so for chunks that are submitted alone; within a canvas it gives the ids of the group's results, and
+        nothing waits for them.  The plan waits, and has the values.
+        """
+        split: chunks = chunks(sig.kwargs["task"], list(sig.kwargs["it"]), sig.kwargs["n"], app=self.app)
+        options = {**_settings(sig.options), **_settings(override)}
+        join = self.group(split.group(), replace(given, value=False, args=(), kwargs={}), options, (), ())
+        links = _unique(_callbacks(sig, override), links)
+        self.links(join, links, _unique(_listed(sig.options.get("link_error")), errbacks), given)
         return join
 
     def members(self, sig: group) -> list[Signature]:
@@ -338,7 +353,7 @@ class _Builder:
         for raw in sig.tasks:
             member = self.signature(raw)
             if isinstance(member, group):
-                own = {k: v for k, v in member.options.items() if k not in _FROZEN_OPTIONS}
+                own = _settings(member.options)
                 inner = self.members(member)
                 found.extend(m.clone().set(**own) for m in inner) if own else found.extend(inner)
             elif not (isinstance(member, _chain) and not list(member.tasks)):
@@ -350,9 +365,8 @@ class _Builder:
     ) -> int:
         if sig.body is None:
             raise CanvasError("a chord without a body cannot be submitted; give it one, or submit its header group")
-        options = {k: v for k, v in sig.options.items() if k not in _FROZEN_OPTIONS}
-        options.update(override)
-        links = _unique(_listed(sig.options.get("link")), links)
+        options = {**_settings(sig.options), **_settings(override)}
+        links = _unique(_callbacks(sig, override), links)
         errbacks = _unique(_listed(sig.options.get("link_error")), errbacks)
         header = sig.tasks if isinstance(sig.tasks, group) else group(list(sig.tasks), app=self.app)
         given = given.with_args(sig)
@@ -393,6 +407,14 @@ def _unique(*groups: Iterable[Any]) -> tuple[Any, ...]:
     for items in groups:
         found.extend(item for item in items if item not in found)
     return tuple(found)
+
+
+def _callbacks(sig: Signature, override: Mapping[str, Any]) -> tuple[Any, ...]:
+    return _listed(override["link"] if "link" in override else sig.options.get("link"))
+
+
+def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in options.items() if k not in _FROZEN_OPTIONS}
 
 
 def _merged(sig: Signature, override: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The monitor's settings, read once from the environment. README lists them; every name starts with MONITOR_."""
+"""The monitor's settings, read once from the environment; every name starts with MONITOR_."""
 
 import os
 from collections.abc import Mapping

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import shutil
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -13,6 +14,7 @@ from typing import IO, Any, TypeVar
 
 import click
 from celery import Celery
+from celery import _state as celery_state
 from celery.app.utils import find_app
 from celery.exceptions import TimeoutError as CeleryTimeoutError
 from rich.console import Console
@@ -37,14 +39,20 @@ class Session:
 
     def __init__(self, app_name: str | None, celery_app: Celery | None) -> None:
         self.app_name = app_name
-        self._celery_app = celery_app
+        # Without its -A, `celery byrd ...` has an app that nobody asked for.
+        self._celery_app = None if celery_app is default_app() else celery_app
         self._engine: Byrd | None = None
-        self._read_dev_env()
 
     @property
     def wants_app(self) -> str | None:
         """The app that was asked for: ``-A``, else ``BYRD_APP``."""
+        _read_dev_env()
         return self.app_name or os.environ.get("BYRD_APP") or None
+
+    @property
+    def names_app(self) -> bool:
+        """True unless nobody said which app is meant."""
+        return self._celery_app is not None or self.wants_app is not None
 
     def engine(self, *, of_app: bool = True, patience: float = _PATIENCE_SECONDS) -> Byrd:
         """Return the app's engine.
@@ -58,9 +66,11 @@ class Session:
 
     def database_url(self) -> Any:
         """Return the database's URL, from the environment alone if it is there: migrating needs no app."""
+        _read_dev_env()
         return os.environ.get("BYRD_DATABASE_URL") or self.engine(of_app=False).runtime.store.url
 
     def _find(self, *, of_app: bool) -> Byrd:
+        _read_dev_env()
         if self._celery_app is not None and self.app_name is None:
             return _engine_of(self._celery_app, "celery -A")
         if self.wants_app:
@@ -71,14 +81,21 @@ class Session:
             )
         return Byrd(Celery("byrd", set_as_current=False))
 
-    def _read_dev_env(self) -> None:
-        """Find the servers of a `byrd dev` that runs in this folder, unless the environment names others."""
-        if "BYRD_DATABASE_URL" in os.environ or not DEV_ENV.is_file() or DEV_ENV.stat().st_uid != os.geteuid():
-            return
-        for line in DEV_ENV.read_text(encoding="utf-8").splitlines():
-            name, _, value = line.removeprefix("export ").partition("=")
-            if name in _DEV_NAMES:
-                os.environ.setdefault(name, value.strip("'"))
+
+def _read_dev_env() -> None:
+    """Find the servers of a `byrd dev` that runs in this folder, unless the environment names others."""
+    if "BYRD_DATABASE_URL" in os.environ or not DEV_ENV.is_file() or DEV_ENV.stat().st_uid != os.geteuid():
+        return
+    for line in DEV_ENV.read_text(encoding="utf-8").splitlines():
+        name, _, value = line.removeprefix("export ").partition("=")
+        if name in _DEV_NAMES:
+            os.environ.setdefault(name, "".join(shlex.split(value)))
+
+
+def default_app() -> Celery | None:
+    """Return the app that Celery makes up where none is named."""
+    found: Celery | None = celery_state.default_app
+    return found
 
 
 def load_app(name: str) -> Celery:
@@ -142,8 +159,6 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
-        if ctx.params.pop("app_name_here", None):
-            ctx.obj = Session(ctx.params.pop("app_name_given"), None)
         try:
             return super().invoke(ctx)
         except (ByrdError, CeleryTimeoutError, DBAPIError) as exc:
@@ -184,9 +199,7 @@ def fail(exc: Exception, *, as_json: bool) -> None:
 
 def console(*, stderr: bool = False) -> Console:
     """Return where to print: made anew each time, for tests and pipes exchange the streams."""
-    stream: IO[str] = sys.stderr if stderr else sys.stdout
-    if hasattr(stream, "reconfigure"):
-        stream.reconfigure(errors="replace")  # a terminal that cannot show a symbol is no reason to fail
+    stream = _stream(stderr=stderr)
     width = None if stream.isatty() or "COLUMNS" in os.environ else _WIDTH_OF_PIPES
     return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
 
@@ -199,7 +212,14 @@ def say(*parts: str | tuple[str, str]) -> None:
 def print_json(value: Any, *, lines: bool = False) -> None:
     """Print JSON; ``lines`` puts it on one line."""
     text = json.dumps(value, default=_as_json, ensure_ascii=False, indent=None if lines else 2)
-    click.echo(text)
+    print(text, file=_stream(), flush=True)
+
+
+def _stream(*, stderr: bool = False) -> IO[str]:
+    stream: IO[str] = sys.stderr if stderr else sys.stdout
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")  # a terminal that cannot show a symbol is no reason to fail
+    return stream
 
 
 def _as_json(value: Any) -> Any:
@@ -208,8 +228,3 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     return str(value)
-
-
-def terminal_height() -> int:
-    """Return how many lines the terminal has."""
-    return shutil.get_terminal_size().lines

@@ -30,7 +30,6 @@ from byrd.store import Wakeup, WorkerRow, plans, runs, sweeps
 from byrd.task import Runtime, adopt_app
 from byrd.task.durable import adopt_task
 from byrd.worker import prepare_worker
-from byrd.worker.keeper import CHANNEL
 
 #: The task that a schedule runs: it submits a workflow by name.
 SUBMIT_TASK = "byrd.submit"
@@ -114,10 +113,10 @@ class Byrd:
         run_id = str(uuid.uuid4())
         if connection is not None:
             conn: Connection = connection.connection() if hasattr(connection, "get_bind") else connection
-            run_id, _ = settings.named_errors(write, conn, run_id)
-            # Delivered when, and only if, the caller commits: the relay is woken then.
-            conn.exec_driver_sql(f"NOTIFY {CHANNEL}")
-            return run_id
+            written, _ = settings.named_errors(write, conn, run_id)
+            if written == run_id:
+                plans.leave_to_relay(conn, run_id)
+            return written
         for _ in range(3):
             try:
                 run_id, wakeups = settings.named_errors(self.runtime.store.run, write, run_id)

@@ -67,6 +67,7 @@ class Run:
             pause = min(_LONGEST_PAUSE, pause * 1.3)
         if status == "succeeded":
             return None if ignored or result is None else loads(result)
+        error = self._store.run(runs.root_error, self.id, output) or error
         exc, _ = self.engine.app.backend.decoded_error(error)
         if not isinstance(exc, BaseException):
             exc = RuntimeError(f"run {self.id} ended as {run_status} without an error on record")

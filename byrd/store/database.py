@@ -102,7 +102,9 @@ class Store:
         if found is None:
             raise NotMigratedError("Byrd's tables are missing in this database; run `byrd migrate`")
         if found < wanted:
-            raise NotMigratedError(f"Byrd's tables are at version {found}, this Byrd needs {wanted}; run `byrd migrate`")
+            raise NotMigratedError(
+                f"Byrd's tables are at version {found}, this Byrd needs {wanted}; run `byrd migrate`"
+            )
 
     def _wait_or_raise(self, exc: DBAPIError, tries: int, deadline: float) -> None:
         race = isinstance(exc.orig, _RACES)
@@ -113,7 +115,7 @@ class Store:
         if time.monotonic() > deadline:
             _unavailable(self.url, exc)
         if not race and (tries == 1 or tries % 20 == 0):
-            log.warning("Postgres does not answer (try %d): %s", tries, str(exc.orig).strip().splitlines()[0:1])
+            log.warning("Postgres does not answer (try %d): %s", tries, _first_line(exc))
         longest = 0.05 if race else 1.0
         time.sleep(random.uniform(0.01, min(longest, 0.02 * 2 ** min(tries, 8))))  # noqa: S311 - jitter
 
@@ -130,5 +132,8 @@ def is_outage(exc: BaseException) -> bool:
 
 def _unavailable(url: URL, exc: DBAPIError) -> Never:
     where = f"{url.host or 'localhost'}:{url.port or 5432}"
-    first = (str(exc.orig).strip().splitlines() or [""])[0]
-    raise StoreUnavailableError(f"Postgres at {where} does not answer: {first}") from exc
+    raise StoreUnavailableError(f"Postgres at {where} does not answer: {_first_line(exc)}") from exc
+
+
+def _first_line(exc: DBAPIError) -> str:
+    return (str(exc.orig).strip().splitlines() or [""])[0]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from psycopg2.extras import execute_values
 from sqlalchemy import Connection
 
 from byrd.canvas import Plan, Step
 from byrd.model import StepKind
-from byrd.store import runs, steps
-from byrd.store.rows import Wakeup, query
+from byrd.store import flow, runs
+from byrd.store.rows import CHANNEL, Wakeup, query
 
 
 def submit(
@@ -50,9 +50,22 @@ def submit(
     return run_id, start(conn, run_id, plan.steps)
 
 
+def leave_to_relay(conn: Connection, run_id: str) -> None:
+    """Mark the run's ready steps as never published: the relay does it, once this transaction has committed.
+
+    Postgres tells the relay of the commit, and of nothing else: a NOTIFY is part of its transaction.
+    """
+    query(
+        conn,
+        "UPDATE byrd.steps SET sends = 0, wake_at = run_at WHERE run_id = %(run)s AND status = 'ready' AND attempt = 0",
+        {"run": run_id},
+    )
+    query(conn, f"NOTIFY {CHANNEL}")
+
+
 def start(conn: Connection, run_id: str, planned: Sequence[Step]) -> list[Wakeup]:
     """Make ready the steps that wait for nothing, and finish the groups that are empty."""
-    wakeups = steps.release(conn, run_id, [s.no for s in planned if s.after is None])
+    wakeups = flow.release(conn, run_id, [s.no for s in planned if s.after is None])
     for step in planned:
         if step.after is None and step.kind is StepKind.JOIN and step.members == 0:
             row = query(
@@ -62,31 +75,53 @@ def start(conn: Connection, run_id: str, planned: Sequence[Step]) -> list[Wakeup
                 {"run": run_id, "no": step.no},
             ).first()
             if row is not None:
-                wakeups += steps.advance(conn, run_id, step.no, row.join_no, succeeded=True)
+                wakeups += runs.advance(conn, run_id, step.no, row.join_no, succeeded=True)
     return wakeups
 
 
+def renumbered(plan: Plan, first_no: int) -> Plan:
+    """Return the plan with its numbers shifted, so that its first step has ``first_no``."""
+    shift = first_no - min(step.no for step in plan.steps)
+
+    def shifted(no: int | None) -> int | None:
+        return None if no is None else no + shift
+
+    moved = (
+        replace(s, no=s.no + shift, after=shifted(s.after), input=shifted(s.input), into=shifted(s.into))
+        for s in plan.steps
+    )
+    return Plan(tuple(moved), plan.output + shift)
+
+
 def insert_steps(conn: Connection, run_id: str, planned: Sequence[Step]) -> None:
-    """Insert steps, all pending."""
-    cursor = conn.connection.cursor()
-    try:
-        execute_values(cursor, f"INSERT INTO byrd.steps ({', '.join(_COLUMNS)}) VALUES %s", [_row(run_id, s) for s in planned])
-    finally:
-        cursor.close()
+    """Insert steps, all pending: one statement, with one array for each column."""
+    columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
+    for step in planned:
+        for name, value in zip(_COLUMNS, _row(step), strict=True):
+            columns[name].append(value)
+    arrays = ", ".join(f"%({name})s::{kind}[]" for name, kind in _COLUMNS.items())
+    names = ", ".join(_COLUMNS)
+    query(
+        conn,
+        f"INSERT INTO byrd.steps (run_id, {names}) SELECT %(run)s, * FROM unnest({arrays}) AS planned ({names})",
+        {"run": run_id, **columns},
+    )
 
 
-_COLUMNS = (
-    "id", "run_id", "no", "kind", "task", "queue", "args", "kwargs", "options", "compensation", "after", "on_failure",
-    "input", "join_no", "join_pos", "waiting", "group_id", "countdown", "eta", "expires_in", "expires_at",
-)  # fmt: skip
+_COLUMNS = {
+    "id": "text", "no": "int", "kind": "text", "task": "text", "queue": "text", "args": "text", "kwargs": "text",
+    "options": "text", "compensation": "text", "after": "int", "on_failure": "bool", "input": "int", "join_no": "int",
+    "join_pos": "int", "waiting": "int", "group_id": "text", "countdown": "float8", "eta": "timestamptz",
+    "expires_in": "float8", "expires_at": "timestamptz",
+}  # fmt: skip
 
 
-def _row(run_id: str, step: Step) -> tuple[Any, ...]:
+def _row(step: Step) -> tuple[Any, ...]:
     options: Mapping[str, Any] = step.options
     return (
-        step.id, run_id, step.no, step.kind.value, step.task, step.queue, step.args, step.kwargs,
-        json.dumps(dict(options)), step.compensation, step.after, step.on_failure, step.input, step.into,
-        step.position, step.members, step.group_id, step.countdown, step.eta, step.expires_in, step.expires_at,
+        step.id, step.no, step.kind.value, step.task, step.queue, step.args, step.kwargs, json.dumps(dict(options)),
+        step.compensation, step.after, step.on_failure, step.input, step.into, step.position, step.members,
+        step.group_id, step.countdown, step.eta, step.expires_in, step.expires_at,
     )  # fmt: skip
 
 
@@ -105,4 +140,3 @@ def _existing(conn: Connection, run_id: str, workflow: str | None, key: str | No
 
 class RunVanishedError(Exception):
     """The run that held the key went away between two statements; submit again."""
-

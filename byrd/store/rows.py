@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple, Self
 
 from sqlalchemy import Connection, CursorResult
 
+#: The Postgres notification channel on which the relay hears of work submitted in a caller's transaction.
+CHANNEL = "byrd"
 
-def query(conn: Connection, sql: str, params: Mapping[str, Any] | None = None) -> CursorResult[Any]:
+
+def query(conn: Connection, sql: str, params: Mapping[str, Any] | None = None) -> CursorResult[*tuple[Any, ...]]:
     """Run ``sql`` with ``%(name)s`` parameters, bound by the driver."""
     return conn.exec_driver_sql(sql, dict(params or {}))
 
@@ -37,6 +40,11 @@ class Wakeup(NamedTuple):
 WAKEUP = """s.id, s.run_id, s.no, s.kind, s.task, s.queue, s.attempt, s.retries, s.options, s.group_id, s.join_pos,
     (SELECT p.id FROM byrd.steps p WHERE p.run_id = s.run_id AND p.no = s.after) AS parent_id,
     s.run_at <= clock_timestamp() AS due"""
+
+
+def wakeups_of(rows: Iterable[Any]) -> list[Wakeup]:
+    """Read rows whose first columns are :data:`WAKEUP`."""
+    return [Wakeup(row[0], str(row[1]), *row[2 : len(Wakeup._fields)]) for row in rows]
 
 
 @dataclass(frozen=True, slots=True)

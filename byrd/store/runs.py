@@ -10,15 +10,15 @@ from sqlalchemy import Connection
 
 from byrd.errors import IllegalTransitionError, RunNotFoundError
 from byrd.model import RUN_TRANSITIONS, sources
-from byrd.store import steps
-from byrd.store.rows import WAKEUP, RunRow, StepRow, Wakeup, query
+from byrd.store import flow, locks
+from byrd.store.rows import WAKEUP, RunRow, StepRow, Wakeup, query, wakeups_of
 
 _NOW = "clock_timestamp()"
-#: A step that can still change.  An errback that was not called is none: it ends with its run.
-_OPEN = "status IN ('pending','ready','running') AND NOT (kind = 'errback' AND status = 'pending')"
 
 
-def record(conn: Connection, run_id: str, event: str, detail: Mapping[str, Any] | None = None, *, step_no: int | None = None) -> None:
+def record(
+    conn: Connection, run_id: str, event: str, detail: Mapping[str, Any] | None = None, *, step_no: int | None = None
+) -> None:
     """Add a line to the run's history."""
     query(
         conn,
@@ -30,36 +30,60 @@ def record(conn: Connection, run_id: str, event: str, detail: Mapping[str, Any] 
 # -- transitions -----------------------------------------------------------------------------------
 
 
+def advance(conn: Connection, run_id: str, no: int, join_no: int | None, *, succeeded: bool) -> list[Wakeup]:
+    """Do all that follows from the outcome of step ``no``, the run's end included; return what became ready."""
+    wakeups, still_waiting = flow.advance(conn, run_id, no, join_no, succeeded=succeeded)
+    return wakeups if wakeups or still_waiting else finish_if_done(conn, run_id)
+
+
 def finish_if_done(conn: Connection, run_id: str) -> list[Wakeup]:
     """running, paused, cancelling or compensating → what follows, once no step is open any more.
 
     The run's row is locked first, so that of two last steps that end at once the second sees the first.
     """
     run = query(
-        conn, "SELECT status, outcome, compensate FROM byrd.runs WHERE id = %(run)s FOR UPDATE", {"run": run_id}
+        conn, "SELECT status, outcome, compensate FROM byrd.runs WHERE id = %(run)s FOR NO KEY UPDATE", {"run": run_id}
     ).first()
-    if run is None or query(conn, f"SELECT 1 FROM byrd.steps WHERE run_id = %(run)s AND {_OPEN} LIMIT 1", {"run": run_id}).first():
+    if run is None or _is_open(conn, run_id):
         return []
-    if run.status in ("running", "paused"):
+    if run.status in sources(RUN_TRANSITIONS, "finish"):
         outcome = "failed" if _has_failed(conn, run_id) else "succeeded"
         if outcome == "failed" and _can_compensate(conn, run_id):
-            return _compensate(conn, run_id, outcome)
-        _finish(conn, run_id, outcome)
-    elif run.status == "cancelling":
+            return _compensate(conn, run_id, "finish", outcome)
+        _finish(conn, run_id, "finish", outcome)
+    elif run.status in sources(RUN_TRANSITIONS, "finish_cancel"):
         outcome = run.outcome or "cancelled"
         if run.compensate and _can_compensate(conn, run_id):
-            return _compensate(conn, run_id, outcome)
-        _finish(conn, run_id, outcome)
-    elif run.status == "compensating":
-        _finish(conn, run_id, run.outcome)
+            return _compensate(conn, run_id, "finish_cancel", outcome)
+        _finish(conn, run_id, "finish_cancel", outcome)
+    elif run.status in sources(RUN_TRANSITIONS, "finish_rollback"):
+        _finish(conn, run_id, "finish_rollback", run.outcome)
     return []
+
+
+def _is_open(conn: Connection, run_id: str) -> bool:
+    """Tell whether a step of the run can still change; those of an errback that nobody called end with their run."""
+    going = "SELECT 1 FROM byrd.steps WHERE run_id = %(run)s AND status IN ('ready','running') LIMIT 1"
+    if query(conn, going, {"run": run_id}).first():
+        return True
+    waiting = """
+        WITH RECURSIVE uncalled AS (
+          SELECT no FROM byrd.steps WHERE run_id = %(run)s AND status = 'pending' AND on_failure
+          UNION
+          SELECT s.no FROM byrd.steps s JOIN uncalled u ON s.after = u.no
+           WHERE s.run_id = %(run)s AND s.status = 'pending')
+        SELECT 1 FROM byrd.steps WHERE run_id = %(run)s AND status = 'pending' AND no NOT IN (SELECT no FROM uncalled)
+         LIMIT 1"""
+    return query(conn, waiting, {"run": run_id}).first() is not None
 
 
 def pause(conn: Connection, run_id: str) -> None:
     """running → paused.  What runs goes on to its next checkpoint; nothing else starts."""
     _move(conn, run_id, "pause", "paused")
     # 'infinity' takes the steps out of the relay's sight, so that a paused run costs it nothing.
-    query(conn, "UPDATE byrd.steps SET wake_at = 'infinity' WHERE run_id = %(run)s AND status = 'ready'", {"run": run_id})
+    query(
+        conn, "UPDATE byrd.steps SET wake_at = 'infinity' WHERE run_id = %(run)s AND status = 'ready'", {"run": run_id}
+    )
     record(conn, run_id, "paused")
 
 
@@ -84,7 +108,7 @@ def cancel(
         conn,
         f"""UPDATE byrd.steps SET status = 'cancelled', finished_at = {_NOW}, error = %(error)s
             WHERE run_id = %(run)s AND status IN ('pending','ready')""",
-        {"run": run_id, "error": error or steps.error_json("TaskRevokedError", "celery.exceptions", ["cancelled"])},
+        {"run": run_id, "error": error or flow.error_json("TaskRevokedError", "celery.exceptions", ["cancelled"])},
     )
     record(conn, run_id, "cancel_requested", {"compensate": compensate, "outcome": outcome})
     return finish_if_done(conn, run_id)
@@ -102,26 +126,31 @@ def stick(conn: Connection, run_id: str, step_no: int) -> None:
 
 
 def retry(conn: Connection, run_id: str) -> list[Wakeup]:
-    """failed or cancelled → running: what succeeded is kept, the rest runs again.
+    """failed or cancelled → running: what succeeded is kept, the rest runs again; a new failure calls errbacks anew.
 
     rollback_stuck → compensating: the compensation that failed is tried again.
     """
     run = _locked(conn, run_id)
     if run.status == "rollback_stuck":
         _move(conn, run_id, "retry_rollback", "compensating")
-        rows = _reopen(conn, run_id, "kind = 'compensation' AND status = 'failed'")
+        rows = _reopen(conn, run_id, "kind = 'compensation' AND status IN ('failed','cancelled')")
         record(conn, run_id, "rollback_retried")
-        return steps.release(conn, run_id, rows)
+        return flow.release(conn, run_id, rows)
     if run.status not in sources(RUN_TRANSITIONS, "retry_run"):
         raise _illegal(run_id, run.status, "retry_run")
-    if query(conn, "SELECT 1 FROM byrd.steps WHERE run_id = %(run)s AND kind = 'compensation' LIMIT 1", {"run": run_id}).first():
+    if query(
+        conn, "SELECT 1 FROM byrd.steps WHERE run_id = %(run)s AND kind = 'compensation' LIMIT 1", {"run": run_id}
+    ).first():
         raise IllegalTransitionError(f"run {run_id} was rolled back; its steps were undone, so submit it anew")
     query(
         conn,
-        """UPDATE byrd.runs SET status = 'running', finished_at = NULL, outcome = NULL, compensate = false, error = NULL,
-                  deadline = clock_timestamp() + (deadline - created_at) WHERE id = %(run)s""",
-        {"run": run_id},
+        """UPDATE byrd.runs r SET status = 'running', finished_at = NULL, outcome = NULL, error = NULL,
+                  compensate = false, deadline = clock_timestamp() + (deadline - coalesce(
+                    (SELECT max(e.at) FROM byrd.events e WHERE e.run_id = r.id AND e.event = 'retried'), created_at))
+            WHERE id = %(run)s AND status = ANY(%(sources)s)""",
+        {"run": run_id, "sources": _sources("retry_run")},
     )
+    _forget_errbacks(conn, run_id)
     _reopen(conn, run_id, "status IN ('failed','skipped','cancelled')")
     record(conn, run_id, "retried")
     return _resume_pending(conn, run_id)
@@ -144,21 +173,40 @@ def _resume_pending(conn: Connection, run_id: str) -> list[Wakeup]:
              AND NOT s.on_failure AND (s.after IS NULL OR p.status = 'succeeded')""",
         params,
     )
-    wakeups = steps.release(conn, run_id, [row.no for row in rows])
+    wakeups = flow.release(conn, run_id, [row.no for row in rows])
     # A join whose members had all succeeded before the run was cancelled waits for nothing: it ends now.
     ended = query(
         conn,
         """SELECT j.no, j.kind FROM byrd.steps j LEFT JOIN byrd.steps p ON p.run_id = j.run_id AND p.no = j.after
            WHERE j.run_id = %(run)s AND j.status = 'pending' AND (j.kind = 'join' OR j.replaced) AND j.waiting = 0
-             AND (j.after IS NULL OR p.status = 'succeeded') ORDER BY j.no""",
+             AND NOT j.on_failure AND (j.after IS NULL OR p.status = 'succeeded') ORDER BY j.no""",
         params,
     ).all()
     for no, kind in ended:
-        still = query(conn, "SELECT status FROM byrd.steps WHERE run_id = %(run)s AND no = %(no)s", {**params, "no": no}).one()
+        still = query(
+            conn, "SELECT status FROM byrd.steps WHERE run_id = %(run)s AND no = %(no)s", {**params, "no": no}
+        ).one()
         if still.status == "pending":
-            ok, join_no, _ = steps.finish_join(conn, run_id, no, is_join=kind == "join")
-            wakeups += steps.advance(conn, run_id, no, join_no, succeeded=ok)
+            ok, join_no = flow.finish_join(conn, run_id, no, is_join=kind == "join")
+            wakeups += advance(conn, run_id, no, join_no, succeeded=ok)
     return wakeups or finish_if_done(conn, run_id)
+
+
+def _forget_errbacks(conn: Connection, run_id: str) -> None:
+    """Let the errbacks that were called be called again, from their beginning."""
+    rows = query(
+        conn,
+        """WITH RECURSIVE called AS (
+              SELECT no FROM byrd.steps WHERE run_id = %(run)s AND on_failure
+              UNION
+              SELECT s.no FROM byrd.steps s JOIN called c ON s.after = c.no WHERE s.run_id = %(run)s)
+            UPDATE byrd.steps s SET status = 'cancelled', result = NULL FROM called
+             WHERE s.run_id = %(run)s AND s.no = called.no AND s.status = 'succeeded' AND NOT s.replaced
+            RETURNING s.id""",
+        {"run": run_id},
+    ).all()
+    for table in ("checkpoints", "failed_items"):
+        query(conn, f"DELETE FROM byrd.{table} WHERE step_id = ANY(%(ids)s)", {"ids": [row.id for row in rows]})
 
 
 def _reopen(conn: Connection, run_id: str, which: str) -> list[int]:
@@ -175,12 +223,12 @@ def _reopen(conn: Connection, run_id: str, which: str) -> list[int]:
 def _wake(conn: Connection, run_id: str) -> list[Wakeup]:
     rows = query(
         conn,
-        f"""UPDATE byrd.steps s SET wake_at = greatest(s.run_at, {_NOW} + {steps.RESEND_SECONDS} * interval '1 second'),
+        f"""UPDATE byrd.steps s SET wake_at = greatest(s.run_at, {_NOW} + {flow.RESEND_SECONDS} * interval '1 second'),
                    sends = CASE WHEN s.run_at <= {_NOW} THEN 1 ELSE 0 END
             WHERE s.run_id = %(run)s AND s.status = 'ready' RETURNING {WAKEUP}""",
         {"run": run_id},
     )
-    return [Wakeup(row[0], str(row[1]), *row[2:]) for row in rows]
+    return wakeups_of(rows)
 
 
 def _has_failed(conn: Connection, run_id: str) -> bool:
@@ -197,17 +245,19 @@ _COMPENSABLE = """s.run_id = %(run)s AND s.status = 'succeeded' AND s.compensati
     (SELECT 1 FROM byrd.steps c WHERE c.run_id = s.run_id AND c.compensates = s.no)"""
 
 
-def _compensate(conn: Connection, run_id: str, outcome: str) -> list[Wakeup]:
+def _compensate(conn: Connection, run_id: str, name: str, outcome: str) -> list[Wakeup]:
     """→ compensating: plan one compensation per completed saga step, the last completed first, one after another."""
     query(
         conn,
-        "UPDATE byrd.runs SET status = 'compensating', outcome = %(outcome)s WHERE id = %(run)s",
-        {"run": run_id, "outcome": outcome},
+        """UPDATE byrd.runs SET status = 'compensating', outcome = %(outcome)s
+           WHERE id = %(run)s AND status = ANY(%(sources)s)""",
+        {"run": run_id, "outcome": outcome, "sources": _sources(name)},
     )
     rows = query(
         conn,
         f"""WITH undo AS (
-              SELECT s.no, s.compensation::json AS how, row_number() OVER (ORDER BY s.finished_at DESC, s.no DESC) AS rank,
+              SELECT s.no, s.compensation::json AS how,
+                     row_number() OVER (ORDER BY s.finished_at DESC, s.no DESC) AS rank,
                      (SELECT max(no) FROM byrd.steps WHERE run_id = %(run)s) AS top
                 FROM byrd.steps s WHERE {_COMPENSABLE})
             INSERT INTO byrd.steps (id, run_id, no, kind, task, queue, options, compensates, after)
@@ -217,14 +267,14 @@ def _compensate(conn: Connection, run_id: str, outcome: str) -> list[Wakeup]:
         {"run": run_id},
     ).all()
     record(conn, run_id, "rollback_started", {"steps": len(rows), "then": outcome})
-    return steps.release(conn, run_id, [row.no for row in rows if row.after is None])
+    return flow.release(conn, run_id, [row.no for row in rows if row.after is None])
 
 
-def _finish(conn: Connection, run_id: str, outcome: str) -> None:
+def _finish(conn: Connection, run_id: str, name: str, outcome: str) -> None:
     query(
         conn,
         f"""UPDATE byrd.steps SET status = 'skipped', finished_at = {_NOW}
-            WHERE run_id = %(run)s AND status = 'pending' AND kind = 'errback'""",
+            WHERE run_id = %(run)s AND status = 'pending'""",
         {"run": run_id},
     )
     query(
@@ -235,14 +285,17 @@ def _finish(conn: Connection, run_id: str, outcome: str) -> None:
                 LEFT JOIN LATERAL (SELECT error FROM byrd.steps x WHERE x.run_id = o.run_id AND x.status = 'failed'
                                    AND x.kind <> 'errback' ORDER BY x.finished_at LIMIT 1) f ON true
                 WHERE o.run_id = r.id AND o.no = r.output) END)
-            WHERE r.id = %(run)s""",
-        {"run": run_id, "outcome": outcome},
+            WHERE r.id = %(run)s AND r.status = ANY(%(sources)s)""",
+        {"run": run_id, "outcome": outcome, "sources": _sources(name)},
     )
     record(conn, run_id, outcome)
 
 
 def _locked(conn: Connection, run_id: str) -> Any:
-    row = query(conn, "SELECT id, status FROM byrd.runs WHERE id = %(run)s FOR UPDATE", {"run": run_id}).first()
+    """Have the run to oneself; return its row, locked."""
+    locks.own_run(conn, run_id)
+    sql = "SELECT id, status FROM byrd.runs WHERE id = %(run)s FOR NO KEY UPDATE"
+    row = query(conn, sql, {"run": run_id}).first()
     if row is None:
         raise RunNotFoundError(f"no run has the id {run_id}")
     return row
@@ -250,13 +303,18 @@ def _locked(conn: Connection, run_id: str) -> Any:
 
 def _move(conn: Connection, run_id: str, name: str, target: str) -> None:
     """The guarded UPDATE of a transition that an operator asks for; raises when the status does not allow it."""
+    run = _locked(conn, run_id)
     row = query(
         conn,
         "UPDATE byrd.runs SET status = %(target)s WHERE id = %(run)s AND status = ANY(%(sources)s) RETURNING id",
-        {"run": run_id, "target": target, "sources": [str(s) for s in sources(RUN_TRANSITIONS, name)]},
+        {"run": run_id, "target": target, "sources": _sources(name)},
     ).first()
     if row is None:
-        raise _illegal(run_id, _locked(conn, run_id).status, name)
+        raise _illegal(run_id, run.status, name)
+
+
+def _sources(name: str) -> list[str]:
+    return [str(status) for status in sources(RUN_TRANSITIONS, name)]
 
 
 def _illegal(run_id: str, status: str, name: str) -> IllegalTransitionError:
@@ -269,7 +327,11 @@ def _illegal(run_id: str, status: str, name: str) -> IllegalTransitionError:
 
 def get(conn: Connection, run_id: str) -> RunRow:
     """Return the run; raise :class:`RunNotFoundError` when there is none."""
-    row = query(conn, f"SELECT {RunRow.columns()} FROM byrd.runs r WHERE r.id = %(run)s", {"run": run_id}).mappings().first()
+    row = (
+        query(conn, f"SELECT {RunRow.columns()} FROM byrd.runs r WHERE r.id = %(run)s", {"run": run_id})
+        .mappings()
+        .first()
+    )
     if row is None:
         raise RunNotFoundError(f"no run has the id {run_id}")
     return RunRow.from_row({**row, "id": str(row["id"])})
@@ -298,17 +360,23 @@ def list_runs(
 
 def list_steps(conn: Connection, run_id: str) -> list[StepRow]:
     """Return the steps of a run in the plan's order."""
-    rows = query(conn, f"SELECT {StepRow.columns()} FROM byrd.steps s WHERE s.run_id = %(run)s ORDER BY s.no", {"run": run_id})
+    rows = query(
+        conn, f"SELECT {StepRow.columns()} FROM byrd.steps s WHERE s.run_id = %(run)s ORDER BY s.no", {"run": run_id}
+    )
     return [_step(row) for row in rows.mappings()]
 
 
 def get_step(conn: Connection, step_id: str) -> StepRow | None:
     """Return one step by its id, which is its Celery task id."""
-    row = query(conn, f"SELECT {StepRow.columns()} FROM byrd.steps s WHERE s.id = %(id)s", {"id": step_id}).mappings().first()
+    row = (
+        query(conn, f"SELECT {StepRow.columns()} FROM byrd.steps s WHERE s.id = %(id)s", {"id": step_id})
+        .mappings()
+        .first()
+    )
     return _step(row) if row is not None else None
 
 
-def _step(row: Mapping[str, Any]) -> StepRow:
+def _step(row: Any) -> StepRow:
     worker = row["worker_id"]
     return StepRow.from_row({**row, "run_id": str(row["run_id"]), "worker_id": str(worker) if worker else None})
 
@@ -329,11 +397,31 @@ def outcome_of(conn: Connection, run_id: str, no: int) -> tuple[str, str | None,
     return (row.status, row.result, row.error, row.run_status, row.ignored)
 
 
+def root_error(conn: Connection, run_id: str, no: int) -> str | None:
+    """Return the error (JSON) that a step's failure goes back to.
+
+    It is what ``get()`` raises for a canvas in Celery, eager and on a worker, where the body of a chord bears only a
+    ChordError that tells of it.
+    """
+    found: str | None = query(
+        conn,
+        """WITH RECURSIVE back AS (
+              SELECT no, error, cause, 0 AS distance FROM byrd.steps WHERE run_id = %(run)s AND no = %(no)s
+              UNION ALL
+              SELECT s.no, s.error, s.cause, b.distance + 1 FROM byrd.steps s JOIN back b ON s.no = b.cause
+               WHERE s.run_id = %(run)s)
+           SELECT error FROM back WHERE error IS NOT NULL ORDER BY distance DESC LIMIT 1""",
+        {"run": run_id, "no": no},
+    ).scalar()
+    return found
+
+
 def history(conn: Connection, run_id: str) -> list[dict[str, Any]]:
     """Return what happened to a run, in order: its own events, and each attempt at each step."""
     rows = query(
         conn,
-        """SELECT at, event, step_no, NULL::int AS attempt, NULL AS worker, detail FROM byrd.events WHERE run_id = %(run)s
+        """SELECT at, event, step_no, NULL::int AS attempt, NULL AS worker, detail FROM byrd.events
+            WHERE run_id = %(run)s
            UNION ALL
            SELECT a.ended_at, a.outcome, s.no, a.attempt, a.worker, a.error FROM byrd.attempts a
              JOIN byrd.steps s ON s.id = a.step_id WHERE s.run_id = %(run)s

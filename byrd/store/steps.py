@@ -7,9 +7,6 @@ The same outcome of the same attempt is accepted twice, for the answer to the fi
 
 from __future__ import annotations
 
-import json
-from collections import Counter, deque
-from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
@@ -18,12 +15,11 @@ from sqlalchemy import Connection
 from byrd.canvas import Plan
 from byrd.errors import IllegalTransitionError, StaleAttempt, StepCancelled
 from byrd.model import Outcome, RunStatus, StepKind, StepStatus
-from byrd.store import locks, plans
+from byrd.store import locks, plans, runs
+from byrd.store.flow import RESEND_SECONDS, error_json
 from byrd.store.locks import SHARE_RUN_OF_STEP, TRY_SHARE_RUN
-from byrd.store.rows import WAKEUP, Claim, Wakeup, query
+from byrd.store.rows import WAKEUP, Claim, Wakeup, query, wakeups_of
 
-#: A ready step whose message was just published is looked at again by the relay after this time.
-RESEND_SECONDS = 2.0
 #: A step that loses its worker more often than this is failed: it is probably what kills the worker.
 MAX_PREEMPTIONS = 5
 
@@ -102,7 +98,7 @@ def complete(conn: Connection, step_id: str, attempt: int, result: str) -> list[
     if row is None:
         _refuse_unless_completed(conn, step_id, attempt)
         return []
-    return advance(conn, str(row.run_id), row.no, row.join_no, succeeded=True)
+    return runs.advance(conn, str(row.run_id), row.no, row.join_no, succeeded=True)
 
 
 def fail(conn: Connection, step_id: str, attempt: int, error: str) -> list[Wakeup]:
@@ -299,7 +295,9 @@ def _open_plan(conn: Connection, step_id: str) -> tuple[str, int]:
     if found is None:
         raise StaleAttempt(f"step {step_id} does not exist any more")
     if found.kind == StepKind.COMPENSATION:
-        raise IllegalTransitionError(f"step {step_id} is a compensation, which can neither be replaced nor grow a chord")
+        raise IllegalTransitionError(
+            f"step {step_id} is a compensation, which can neither be replaced nor grow a chord"
+        )
     run_id = str(found.run_id)
     locks.own_run(conn, run_id)
     row = query(
@@ -323,156 +321,6 @@ def check_owner(conn: Connection, step_id: str, attempt: int) -> None:
     ).first()
     if found is None:
         raise StaleAttempt(f"step {step_id}: attempt {attempt} does not own it any more")
-
-
-# -- what follows from an outcome ------------------------------------------------------------------
-
-
-_RELEASE = f"""
-UPDATE byrd.steps s
-   SET status = 'ready', ready_at = {_NOW},
-       run_at = coalesce(s.eta, {_NOW} + coalesce(s.countdown, 0) * interval '1 second'),
-       wake_at = greatest(coalesce(s.eta, {_NOW} + coalesce(s.countdown, 0) * interval '1 second'),
-                          {_NOW} + {RESEND_SECONDS} * interval '1 second'),
-       sends = CASE WHEN s.eta IS NULL AND coalesce(s.countdown, 0) <= 0 THEN 1 ELSE 0 END,
-       expires_at = coalesce({_NOW} + s.expires_in * interval '1 second', s.expires_at)
- WHERE s.run_id = %(run)s AND s.status = 'pending' AND s.kind <> 'join' AND NOT s.replaced
-"""
-_RELEASE_AFTER = f"{_RELEASE} AND s.after = %(no)s AND s.on_failure = %(failed)s RETURNING {WAKEUP}"
-_RELEASE_ROOTS = f"{_RELEASE} AND s.no = ANY(%(numbers)s) RETURNING {WAKEUP}"
-
-
-def release(conn: Connection, run_id: str, numbers: Iterable[int]) -> list[Wakeup]:
-    """pending → ready for the steps whose predecessors are known to be done."""
-    found = query(conn, _RELEASE_ROOTS, {"run": run_id, "numbers": list(numbers)})
-    return _wakeups(found)
-
-
-def advance(conn: Connection, run_id: str, no: int, join_no: int | None, *, succeeded: bool) -> list[Wakeup]:
-    """Do all that follows from the outcome of step ``no``; return the steps that became ready."""
-    wakeups: list[Wakeup] = []
-    still_waiting = False
-    done = deque([(no, join_no, succeeded)])
-    while done:
-        current, into, good = done.popleft()
-        arrived: Counter[int] = Counter([into] if into is not None else [])
-        if good:
-            wakeups += _wakeups(query(conn, _RELEASE_AFTER, {"run": run_id, "no": current, "failed": False}))
-            done.extend((n, j, True) for n, j in _finish_empty_joins(conn, run_id, current))
-        else:
-            wakeups += _wakeups(query(conn, _RELEASE_AFTER, {"run": run_id, "no": current, "failed": True}))
-            arrived.update(_skip_after(conn, run_id, current))
-        for join, count in sorted(arrived.items()):
-            left = _arrive(conn, run_id, join, count)
-            if left is None:
-                continue  # the join was cancelled with its run, so this may be the run's last step
-            if left.waiting > 0:
-                still_waiting = True
-                continue
-            is_join = left.kind == "join"
-            ok, next_join = finish_join(conn, run_id, join, is_join=is_join)
-            done.append((join, next_join, ok))
-            if not ok and is_join:
-                done.extend((n, j, False) for n, j in _fail_bodies(conn, run_id, join))
-    if not wakeups and not still_waiting:
-        from byrd.store import runs  # noqa: PLC0415 - the two modules call each other
-
-        wakeups += runs.finish_if_done(conn, run_id)
-    return wakeups
-
-
-def _finish_empty_joins(conn: Connection, run_id: str, no: int) -> list[tuple[int, int | None]]:
-    """pending → succeeded for the empty groups after step ``no``: there is nothing that they wait for."""
-    rows = query(
-        conn,
-        f"""UPDATE byrd.steps SET status = 'succeeded', result = '[]', finished_at = {_NOW}
-            WHERE run_id = %(run)s AND after = %(no)s AND NOT on_failure AND kind = 'join' AND waiting = 0
-              AND status = 'pending' RETURNING no, join_no""",
-        {"run": run_id, "no": no},
-    )
-    return [(row.no, row.join_no) for row in rows]
-
-
-def _skip_after(conn: Connection, run_id: str, no: int) -> Counter[int]:
-    """pending → skipped for all that waited for the success of step ``no``; count what joins lose by it."""
-    rows = query(
-        conn,
-        f"""WITH RECURSIVE down AS (
-              SELECT no FROM byrd.steps
-               WHERE run_id = %(run)s AND after = %(no)s AND NOT on_failure AND status = 'pending'
-              UNION
-              SELECT s.no FROM byrd.steps s JOIN down d ON s.after = d.no
-               WHERE s.run_id = %(run)s AND s.status = 'pending')
-            UPDATE byrd.steps s SET status = 'skipped', cause = %(no)s, finished_at = {_NOW}
-              FROM down WHERE s.run_id = %(run)s AND s.no = down.no AND s.status = 'pending'
-            RETURNING s.no, s.join_no""",
-        {"run": run_id, "no": no},
-    ).all()
-    skipped = {row.no for row in rows}
-    return Counter(row.join_no for row in rows if row.join_no is not None and row.join_no not in skipped)
-
-
-def _arrive(conn: Connection, run_id: str, join: int, count: int) -> Any:
-    """Count members that are done; return how many the join still waits for, or None when it is over."""
-    return query(
-        conn,
-        """UPDATE byrd.steps SET waiting = waiting - %(count)s
-           WHERE run_id = %(run)s AND no = %(join)s AND status = 'pending' RETURNING waiting, kind""",
-        {"run": run_id, "join": join, "count": count},
-    ).first()
-
-
-def finish_join(conn: Connection, run_id: str, join: int, *, is_join: bool) -> tuple[bool, int | None]:
-    """pending → succeeded with its members' values in order, or → failed with the first failed member's error.
-
-    Returns whether it succeeded, and the join that it is itself a member of.
-    """
-    params: dict[str, Any] = {"run": run_id, "join": join}
-    bad = query(
-        conn,
-        """SELECT m.no, coalesce(m.error, c.error) AS error FROM byrd.steps m
-           LEFT JOIN byrd.steps c ON c.run_id = m.run_id AND c.no = m.cause
-           WHERE m.run_id = %(run)s AND m.join_no = %(join)s AND m.status <> 'succeeded'
-           ORDER BY m.join_pos LIMIT 1""",
-        params,
-    ).first()
-    if bad is None:
-        value = "'[' || coalesce(string_agg(m.result, ',' ORDER BY m.join_pos), '') || ']'" if is_join else "max(m.result)"
-        done = query(
-            conn,
-            f"""UPDATE byrd.steps SET status = 'succeeded', finished_at = {_NOW}, result =
-                  (SELECT {value} FROM byrd.steps m WHERE m.run_id = %(run)s AND m.join_no = %(join)s)
-                WHERE run_id = %(run)s AND no = %(join)s AND status = 'pending' RETURNING join_no""",
-            params,
-        ).one()
-        return True, done.join_no
-    done = query(
-        conn,
-        f"""UPDATE byrd.steps SET status = 'failed', finished_at = {_NOW}, error = %(error)s, cause = %(cause)s
-            WHERE run_id = %(run)s AND no = %(join)s AND status = 'pending' RETURNING join_no""",
-        {**params, "error": bad.error, "cause": bad.no},
-    ).one()
-    return False, done.join_no
-
-
-def _fail_bodies(conn: Connection, run_id: str, join: int) -> list[tuple[int, int | None]]:
-    """pending → failed with a ChordError for what follows a group one of whose members failed."""
-    member = query(
-        conn,
-        """SELECT m.id, j.error FROM byrd.steps j JOIN byrd.steps m ON m.run_id = j.run_id AND m.no = j.cause
-           WHERE j.run_id = %(run)s AND j.no = %(join)s""",
-        {"run": run_id, "join": join},
-    ).one()
-    text = f"Dependency {member.id} raised {_repr_of(member.error)}"
-    rows = query(
-        conn,
-        f"""UPDATE byrd.steps SET status = 'failed', error = %(error)s, cause = %(join)s, finished_at = {_NOW}
-            WHERE run_id = %(run)s AND after = %(join)s AND NOT on_failure AND status = 'pending'
-              AND (kind <> 'join' OR waiting = 0)
-            RETURNING no, join_no""",
-        {"run": run_id, "join": join, "error": error_json("ChordError", "celery.exceptions", [text])},
-    )
-    return [(row.no, row.join_no) for row in rows]
 
 
 # -- the end of an attempt -------------------------------------------------------------------------
@@ -499,7 +347,7 @@ def _end(
     return query(
         conn,
         f"""WITH old AS (
-              SELECT o.id, o.attempt, o.started_at, (SELECT w.hostname FROM byrd.workers w WHERE w.id = o.worker_id) AS host
+              SELECT o.id, o.attempt, o.started_at, (SELECT hostname FROM byrd.workers WHERE id = o.worker_id) AS host
                 FROM {SHARE_RUN_OF_STEP}, byrd.steps o
                WHERE o.id = %(id)s AND o.attempt = %(attempt)s AND o.status = 'running' FOR UPDATE OF o),
             ended AS (
@@ -517,7 +365,8 @@ def _give_back(
     return _end(
         conn, step_id, attempt, "ready", outcome, error,
         extra=f"""preemptions = s.preemptions + %(preempted)s, started_at = NULL, ready_at = {_NOW}, sends = 0,
-                  run_at = {_NOW} + %(delay)s * interval '1 second', wake_at = {_NOW} + %(delay)s * interval '1 second'""",
+                  run_at = {_NOW} + %(delay)s * interval '1 second',
+                  wake_at = {_NOW} + %(delay)s * interval '1 second'""",
         params={"preempted": preempted, "delay": delay},
     )  # fmt: skip
 
@@ -532,20 +381,19 @@ def _settle_returned(conn: Connection, row: Any) -> list[Wakeup]:
         return []
     found = query(
         conn,
-        f"""UPDATE byrd.steps s SET sends = 1, wake_at = greatest(s.run_at, {_NOW} + {RESEND_SECONDS} * interval '1 second')
+        f"""UPDATE byrd.steps s
+               SET sends = 1, wake_at = greatest(s.run_at, {_NOW} + {RESEND_SECONDS} * interval '1 second')
             WHERE s.id = %(id)s AND s.status = 'ready' AND s.run_at <= {_NOW} RETURNING {WAKEUP}""",
         {"id": row.id},
     )
-    return _wakeups(found)
+    return wakeups_of(found)
 
 
 def _after_failure(conn: Connection, row: Any) -> list[Wakeup]:
     if row.kind == "compensation":
-        from byrd.store import runs  # noqa: PLC0415 - the two modules call each other
-
         runs.stick(conn, str(row.run_id), row.no)
         return []
-    return advance(conn, str(row.run_id), row.no, row.join_no, succeeded=False)
+    return runs.advance(conn, str(row.run_id), row.no, row.join_no, succeeded=False)
 
 
 def _refuse_unless_completed(conn: Connection, step_id: str, attempt: int) -> None:
@@ -571,22 +419,3 @@ def _stale(step_id: str, attempt: int, row: Any) -> StaleAttempt:
     if row is None:
         return StaleAttempt(f"step {step_id} does not exist any more")
     return StaleAttempt(f"step {step_id}: attempt {attempt} may not write; it is {row.status}, attempt {row.attempt}")
-
-
-def _wakeups(rows: Iterable[Any]) -> list[Wakeup]:
-    return [Wakeup(row[0], str(row[1]), *row[2:]) for row in rows]
-
-
-def error_json(exc_type: str, module: str, args: list[str]) -> str:
-    """Return an exception in the JSON form of Celery's result backends."""
-    return json.dumps({"exc_type": exc_type, "exc_module": module, "exc_message": args})
-
-
-def _repr_of(error: str | None) -> str:
-    """Return what ``repr()`` of the recorded exception would print."""
-    if error is None:
-        return "an unknown error"
-    found = json.loads(error)
-    args = found.get("exc_message") or []
-    inner = ", ".join(repr(arg) for arg in args) if isinstance(args, list | tuple) else repr(args)
-    return f"{found.get('exc_type')}({inner})"

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 from sqlalchemy import Connection
 
-from byrd.store import runs, steps
-from byrd.store.rows import WAKEUP, Wakeup, WorkerRow, query
+from byrd.errors import IllegalTransitionError
+from byrd.store import locks, runs, steps
+from byrd.store.flow import RESEND_SECONDS
+from byrd.store.rows import WAKEUP, Wakeup, WorkerRow, query, wakeups_of
 
 _NOW = "clock_timestamp()"
-#: One sweeper at a time; the keys of Postgres advisory locks, held for one transaction, so that a sweeper
-#: that is stopped or cut off keeps nobody else from sweeping.
-_RELAY_LOCK, _RECOVERY_LOCK = 0x62797264_02, 0x62797264_03
-
-
-def _alone(conn: Connection, key: int) -> bool:
-    # Nothing holds the lock for longer than this, a suspended process included.
-    query(conn, "SET LOCAL idle_in_transaction_session_timeout = '5s'")
-    return bool(query(conn, "SELECT pg_try_advisory_xact_lock(%(key)s)", {"key": key}).scalar())
+_MOVING = "('running','compensating')"
 
 
 # -- the relay -------------------------------------------------------------------------------------
@@ -26,19 +21,20 @@ def _alone(conn: Connection, key: int) -> bool:
 
 def take_due(conn: Connection, *, limit: int = 200) -> list[Wakeup]:
     """Return ready steps that were never published and whose time has come; mark them as published."""
-    if not _alone(conn, _RELAY_LOCK):
+    if not locks.alone(conn, locks.RELAY):
         return []
     rows = query(
         conn,
-        f"""UPDATE byrd.steps s SET sends = s.sends + 1, wake_at = now() + {steps.RESEND_SECONDS} * interval '1 second'
-              FROM (SELECT d.id FROM byrd.steps d JOIN byrd.runs r ON r.id = d.run_id
+        f"""UPDATE byrd.steps s SET sends = s.sends + due.moving::int, wake_at = CASE WHEN due.moving
+                     THEN now() + {RESEND_SECONDS} * interval '1 second' ELSE 'infinity'::timestamptz END
+              FROM (SELECT d.id, r.status IN {_MOVING} AS moving
+                      FROM byrd.steps d JOIN byrd.runs r ON r.id = d.run_id
                      WHERE d.status = 'ready' AND d.wake_at <= now() AND d.sends = 0
-                       AND r.status IN ('running','compensating')
                      ORDER BY d.wake_at LIMIT %(limit)s FOR UPDATE OF d SKIP LOCKED) due
-             WHERE s.id = due.id RETURNING {WAKEUP}""",
+             WHERE s.id = due.id RETURNING {WAKEUP}, due.moving""",
         {"limit": limit},
     )
-    return [Wakeup(row[0], str(row[1]), *row[2:]) for row in rows]
+    return wakeups_of(row for row in rows if row.moving)
 
 
 def overdue_queues(conn: Connection) -> dict[str, int]:
@@ -66,23 +62,25 @@ def sent_and_waiting(conn: Connection, queue: str, *, at_most: int) -> int:
 def take_overdue(conn: Connection, queue: str, *, resend: int, limit: int = 1000) -> list[Wakeup]:
     """Return up to ``resend`` overdue steps of a queue to publish again; look at the others again later.
 
-    The pause grows with each sending, so that a queue that nobody consumes costs little.
+    The pause grows with each sending, so that a queue that nobody consumes costs little.  A run that is paused costs
+    nothing: 'infinity' takes its steps out of sight until it is resumed.
     """
     rows = query(
         conn,
         f"""UPDATE byrd.steps s
                SET sends = s.sends + CASE WHEN due.rank <= %(resend)s THEN 1 ELSE 0 END,
-                   wake_at = CASE WHEN r.status NOT IN ('running','compensating') THEN 'infinity'::timestamptz
-                             ELSE now() + least(30, {steps.RESEND_SECONDS} * power(2, least(s.sends, 5))) * interval '1 second' END
+                   wake_at = CASE WHEN r.status NOT IN {_MOVING} THEN 'infinity'::timestamptz
+                             ELSE now() + interval '1 second' * least(30, {RESEND_SECONDS} * power(2, least(s.sends, 5)))
+                             END
               FROM (SELECT o.id, row_number() OVER (ORDER BY o.wake_at) AS rank FROM
                      (SELECT id, wake_at FROM byrd.steps WHERE status = 'ready' AND wake_at <= now() AND sends > 0
                          AND queue = %(queue)s ORDER BY wake_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED) o) due,
                    byrd.runs r
              WHERE s.id = due.id AND r.id = s.run_id
-            RETURNING {WAKEUP}, due.rank <= %(resend)s AND r.status IN ('running','compensating') AS again""",
+            RETURNING {WAKEUP}, due.rank <= %(resend)s AND r.status IN {_MOVING} AS again""",
         {"queue": queue, "resend": resend, "limit": limit},
     )
-    return [Wakeup(row[0], str(row[1]), *row[2:-1]) for row in rows if row[-1]]
+    return wakeups_of(row for row in rows if row.again)
 
 
 def seconds_until_due(conn: Connection, *, at_most: float) -> float:
@@ -90,7 +88,8 @@ def seconds_until_due(conn: Connection, *, at_most: float) -> float:
     found = query(
         conn,
         """SELECT extract(epoch FROM min(wake_at) - clock_timestamp()) FROM
-             (SELECT wake_at FROM byrd.steps WHERE status = 'ready' ORDER BY wake_at LIMIT 1) first""",
+             (SELECT wake_at FROM byrd.steps WHERE status = 'ready' AND wake_at < 'infinity'
+               ORDER BY wake_at LIMIT 1) first""",
     ).scalar()
     return at_most if found is None else max(0.0, min(at_most, float(found)))
 
@@ -140,9 +139,11 @@ def stop_worker(conn: Connection, worker_id: str) -> None:
 
 def release_worker(conn: Connection, worker_id: str, *, reason: str) -> list[Wakeup]:
     """End a worker's lease; what it was running becomes ready at once."""
-    query(conn, "UPDATE byrd.workers SET lease_until = clock_timestamp(), stopping = true WHERE id = %(id)s", {"id": worker_id})
-    wakeups = steps.preempt(conn, worker_id, reason=reason, limit=10_000)
-    query(conn, "DELETE FROM byrd.workers WHERE id = %(id)s", {"id": worker_id})
+    # FOR UPDATE waits for the claims that are under way: what they claim is given back with the rest.
+    query(conn, "SELECT 1 FROM byrd.workers WHERE id = %(id)s FOR UPDATE", {"id": worker_id})
+    query(conn, f"UPDATE byrd.workers SET lease_until = {_NOW}, stopping = true WHERE id = %(id)s", {"id": worker_id})
+    wakeups = steps.preempt(conn, worker_id, reason=reason, limit=1000)
+    _forget_idle(conn, worker_id)
     return wakeups
 
 
@@ -151,34 +152,46 @@ def recover(conn: Connection, *, max_preemptions: int = steps.MAX_PREEMPTIONS) -
 
     Returns the names of those workers, and the steps to publish.
     """
-    if not _alone(conn, _RECOVERY_LOCK):
+    if not locks.alone(conn, locks.RECOVERY):
         return [], []
-    lost = query(conn, f"SELECT id, hostname FROM byrd.workers WHERE lease_until < {_NOW} FOR UPDATE SKIP LOCKED").all()
+    lost = query(conn, "SELECT id, hostname FROM byrd.workers WHERE lease_until < now() FOR UPDATE SKIP LOCKED").all()
+    # Nobody deletes a worker that runs something, but an operator can.
+    deleted = query(
+        conn,
+        """SELECT DISTINCT s.worker_id, 'deleted' FROM byrd.steps s WHERE s.status = 'running'
+             AND NOT EXISTS (SELECT 1 FROM byrd.workers w WHERE w.id = s.worker_id)""",
+    ).all()
     wakeups: list[Wakeup] = []
-    for worker_id, hostname in lost:
+    for worker_id, hostname in (*lost, *deleted):
         reason = f"the lease of worker {hostname} ran out"
         wakeups += steps.preempt(conn, str(worker_id), reason=reason, max_preemptions=max_preemptions)
-        query(
-            conn,
-            """DELETE FROM byrd.workers w WHERE w.id = %(id)s AND NOT EXISTS
-                 (SELECT 1 FROM byrd.steps s WHERE s.worker_id = w.id AND s.status = 'running')""",
-            {"id": worker_id},
-        )
+        _forget_idle(conn, str(worker_id))
     return [row.hostname for row in lost], wakeups
+
+
+def _forget_idle(conn: Connection, worker_id: str) -> None:
+    """Delete a worker that runs nothing; one that still does stays on record, for recovery to find what it runs."""
+    query(
+        conn,
+        """DELETE FROM byrd.workers w WHERE w.id = %(id)s AND NOT EXISTS
+             (SELECT 1 FROM byrd.steps s WHERE s.worker_id = w.id AND s.status = 'running')""",
+        {"id": worker_id},
+    )
 
 
 def end_overdue_runs(conn: Connection, error: str) -> list[Wakeup]:
     """Cancel the runs whose deadline has passed; they will end as failed, with ``error`` (JSON)."""
-    if not _alone(conn, _RECOVERY_LOCK):
+    if not locks.alone(conn, locks.RECOVERY):
         return []
     rows = query(
         conn,
         """SELECT id FROM byrd.runs WHERE finished_at IS NULL AND deadline < now() AND status IN ('running','paused')
-           LIMIT 100 FOR UPDATE SKIP LOCKED""",
+           ORDER BY id LIMIT 100""",
     ).all()
     wakeups: list[Wakeup] = []
     for row in rows:
-        wakeups += runs.cancel(conn, str(row.id), compensate=True, outcome="failed", error=error)
+        with suppress(IllegalTransitionError):  # it has ended meanwhile
+            wakeups += runs.cancel(conn, str(row.id), compensate=True, outcome="failed", error=error)
     return wakeups
 
 

@@ -13,7 +13,7 @@ from celery.app.task import Context
 from kombu.utils.json import dumps
 
 from byrd.errors import StaleAttempt
-from byrd.store import Claim, Wakeup, steps
+from byrd.store import Claim, flow, steps
 from byrd.task.runtime import Runtime
 
 
@@ -88,32 +88,18 @@ class Attempt:
 
     def drop(self, reason: str) -> None:
         """End without a result and without errbacks: the task raised Ignore."""
-        self._close(steps.ignore, steps.error_json("Ignore", "celery.exceptions", [reason] if reason else []))
+        self._close(steps.ignore, flow.error_json("Ignore", "celery.exceptions", [reason] if reason else []))
 
     def replace(self, canvas: Any) -> None:
         """Put a canvas in the step's place; its value will be the step's."""
-
-        def transition(conn: Any) -> list[Wakeup]:
-            first_no = steps.reserve_numbers(conn, self.run_id)
-            plan = self.runtime.plan(canvas, first_no=first_no)
-            return steps.replace(conn, self.step_id, self.number, plan.steps, plan.output)
-
-        wakeups = self.runtime.patient_store.run(transition)
-        self.closed = True
-        self.runtime.publisher.publish(wakeups)
+        self._close(steps.replace, self.runtime.plan(canvas))
 
     def extend_chord(self, canvas: Any) -> str:
         """Add a canvas to the group that the step is a member of; return the id of the step that has its value."""
-
-        def transition(conn: Any) -> tuple[str, list[Wakeup]]:
-            first_no = steps.reserve_numbers(conn, self.run_id)
-            plan = self.runtime.plan(canvas, first_no=first_no)
-            wakeups = steps.extend_join(conn, self.step_id, self.number, plan.steps, plan.output)
-            return next(s.id for s in plan.steps if s.no == plan.output), wakeups
-
-        step_id, wakeups = self.runtime.patient_store.run(transition)
+        plan = self.runtime.plan(canvas)
+        wakeups = self.runtime.patient_store.run(steps.extend_join, self.step_id, self.number, plan)
         self.runtime.publisher.publish(wakeups)
-        return step_id
+        return next(step.id for step in plan.steps if step.no == plan.output)
 
     def _close(self, transition: Any, *args: Any, **kwargs: Any) -> None:
         if self.closed:

@@ -31,8 +31,8 @@ class LeaseStep(bootsteps.StartStopStep):
         """Take the lease; refuse to work on a database that is not migrated."""
         app: Celery = worker.app
         runtime = runtime_of(app)
-        runtime.store.check_live()
         settings = settings_of(app)
+        runtime.patient_store.check_live()  # a Postgres that is away is waited for
         self.keeper = Keeper(
             runtime,
             settings,

@@ -20,13 +20,12 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from byrd.errors import NotLiveError
-from byrd.store import Wakeup, steps, sweeps
+from byrd.store import Store, Wakeup, steps, sweeps
+from byrd.store.rows import CHANNEL
 from byrd.task.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
-#: Postgres tells the sweeper of work that was submitted in a transaction of the caller's.
-CHANNEL = "byrd"
 #: How often a worker looks whether one of its pool processes has died.
 _CHILD_SECONDS = 0.25
 
@@ -178,16 +177,22 @@ class Sweeper(_Loop):
     def __init__(self, runtime: Runtime, settings: Settings) -> None:
         super().__init__("byrd-sweeper")
         self.runtime, self.settings = runtime, settings
+        # Without patience: this one has to notice each outage, however short, before it gives anybody up.
+        self.store = Store(runtime.store.url, patience=0.0, pool_size=2)
         self._listening: Connection | None = None
-        self._well_since = time.monotonic()
+        self._well_since = self._last_tick = time.monotonic()
         self._last_recovery = 0.0
 
     def tick(self) -> float:
+        now, before = time.monotonic(), self._last_tick
+        self._last_tick = now
+        if now - before > self.settings.lease_seconds:
+            self._well_since = now  # this process was frozen, and so may have been the others, with their machine
         try:
             self._listen()
             self.relay()
             self.recover()
-            return self.runtime.store.run(sweeps.seconds_until_due, at_most=self.settings.sweep_seconds)
+            return self.store.run(sweeps.seconds_until_due, at_most=self.settings.sweep_seconds)
         except BaseException:
             # The others could not reach Postgres either, perhaps: give them time for a heartbeat.
             self._well_since = time.monotonic()
@@ -211,10 +216,11 @@ class Sweeper(_Loop):
     def stop(self, timeout: float = 5.0) -> None:
         super().stop(timeout)
         self._unlisten()
+        self.store.close()
 
     def relay(self) -> int:
         """Publish what is due; return how many wake-ups went out."""
-        store, publisher = self.runtime.store, self.runtime.publisher
+        store, publisher = self.store, self.runtime.publisher
         due = store.run(sweeps.take_due)
         publisher.publish(due)
         sent = len(due)
@@ -229,7 +235,7 @@ class Sweeper(_Loop):
 
     def recover(self) -> None:
         """Give the steps of workers whose lease is over to others, and end runs whose deadline has passed."""
-        store, lease = self.runtime.store, self.settings.lease_seconds
+        store, lease = self.store, self.settings.lease_seconds
         if time.monotonic() - self._last_recovery < min(1.0, lease / 4):
             return
         self._last_recovery = time.monotonic()
@@ -246,7 +252,7 @@ class Sweeper(_Loop):
     def _listen(self) -> None:
         if self._listening is not None or _is_green():
             return
-        connection = self.runtime.store.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        connection = self.store.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
         connection.exec_driver_sql(f"LISTEN {CHANNEL}")
         self._listening = connection
 

@@ -62,7 +62,9 @@ def define(app: Celery, write: Write) -> SimpleNamespace:
     def log_failure(request: Any, exc: Any, traceback: Any, *, label: Any = None, key: str) -> None:
         write(key, [label, "new style", type(exc).__name__])
 
-    return SimpleNamespace(**{name.removeprefix("canvas."): task for name, task in app.tasks.items() if "canvas." in name})
+    return SimpleNamespace(
+        **{name.removeprefix("canvas."): task for name, task in app.tasks.items() if "canvas." in name}
+    )
 
 
 def swapped(app: Celery, args: Sequence[Any], *, label: Any, to: Recipe) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -63,7 +64,12 @@ def picky(self: byrd.CheckpointTask, name: str, count: int, bad: list[int], heal
         return n
 
     done = self.iterate(
-        lambda cursor: numbers(count, cursor), process, batch_size=4, parallelism=2, item_retries=2, item_retry_delay=0.05
+        lambda cursor: numbers(count, cursor),
+        process,
+        batch_size=4,
+        parallelism=2,
+        item_retries=2,
+        item_retry_delay=0.05,
     )
     given_up = [[item, error] for item, error in self.quarantined()]
     return {"completed": done.completed, "failed": done.failed, "quarantined": given_up}
@@ -94,7 +100,7 @@ def parallel(self: byrd.CheckpointTask, count: int, width: int) -> dict[str, Any
         min_interval=0.3,
         save=lambda conn, outcomes: ids.update(o.value for o in outcomes),
     )
-    gaps = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(starts)]
     return {"most": max(most), "shortest": min(gaps), "ids": sorted(ids)}
 
 

@@ -92,6 +92,18 @@ def test_what_is_wrong_is_said_at_its_field(field: str, data: dict[str, Any], co
     assert "__all__" not in found.errors
 
 
+def test_a_row_without_a_timing_is_shown_as_such() -> None:
+    from django.contrib import admin
+    from django_celery_beat.models import PeriodicTask
+
+    from beat.models import Schedule
+
+    schedule = saved()
+    PeriodicTask.objects.filter(pk=schedule.pk).update(crontab=None)
+    shown = admin.site._registry[Schedule].next_due(Schedule.objects.get(pk=schedule.pk))
+    assert shown.startswith("unreadable: ")
+
+
 def test_a_name_is_taken_once() -> None:
     saved()
     found = form()

@@ -44,6 +44,8 @@ def sample(menu: Menu, count: int, *, seed: int) -> list[Recipe]:
 def cook(rng: Random, menu: Menu) -> Recipe:
     """Return a random recipe of up to about a dozen tasks."""
     kitchen = _Kitchen(rng, menu)
+    if kitchen.once_in(50):
+        return labelled({"kind": "chunks", "items": kitchen.some(kitchen.args, 0, 4), "n": 2})
     return labelled(kitchen.growing() if menu.running and kitchen.once_in(20) else kitchen.canvas(depth=3))
 
 
@@ -97,11 +99,12 @@ class _Kitchen:
         return self.extras(recipe)
 
     def map(self) -> Recipe:
+        """Chunks come as the group that they stand for; alone they do in :func:`cook`, where Celery means that too."""
         kind = self.rng.choice(("map", "starmap", "chunks"))
         if kind == "map":
             return {"kind": kind, "items": self.some(self.value, 0, 3)}
         recipe = {"kind": kind, "items": self.some(self.args, 0, 3)}
-        return recipe if kind == "starmap" else {**recipe, "n": self.rng.randint(1, 2)}
+        return recipe if kind == "starmap" else {**recipe, "n": self.rng.randint(1, 2), "grouped": True}
 
     def swap(self, depth: int) -> Recipe:
         return {"kind": "swap", "args": self.args(), "to": self.canvas(min(depth, 1))}
@@ -117,7 +120,7 @@ class _Kitchen:
 
     def extras(self, recipe: Recipe) -> Recipe:
         """Some parts are immutable, delayed, or have callbacks and errbacks."""
-        if recipe.get("members") == []:
+        if recipe.get("members") == [] or (recipe.get("grouped") and not recipe["items"]):
             return recipe  # Celery cannot link to an empty group
         roll = self.rng.randrange(20)
         if roll == 16:

@@ -11,7 +11,7 @@ grow       ``args``, ``add``; adds the canvas of ``add`` to the chord that it is
 chain      ``parts``, ``how``: ``chain(*parts)``, ``|``, or a ``chain`` that is not folded when it is made
 group      ``members``
 chord      ``header``, ``body``
-map        ``items``; also ``starmap`` and ``chunks``
+map        ``items``; also ``starmap``, and ``chunks`` with ``n`` and, for ``chunks(...).group()``, ``grouped``
 =========  =====================================================================================================
 
 Any of them may have ``immutable``, ``links``, ``errbacks`` and ``countdown``.  ``label`` is given by :func:`labelled`.
@@ -96,6 +96,11 @@ def _build_chain(recipe: Mapping[str, Any], app: Celery) -> Any:
     return chain(*found)
 
 
+def _build_chunks(recipe: Mapping[str, Any], app: Celery) -> Any:
+    found = app.tasks["canvas.call"].chunks(recipe["items"], recipe["n"])
+    return found.group() if recipe.get("grouped") else found
+
+
 _BUILDERS: dict[str, Any] = {
     "task": lambda recipe, app: _task("call", recipe, app),
     "fail": lambda recipe, app: _task("fail", recipe, app),
@@ -113,5 +118,5 @@ _BUILDERS: dict[str, Any] = {
     ),
     "map": lambda recipe, app: app.tasks["canvas.one"].map(recipe["items"]),
     "starmap": lambda recipe, app: app.tasks["canvas.call"].starmap(recipe["items"]),
-    "chunks": lambda recipe, app: app.tasks["canvas.call"].chunks(recipe["items"], recipe["n"]),
+    "chunks": _build_chunks,
 }

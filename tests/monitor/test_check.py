@@ -143,6 +143,19 @@ def test_a_page_that_cannot_be_read_does_not_look_changed(database: Engine, fetc
     assert found_changes(database, look(database, fetcher, competitor)) == {"/a": "edited"}
 
 
+def test_a_page_that_goes_after_it_could_not_be_read_is_missed(
+    database: Engine, fetcher: Fetcher, web: Scripted
+) -> None:
+    sitemap(web, "/a", "/b")
+    web.answers |= {"/a": html("Alpha"), "/b": html("Beta")}
+    competitor = register(database, web.url)
+    look(database, fetcher, competitor)
+    web.answers["/a"] = (403, {}, b"")
+    look(database, fetcher, competitor)
+    sitemap(web, "/b")
+    assert found_changes(database, look(database, fetcher, competitor)) == {"/a": "removed"}
+
+
 def test_a_page_that_is_down_is_worth_another_try(database: Engine, fetcher: Fetcher, web: Scripted) -> None:
     sitemap(web, "/a")
     web.answers["/a"] = (502, {}, b"")

@@ -13,9 +13,8 @@ REPOSITORY = Path(__file__).parents[2]
 @pytest.mark.timeout(150)
 def test_the_demo_survives_what_it_does_to_itself(tmp_path: Path) -> None:
     source = {"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin", "PYTHONWARNINGS": "default"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tasks.demo"], cwd=tmp_path, env=source, capture_output=True, text=True, timeout=140
-    )
+    command = [sys.executable, "-m", "tasks.demo"]
+    done = subprocess.run(command, cwd=tmp_path, env=source, capture_output=True, text=True, timeout=140, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "promises were not kept" not in done.stdout
     [report] = [line for line in done.stdout.splitlines() if line.startswith("The report: ")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,9 @@ def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def shared(module_cluster: Cluster, notes: Path) -> Iterator[Any]:
+def shared(module_cluster: Cluster, notes: Path) -> Any:
     module_cluster.worker(APP, env={"NOTES": str(notes)})
-    yield module_cluster.app(APP)
+    return module_cluster.app(APP)
 
 
 def noted(notes: Path, name: str) -> list[Any]:

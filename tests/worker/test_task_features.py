@@ -53,7 +53,8 @@ def test_a_base_class_of_ones_own_with_its_hooks(pool: str, app: Any, notes: Pat
     run = app.engine.submit(app.counted.s(5, failures=1))
     assert run.get(timeout=30) == 15
     [step] = run.steps()
-    hooks = wait_until(lambda: (h := lines(notes, "hooks", id=step.id)) and len(h) >= 5 and h)
+    wait_until(lambda: len(lines(notes, "hooks", id=step.id)) >= 5)
+    hooks = lines(notes, "hooks", id=step.id)
     assert [h["hook"] for h in hooks] == ["before_start", "on_retry", "before_start", "on_success", "after_return"]
     assert hooks[0]["args"] == [5]
     assert step.retries == 1
@@ -64,7 +65,8 @@ def test_failure_hooks_and_signals(pool: str, app: Any, notes: Path) -> None:
     with pytest.raises(ValueError, match="again"):
         run.get(timeout=30)
     [step] = run.steps()
-    hooks = wait_until(lambda: (h := lines(notes, "hooks", id=step.id)) and h[-1]["hook"] == "after_return" and h)
+    wait_until(lambda: any(h["hook"] == "after_return" for h in lines(notes, "hooks", id=step.id)))
+    hooks = lines(notes, "hooks", id=step.id)
     assert [h["hook"] for h in hooks][-2:] == ["on_failure", "after_return"]
     assert [s["state"] for s in lines(notes, "signals", id=step.id, signal="postrun")] == ["RETRY", "FAILURE"]
     assert lines(notes, "signals", signal="failure", task=app.counted.name)

@@ -1,0 +1,18 @@
+"""The tasks of :mod:`tests.apps.basic` in an app that knows nothing of Byrd."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from celery import Celery
+
+app = Celery("stranger", broker=os.environ["BYRD_BROKER_URL"])
+
+
+@app.task(name="tests.apps.basic.note")
+def note(path: str, text: str) -> str:
+    """Append a line to a file."""
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.write(f"{text}\n")
+    return text
