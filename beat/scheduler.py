@@ -56,7 +56,7 @@ class ByrdEntry(ModelEntry):
 
     def __init__(self, model: Any, app: Any = None) -> None:
         try:
-            self.due_times = due_times_of(model) if model.task == SUBMIT_TASK else None
+            self.due_times = _due_times(model)
             super().__init__(model, app=app)
         except (DatabaseError, InterfaceError):
             raise
@@ -82,7 +82,7 @@ class ByrdEntry(ModelEntry):
     def see(self, row: Any) -> None:
         """Take over what the row says now."""
         self.model = row
-        self.due_times = due_times_of(row)
+        self.due_times = _due_times(row)
         self.not_before, self.failures = 0.0, 0
 
     def postpone(self) -> None:
@@ -201,6 +201,10 @@ class ByrdScheduler(DatabaseScheduler):
 def due_key(row: Any, due: datetime) -> str:
     """The key of the run of one due time: the same for every beat."""
     return f"schedule:{row.pk}:{due.astimezone(UTC).isoformat()}"
+
+
+def _due_times(row: Any) -> DueTimes | None:
+    return due_times_of(row) if row.task == SUBMIT_TASK else None
 
 
 def _expired(row: Any, now: datetime) -> bool:

@@ -56,17 +56,19 @@ class Contestant:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """What runs during a comparison."""
+    """What runs during a comparison; ``load``: how many processes wanted a CPU in the minute before it."""
 
     contestants: tuple[Contestant, ...]
     postgres_version: str
     redis_version: str
     commit_ms: float
+    load: float
 
 
 @contextmanager
 def cluster(names: Sequence[EngineName]) -> Iterator[Cluster]:
     """Start Postgres (fsync on), Valkey (AOF) and one worker per engine; end them all at the end of the block."""
+    load = os.getloadavg()[0]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="byrd-benchmarks-")))
         postgres = stack.enter_context(embedded.postgres())
@@ -80,7 +82,7 @@ def cluster(names: Sequence[EngineName]) -> Iterator[Cluster]:
         with redis.Redis.from_url(valkey.url) as client:
             redis_version = str(client.info("server")["redis_version"])
         postgres_version, commit_ms = _probe(postgres.url)
-        yield Cluster(contestants, postgres_version, redis_version, commit_ms)
+        yield Cluster(contestants, postgres_version, redis_version, commit_ms, round(load, 2))
 
 
 def _engine(name: EngineName, number: int, postgres_url: str, valkey_url: str) -> Engine:

@@ -34,7 +34,12 @@ def as_json(cluster: Cluster, results: Sequence[Result], *, rounds: int) -> dict
             "postgres": cluster.postgres_version,
             "redis_server": cluster.redis_version,
         },
-        "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "commit_ms": round(cluster.commit_ms, 3)},
+        "machine": {
+            "platform": platform.platform(),
+            "cpus": os.cpu_count(),
+            "load": cluster.load,
+            "commit_ms": round(cluster.commit_ms, 3),
+        },
         "settings": {
             "rounds": rounds,
             "chain_length": CHAIN_LENGTH,
@@ -67,6 +72,12 @@ def show(console: Console, cluster: Cluster, results: Sequence[Result], *, round
         f"fsync, where a commit takes {cluster.commit_ms:.2f} ms. Compare ratios, not steps/s, with other machines.",
         style="dim",
     )
+    if cluster.load > 0.5:
+        console.print(
+            f"This machine was busy before the first turn (load {cluster.load:.1f}), so the figures are loose: look at the "
+            "min–max of the ratios, or run again when it is quiet.",
+            style="yellow",
+        )
 
 
 def _cells(spread: Spread | None, form: str) -> tuple[str, str]:

@@ -103,28 +103,26 @@ def compile_canvas(
     *,
     args: Iterable[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
-    first_no: int = 0,
-    after: int | None = None,
+    inner: bool = False,
 ) -> Plan:
     """Compile ``canvas`` (a signature of any kind, or its dictionary form) to a plan.
 
-    ``args`` and ``kwargs`` are given to it as ``apply_async`` would.  ``first_no`` numbers the steps of a
-    canvas that joins an existing plan.  Raises :class:`CanvasError` or :class:`ArgumentError`; changes
-    nothing, neither the canvas nor the app.
+    ``args`` and ``kwargs`` are given to it as ``apply_async`` would.  ``inner``: it becomes a part of another plan, in
+    the place of a task or beside it.  Raises :class:`CanvasError` or :class:`ArgumentError`; changes nothing, neither
+    the canvas nor the app.
     """
-    builder = _Builder(app, first_no)
+    builder = _Builder(app)
+    given = _Input(args=tuple(args), kwargs=dict(kwargs or {}))
     try:
-        sig = builder.signature(canvas)
-        output = builder.visit(sig, _Input(after=after, args=tuple(args), kwargs=dict(kwargs or {})), {}, top=True)
+        output = builder.visit(canvas, given, {}, top=not inner, inner=inner)
     except RecursionError:
         raise CanvasError("the canvas is nested too deeply to compile; flatten it, or split it in workflows") from None
     return Plan(tuple(builder.steps), output)
 
 
 class _Builder:
-    def __init__(self, app: Celery, first_no: int) -> None:
+    def __init__(self, app: Celery) -> None:
         self.app = app
-        self.first_no = first_no
         self.steps: list[Step] = []
         self.ids: set[str] = set()
 
@@ -138,11 +136,10 @@ class _Builder:
         return step.no
 
     def next_no(self) -> int:
-        return self.first_no + len(self.steps)
+        return len(self.steps)
 
     def change(self, no: int, **changes: Any) -> None:
-        index = no - self.first_no
-        self.steps[index] = replace(self.steps[index], **changes)
+        self.steps[no] = replace(self.steps[no], **changes)
 
     def signature(self, canvas: Any) -> Signature:
         if isinstance(canvas, Signature):
@@ -164,18 +161,19 @@ class _Builder:
         links: tuple[Any, ...] = (),
         errbacks: tuple[Any, ...] = (),
         top: bool = False,
+        inner: bool = False,
     ) -> int:
         """Add the steps of ``sig``; return the number of the step whose value is the canvas's."""
         sig = self.signature(sig)
         if isinstance(sig, _chain):
             # Cloning a chain loses that it was immutable, and Celery clones all but the outermost.
-            return self.chain(sig, given.with_args(sig) if top else given, override, links, errbacks)
+            return self.chain(sig, given.with_args(sig) if top else given, override, links, errbacks, inner=inner)
         if isinstance(sig, group):
             return self.group(sig, given, override, links, errbacks, top=top)
         if isinstance(sig, _chord):
             return self.chord(sig, given, override, links, errbacks)
         if sig.task == "celery.chunks":
-            return self.chunks(sig, given, override, links, errbacks)
+            return self.split(sig, given, override, links, errbacks)
         return self.task(sig, given, override, links, errbacks)
 
     def task(
@@ -225,7 +223,14 @@ class _Builder:
             self.visit(errback, _Input(after=no, value=True, on_failure=True, kind=StepKind.ERRBACK), {})
 
     def chain(
-        self, sig: _chain, given: _Input, override: Mapping[str, Any], links: tuple[Any, ...], errbacks: tuple[Any, ...]
+        self,
+        sig: _chain,
+        given: _Input,
+        override: Mapping[str, Any],
+        links: tuple[Any, ...],
+        errbacks: tuple[Any, ...],
+        *,
+        inner: bool,
     ) -> int:
         links = _unique(_callbacks(sig, override), links)
         errbacks = _unique(_listed(sig.options.get("link_error")), errbacks)
@@ -233,6 +238,9 @@ class _Builder:
         parts = self.chain_parts(sig)
         if not parts:
             raise CanvasError("an empty chain has no value; Celery cannot run it either")
+        if inner and _is_empty_group(sig.tasks[-1]) and not _is_empty_group(parts[-1][0]):
+            # An empty group is nothing in a chain; but Task.replace makes a chord of one that comes last.
+            parts.append((self.signature(sig.tasks[-1]), (), ()))
         last = len(parts) - 1
         out = -1
         for index, (part, own_links, own_errbacks) in enumerate(parts):
@@ -315,7 +323,7 @@ class _Builder:
         for index, member in enumerate(members):
             out = self.visit(member, given, override, links=links if index == 0 else (), errbacks=errbacks)
             outs.append(out)
-        if top and len(outs) == 1 and self.steps[outs[0] - self.first_no].kind is StepKind.JOIN:
+        if top and len(outs) == 1 and self.steps[outs[0]].kind is StepKind.JOIN:
             return outs[0]  # GroupResult of one chain that ends in a group: Celery returns the inner one
         join = self.next_no()
         self.add(
@@ -332,7 +340,7 @@ class _Builder:
             self.change(out, into=join, position=position, group_id=group_id)
         return join
 
-    def chunks(
+    def split(
         self, sig: Signature, given: _Input, override: Mapping[str, Any], links: tuple[Any, ...], errbacks: tuple[Any, ...]
     ) -> int:
         """Add the group that ``chunks`` stand for.
@@ -340,9 +348,9 @@ class _Builder:
         Celery does so for chunks that are submitted alone; within a canvas it gives the ids of the group's results, and
         nothing waits for them.  The plan waits, and has the values.
         """
-        split: chunks = chunks(sig.kwargs["task"], list(sig.kwargs["it"]), sig.kwargs["n"], app=self.app)
+        split = chunks(sig.kwargs["task"], list(sig.kwargs["it"]), sig.kwargs["n"], app=self.app).group()
         options = {**_settings(sig.options), **_settings(override)}
-        join = self.group(split.group(), replace(given, value=False, args=(), kwargs={}), options, (), ())
+        join = self.group(split, replace(given, value=False, args=(), kwargs={}), options, (), ())
         links = _unique(_callbacks(sig, override), links)
         self.links(join, links, _unique(_listed(sig.options.get("link_error")), errbacks), given)
         return join
@@ -385,6 +393,10 @@ def _upgraded(header: group, body: Signature, links: tuple[Any, ...], errbacks: 
     if errbacks:
         upgraded.options["link_error"] = list(errbacks)
     return upgraded
+
+
+def _is_empty_group(sig: Any) -> bool:
+    return isinstance(sig, group) and not list(sig.tasks)
 
 
 def _chain_of(member: Signature, sig: _chain) -> _chain:
@@ -469,7 +481,7 @@ def _moment(value: Any, name: str, task: str) -> datetime:
 def _json(value: Any, task: str, what: str) -> str:
     """Return ``value`` as JSON text in Celery's own dialect (kombu's), or raise :class:`ArgumentError`."""
     try:
-        text = dumps(value)
+        text: str = dumps(value)
     except (TypeError, ValueError, OverflowError, RecursionError) as exc:
         raise ArgumentError(f"{task}: its {what} cannot be held by JSON: {exc}") from None
     if "\\u0000" in text and _has_nul(value):

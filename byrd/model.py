@@ -122,6 +122,7 @@ STEP_TRANSITIONS: tuple[Transition, ...] = (
     _step("skip", "pending", "skipped", "what it waits for failed"),
     _step("cancel_step", "pending ready", "cancelled", "its run is being cancelled"),
     _step("reopen", "failed skipped cancelled", "pending", "its run is retried"),
+    _step("recall", "succeeded", "pending", "its run is retried, and it is an errback: a new failure calls it anew"),
 )
 
 RUN_TRANSITIONS: tuple[Transition, ...] = (

@@ -116,6 +116,7 @@ class _Printer:
         self.as_json = as_json
         self._width = max([len(name) for name in names] + [len("byrd")])
         self._colours = {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(names)}
+        self._ending = False
 
     def opening(self, entries: Sequence[Entry], env: dict[str, str]) -> None:
         """Say what starts, and where to look."""
@@ -150,6 +151,7 @@ class _Printer:
             self._ended(event)
 
     def _stopping(self, event: Stopping) -> None:
+        self._ending = True
         if self.as_json:
             print_json({"event": "stopping", "processes": event.names}, lines=True)
         elif event.names:
@@ -163,7 +165,8 @@ class _Printer:
             print_json({"event": "ended", "process": event.name, "status": event.status}, lines=True)
             return
         how = "ended" if event.status == 0 else f"ended with status {event.status}"
-        self._write(event.name, self._colours[event.name], Text(how, style="bold red" if event.status else "bold"))
+        style = "bold red" if event.status and not self._ending else "bold"
+        self._write(event.name, self._colours[event.name], Text(how, style=style))
 
     def _write(self, name: str, style: str, text: Text) -> None:
         out: Console = console()

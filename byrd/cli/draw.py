@@ -120,7 +120,7 @@ class _Tree:
         self.forest = Forest(snapshot.steps)
         self.pauses = {found["no"]: _Pause(found["outcome"], found["error"]) for found in snapshot.attempts}
         self.seen: set[int] = set()
-        self.root = Tree(Text("plan", style="bold"), guide_style="dim")
+        self.root = Tree("", guide_style="dim", hide_root=True)
         for head in self.forest.roots():
             self._sequence(self.root, head)
         for step in self.forest.unseen(self.seen):
@@ -217,11 +217,7 @@ class _Tree:
             return
         node = self.root.add(Text("rollback", style="bold magenta"))
         for step in undoing:
-            undone = self.forest.steps.get(step.compensates or -1)
-            of = f"  undoes {step.compensates} {undone.task}" if undone else ""
-            line = self._line(step)
-            line.append(of, style="dim")
-            added = node.add(line)
+            added = node.add(self._line(step))
             if step.error and step.status == StepStatus.FAILED:
                 added.add(_plain(error_text(step.error), "red"))
 
@@ -231,6 +227,9 @@ class _Tree:
         state = self.forest.state(step)
         line = Text.assemble(sign(state), " ", (f"{step.no}", "dim"), " ", no_wrap=True, overflow="ellipsis")
         line.append(self._name(step), style="dim" if state in (StepStatus.PENDING, StepStatus.SKIPPED) else "")
+        if step.compensates is not None:
+            undone = self.forest.steps.get(step.compensates)
+            line.append(f"  undoes {step.compensates} {undone.task if undone else ''}", style="dim")
         for word, style in self._words(step, state):
             line.append("  ").append(word, style=style)
         if step.status == StepStatus.SUCCEEDED and step.kind != StepKind.JOIN and not step.replaced:
@@ -271,6 +270,8 @@ class _Tree:
         return span((ended - started).total_seconds()) if ended else None
 
     def _waiting(self, step: StepRow) -> str:
+        if self.snapshot.run.status == RunStatus.PAUSED:
+            return "paused"
         pause = self.pauses.get(step.no)
         after = ""
         if pause is not None and pause.outcome == "retried":

@@ -21,10 +21,12 @@ from types import FrameType
 
 from byrd.errors import ConfigurationError
 
-#: How long processes have to end when they are asked to, and what is left of them after that.
+#: How long processes and their children have to end when they are asked to; then they are killed.
 STOP_SECONDS = 15.0
-_GROUP_SECONDS = 3.0
 _ENTRY = re.compile(r"^([A-Za-z0-9_-]+):\s*(.+)$")
+#: What makes more than one command of a line: then a shell has to stay.
+_COMPOUND = re.compile(r"[;&|\n]|^\s*[({!]|^\s*exec\s")
+_ASSIGNED = re.compile(r"^\s*[A-Za-z_]\w*=")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -118,7 +120,7 @@ class Processes:
     def _start(self, entry: Entry) -> None:
         # A session of its own: Ctrl-C in the terminal reaches us alone, and we ask each process to stop.
         process = subprocess.Popen(
-            ["/bin/sh", "-c", entry.command],
+            ["/bin/sh", "-c", _replacing_the_shell(entry.command)],
             env=self._env,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -153,28 +155,27 @@ class Processes:
         return 0
 
     def _stop_all(self) -> None:
-        """Ask each process to stop, and wait for it; a second Ctrl-C ends the waiting."""
+        """Ask each process to stop, then the children that it left; another Ctrl-C ends the waiting."""
+        asked, deadline = self._asked, time.monotonic() + STOP_SECONDS
         running = {name: process for name, process in self._running.items() if process.poll() is None}
         self._tell(Stopping(list(running)))
         for process in running.values():
             with contextlib.suppress(ProcessLookupError):
                 process.terminate()
-        patience = self._asked
-        deadline = time.monotonic() + STOP_SECONDS
-        while self._alive() and time.monotonic() < deadline and self._asked == patience:
-            for event in self._arrived(0.1):
+        self._wait_while(self._alive, asked, deadline)
+        if not self._alive():
+            for group in self._groups():
+                _signal_group(group, signal.SIGTERM)
+            self._wait_while(self._groups, asked, deadline)
+
+    def _wait_while(self, condition: Callable[[], object], asked: int, deadline: float) -> None:
+        while condition() and self._asked == asked and time.monotonic() < deadline:
+            for event in self._arrived(0.05):
                 self._tell(event)
 
     def _kill_all(self) -> None:
-        """End what is left: children of processes that have ended, and processes that did not."""
-        groups = [process.pid for process in self._running.values()]
-        if not self._alive():
-            for group in groups:
-                _signal_group(group, signal.SIGTERM)
-            deadline = time.monotonic() + _GROUP_SECONDS
-            while any(map(_group_exists, groups)) and time.monotonic() < deadline:
-                time.sleep(0.02)
-        for group in groups:
+        """End what is left, and pass on its last words."""
+        for group in self._groups():
             _signal_group(group, signal.SIGKILL)
         for process in self._running.values():
             process.wait()
@@ -182,6 +183,10 @@ class Processes:
             thread.join(1.0)
         for event in self._arrived(0.0):
             self._tell(event)
+
+    def _groups(self) -> list[int]:
+        """Return the process groups in which something is left."""
+        return [process.pid for process in self._running.values() if _group_exists(process.pid)]
 
     def _alive(self) -> bool:
         return any(process.poll() is None for process in self._running.values())
@@ -204,6 +209,13 @@ class Processes:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _replacing_the_shell(command: str) -> str:
+    """Let a simple command take the shell's place, so that it gets the signals meant for it."""
+    if _COMPOUND.search(command):
+        return command
+    return f"exec env {command}" if _ASSIGNED.match(command) else f"exec {command}"
 
 
 def _signal_group(group: int, number: signal.Signals) -> None:

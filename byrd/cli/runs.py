@@ -263,7 +263,7 @@ def _add_why(group: click.Group) -> None:
             print_json({"run": run.id, "status": str(run.status), "reasons": reasons})
             return
         for reason in reasons:
-            say(reason)
+            say("• " if len(reasons) > 1 else "", reason)
 
 
 # -- operations ------------------------------------------------------------------------------------

@@ -205,8 +205,9 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def say(*parts: str | tuple[str, str]) -> None:
-    """Print one line of text; a part may be (text, style)."""
-    console().print(Text.assemble(*parts), soft_wrap=True)
+    """Print a sentence, wrapped for people only; a part may be (text, style)."""
+    out = console()
+    out.print(Text.assemble(*parts), soft_wrap=not out.is_terminal)
 
 
 def print_json(value: Any, *, lines: bool = False) -> None:

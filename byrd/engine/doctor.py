@@ -239,7 +239,7 @@ def _clocks(skews: dict[str, float | None]) -> Iterator[Check]:
             yield Check("clocks", level, what, do)
     if known and all(abs(skew) < _SKEW_SECONDS for skew in known.values()):
         most = max(abs(skew) for skew in known.values())
-        yield _ok("clocks", f"this machine and {' and '.join(known)} differ by {span(most)} at most")
+        yield _ok("clocks", f"{' and '.join(known)} differ from this machine's by {span(most)} at most")
 
 
 # -- settings --------------------------------------------------------------------------------------

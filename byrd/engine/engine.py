@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -92,7 +93,7 @@ class Byrd:
             workflow = self.workflow_named(canvas)
             name, title = canvas, canvas
             call = _call_json(canvas, args, kwargs)
-            canvas = workflow.build(*args, **kwargs)
+            canvas = _canvas_of(workflow, args, kwargs)
             timeout = timeout if timeout is not None else workflow.timeout
             args, kwargs = (), {}
         else:
@@ -234,6 +235,14 @@ class Byrd:
 
         if self.app.finalized:
             adopt_task(self.app.tasks[SUBMIT_TASK])
+
+
+def _canvas_of(workflow: Workflow[..., Any], args: Any, kwargs: Any) -> Any:
+    try:
+        inspect.signature(workflow.build).bind(*args, **kwargs)
+    except TypeError as exc:
+        raise ArgumentError(f"workflow {workflow.name!r} cannot be called like this: {exc}") from None
+    return workflow.build(*args, **kwargs)
 
 
 def _title(canvas: Any) -> str:

@@ -284,10 +284,8 @@ def _ready(
     ready = f" since {since(step.ready_at, now)}" if step.ready_at else ""
     after = ""
     if step.last_outcome == "preempted" and step.last_ended_at is not None:
-        after = (
-            f"; it lost its worker {step.last_worker or ''} at {moment(step.last_ended_at, now)}".replace("  ", " ")
-            + f" ({error_text(step.last_error).partition(': ')[2] or 'gone'})"
-        )
+        lost = error_text(step.last_error).partition(": ")[2] or f"worker {step.last_worker} is gone"
+        after = f"; it lost its worker at {moment(step.last_ended_at, now)} ({lost})"
     elif step.last_outcome == "retried" and step.last_error:
         after = f"; its attempt {step.attempt} ended with {error_text(step.last_error)}"
     if step.expires_at is not None:

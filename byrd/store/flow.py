@@ -148,21 +148,28 @@ def finish_join(conn: Connection, run_id: str, join: int, *, is_join: bool) -> t
 
 
 def _fail_bodies(conn: Connection, run_id: str, join: int) -> list[tuple[int, int | None]]:
-    """pending → failed with a ChordError for what follows a group one of whose members failed."""
+    """pending → failed for what follows a group one of whose members failed.
+
+    A body that is one canvas gets a ChordError; the members of a body that is a group, the member's own error: so does
+    Celery, and tells errbacks.
+    """
     member = query(
         conn,
-        """SELECT m.id, j.error FROM byrd.steps j JOIN byrd.steps m ON m.run_id = j.run_id AND m.no = j.cause
+        """SELECT m.id, j.error, EXISTS (SELECT 1 FROM byrd.steps b WHERE b.run_id = j.run_id AND b.after = j.no
+                                          AND b.kind = 'join' AND b.waiting > 0) AS body_is_group
+           FROM byrd.steps j JOIN byrd.steps m ON m.run_id = j.run_id AND m.no = j.cause
            WHERE j.run_id = %(run)s AND j.no = %(join)s""",
         {"run": run_id, "join": join},
     ).one()
     text = f"Dependency {member.id} raised {_repr_of(member.error)}"
+    error = member.error if member.body_is_group else error_json("ChordError", "celery.exceptions", [text])
     rows = query(
         conn,
         f"""UPDATE byrd.steps SET status = 'failed', error = %(error)s, cause = %(join)s, finished_at = {_NOW}
             WHERE run_id = %(run)s AND after = %(join)s AND NOT on_failure AND status = 'pending'
               AND (kind <> 'join' OR waiting = 0)
             RETURNING no, join_no""",
-        {"run": run_id, "join": join, "error": error_json("ChordError", "celery.exceptions", [text])},
+        {"run": run_id, "join": join, "error": error},
     )
     return [(row.no, row.join_no) for row in rows]
 

@@ -150,7 +150,7 @@ def retry(conn: Connection, run_id: str) -> list[Wakeup]:
             WHERE id = %(run)s AND status = ANY(%(sources)s)""",
         {"run": run_id, "sources": _sources("retry_run")},
     )
-    _forget_errbacks(conn, run_id)
+    _recall_errbacks(conn, run_id)
     _reopen(conn, run_id, "status IN ('failed','skipped','cancelled')")
     record(conn, run_id, "retried")
     return _resume_pending(conn, run_id)
@@ -192,28 +192,29 @@ def _resume_pending(conn: Connection, run_id: str) -> list[Wakeup]:
     return wakeups or finish_if_done(conn, run_id)
 
 
-def _forget_errbacks(conn: Connection, run_id: str) -> None:
-    """Let the errbacks that were called be called again, from their beginning."""
-    rows = query(
-        conn,
-        """WITH RECURSIVE called AS (
-              SELECT no FROM byrd.steps WHERE run_id = %(run)s AND on_failure
-              UNION
-              SELECT s.no FROM byrd.steps s JOIN called c ON s.after = c.no WHERE s.run_id = %(run)s)
-            UPDATE byrd.steps s SET status = 'cancelled', result = NULL FROM called
-             WHERE s.run_id = %(run)s AND s.no = called.no AND s.status = 'succeeded' AND NOT s.replaced
-            RETURNING s.id""",
-        {"run": run_id},
-    ).all()
+def _recall_errbacks(conn: Connection, run_id: str) -> None:
+    """succeeded → pending: errbacks that were called may be called again, from their beginning."""
+    called = """no IN (
+        WITH RECURSIVE called AS (
+          SELECT no FROM byrd.steps WHERE run_id = %(run)s AND on_failure
+          UNION
+          SELECT s.no FROM byrd.steps s JOIN called c ON s.after = c.no WHERE s.run_id = %(run)s)
+        SELECT no FROM called)"""
+    rows = _reopen(conn, run_id, f"status = 'succeeded' AND NOT replaced AND {called}")
     for table in ("checkpoints", "failed_items"):
-        query(conn, f"DELETE FROM byrd.{table} WHERE step_id = ANY(%(ids)s)", {"ids": [row.id for row in rows]})
+        query(
+            conn,
+            f"""DELETE FROM byrd.{table} p USING byrd.steps s
+                WHERE s.run_id = %(run)s AND s.no = ANY(%(rows)s) AND p.step_id = s.id""",
+            {"run": run_id, "rows": rows},
+        )
 
 
 def _reopen(conn: Connection, run_id: str, which: str) -> list[int]:
     rows = query(
         conn,
-        f"""UPDATE byrd.steps SET status = 'pending', finished_at = NULL, error = NULL, cause = NULL, retries = 0,
-                   preemptions = 0, started_at = NULL, run_at = NULL, wake_at = NULL, ready_at = NULL
+        f"""UPDATE byrd.steps SET status = 'pending', finished_at = NULL, result = NULL, error = NULL, cause = NULL,
+                   retries = 0, preemptions = 0, started_at = NULL, run_at = NULL, wake_at = NULL, ready_at = NULL
             WHERE run_id = %(run)s AND {which} RETURNING no""",
         {"run": run_id},
     )

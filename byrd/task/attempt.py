@@ -92,11 +92,11 @@ class Attempt:
 
     def replace(self, canvas: Any) -> None:
         """Put a canvas in the step's place; its value will be the step's."""
-        self._close(steps.replace, self.runtime.plan(canvas))
+        self._close(steps.replace, self.runtime.plan(canvas, inner=True))
 
     def extend_chord(self, canvas: Any) -> str:
         """Add a canvas to the group that the step is a member of; return the id of the step that has its value."""
-        plan = self.runtime.plan(canvas)
+        plan = self.runtime.plan(canvas, inner=True)
         wakeups = self.runtime.patient_store.run(steps.extend_join, self.step_id, self.number, plan)
         self.runtime.publisher.publish(wakeups)
         return next(step.id for step in plan.steps if step.no == plan.output)

@@ -59,10 +59,10 @@ class Runtime:
         *,
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
-        first_no: int = 0,
+        inner: bool = False,
     ) -> Plan:
         """Compile a canvas, and freeze what only the app knows: queues, task options, compensations."""
-        plan = compile_canvas(canvas, self.app, args=args, kwargs=kwargs, first_no=first_no)
+        plan = compile_canvas(canvas, self.app, args=args, kwargs=kwargs, inner=inner)
         return Plan(tuple(self._frozen(step) for step in plan.steps), plan.output)
 
     def _frozen(self, step: Step) -> Step:

@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 
 from celery import Celery, Task, shared_task, signals
 from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
-from pydantic import BaseModel
 
 import byrd
+from tests.apps import orders
 
 app = Celery("features")
 NOTES = Path(os.environ.get("NOTES", "/nonexistent"))
@@ -180,17 +180,7 @@ def rejected(self: Task, requeue: bool, path: str) -> str:
     raise Reject("not now", requeue=requeue)
 
 
-class Order(BaseModel):
-    """A pydantic argument."""
-
-    sku: str
-    amount: int = 1
-
-
-@app.task(pydantic=True)
-def order(given: Order) -> Order:
-    """Get and give models."""
-    return Order(sku=given.sku.upper(), amount=given.amount + 1)
+order = app.task(pydantic=True)(orders.order)
 
 
 @app.task

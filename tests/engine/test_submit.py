@@ -168,6 +168,14 @@ def test_bad_input_is_named_and_changes_nothing(
     assert messages(cluster) == 0
 
 
+def test_arguments_that_a_workflow_does_not_take(app: Any, cluster: Cluster) -> None:
+    build = app.engine.workflow("test.one")(lambda x: app.echo.s(value=x))
+    for args, kwargs in [((), {}), ((1, 2), {}), ((1,), {"y": 2})]:
+        with pytest.raises(errors.ArgumentError, match=r"'test\.one' cannot be called like this"):
+            build.submit(*args, **kwargs)
+    assert rows_written(cluster) == 0
+
+
 @pytest.mark.parametrize("key", ["", "a\0b", 7])
 def test_bad_keys(app: Any, cluster: Cluster, key: Any) -> None:
     with pytest.raises(errors.ArgumentError, match="key"):

@@ -1,0 +1,135 @@
+"""The examples, each with a real worker, and what they print."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import ROOT, Cluster, Worker, wait_until
+
+EXAMPLES = ROOT / "examples"
+
+
+def environment(cluster: Cluster, folder: Path) -> dict[str, str]:
+    """What a terminal in ``folder`` has: its own modules first, and not the repository's ``tasks``."""
+    path = os.pathsep.join([str(folder), cluster.env["PYTHONPATH"]])
+    return {**cluster.env, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+
+
+def worker(cluster: Cluster, module: str, folder: Path = EXAMPLES) -> Worker:
+    return cluster.worker(module, env=environment(cluster, folder))
+
+
+def run(cluster: Cluster, *command: str, folder: Path = EXAMPLES) -> list[str]:
+    """Run a command in the folder; return the lines that it prints."""
+    done = subprocess.run(
+        command, cwd=folder, env=environment(cluster, folder), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_shop(cluster: Cluster) -> None:
+    worker(cluster, "shop")
+    assert run(cluster, sys.executable, "shop.py") == ["order 42 is paid: 16.20"]
+    assert run(cluster, sys.executable, "shop.py") == ["order 42 is paid: 16.20"]
+    assert cluster.rows("SELECT workflow, key, status FROM byrd.runs") == [("shop.order", "order-42", "succeeded")]
+
+
+def test_imports_outlive_a_killed_worker(cluster: Cluster, tmp_path: Path) -> None:
+    lines = [f"Customer {n},customer{n}@example.org" for n in range(50_000)]
+    lines[12_345] = "Nobody,no address"
+    file = tmp_path / "customers.csv"
+    file.write_text("\n".join(lines) + "\n")
+    first = worker(cluster, "imports")
+    command = [sys.executable, "imports.py", str(file)]
+    with subprocess.Popen(
+        command, cwd=EXAMPLES, env=environment(cluster, EXAMPLES), stdout=subprocess.PIPE, text=True
+    ) as program:
+        wait_until(lambda: cluster.rows("SELECT 1 FROM byrd.checkpoints WHERE completed > 0 AND NOT done"))
+        first.kill()
+        worker(cluster, "imports")
+        output, _ = program.communicate(timeout=120)
+    assert output.splitlines() == [
+        "49999 customers imported",
+        "refused: Nobody,no address (ValueError: 'no address' is not an e-mail address)",
+    ]
+    assert cluster.rows("SELECT count(*), count(DISTINCT email) FROM customers") == [(49_999, 49_999)]
+    assert cluster.rows("SELECT attempt, preemptions FROM byrd.steps") == [(2, 1)]
+
+
+def test_imports_of_the_bundled_file(cluster: Cluster) -> None:
+    worker(cluster, "imports")
+    assert run(cluster, sys.executable, "imports.py", "customers.csv") == [
+        "7 customers imported",
+        "refused: Alan Turing,no address (ValueError: 'no address' is not an e-mail address)",
+    ]
+    assert ("Hamilton, Margaret",) in cluster.rows("SELECT name FROM customers")
+
+
+def test_trip(cluster: Cluster) -> None:
+    worker(cluster, "trip")
+    assert run(cluster, sys.executable, "trip.py", "Rome", "700") == [
+        "the trip has succeeded",
+        '0 trip.book_hotel succeeded "hotel Rome, room 12"',
+        '1 trip.book_flight succeeded "flight to Rome, seat 4A"',
+        '2 trip.pay succeeded "paid 700"',
+        "'paid 700'",
+    ]
+    assert run(cluster, sys.executable, "trip.py", "Rome", "2000") == [
+        "the trip has failed",
+        '0 trip.book_hotel succeeded "hotel Rome, room 12"',
+        '1 trip.book_flight succeeded "flight to Rome, seat 4A"',
+        "2 trip.pay failed",
+        '3 trip.book_flight.compensation succeeded "free again to Rome: flight to Rome, seat 4A"',
+        '4 trip.book_hotel.compensation succeeded "free again in Rome: hotel Rome, room 12"',
+        "ValueError('the bank refuses to pay 2000')",
+    ]
+
+
+def test_transaction(cluster: Cluster) -> None:
+    worker(cluster, "transaction")
+    for number in (1, 3):  # the order in between was rolled back, and left a gap
+        assert run(cluster, sys.executable, "transaction.py") == [
+            f"order {number} is on its way",
+            "rolled back: 0 runs more than before",
+        ]
+    assert cluster.rows("SELECT key FROM byrd.runs ORDER BY created_at") == [("order-1",), ("order-3",)]
+    assert cluster.rows("SELECT count(*) FROM orders") == [(2,)]
+
+
+def test_celerys_first_steps_become_durable_by_the_diff(cluster: Cluster, tmp_path: Path) -> None:
+    for name in ("tasks.py", "durable.diff"):
+        shutil.copy(EXAMPLES / "first_steps" / name, tmp_path)
+    subprocess.run(["git", "apply", "-p0", "--verbose", "durable.diff"], cwd=tmp_path, check=True, capture_output=True)
+    worker(cluster, "tasks", tmp_path)
+    program = (
+        "from tasks import *; print(engine.submit(add.s(4, 4) | add.s(8)).get(timeout=60), add.delay(4, 4).get(60))"
+    )
+    assert run(cluster, sys.executable, "-c", program, folder=tmp_path) == ["16 8"]
+    assert cluster.rows("SELECT count(*) FROM byrd.steps") == [(2,)]  # what delay() sends is no step
+
+
+def test_the_readme_shows_the_shop() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert (EXAMPLES / "shop.py").read_text() in blocks
+
+
+def test_the_readme_of_the_examples_shows_the_diff() -> None:
+    [shown] = re.findall(r"```diff\n(.*?)```", (EXAMPLES / "README.md").read_text(), re.DOTALL)
+    hunk = (EXAMPLES / "first_steps" / "durable.diff").read_text().partition("@@\n")[2]
+    changed = [line for line in shown.splitlines() if line.startswith(("+", "-"))]
+    assert changed == [line for line in hunk.splitlines() if line.startswith(("+", "-"))]
+    assert len(changed) == 2
+
+
+@pytest.mark.parametrize("example", sorted(path.stem for path in EXAMPLES.glob("*.py")))
+def test_each_example_can_be_started_by_name(example: str) -> None:
+    assert f"\n{example}: celery -A {example} worker" in f"\n{(EXAMPLES / 'Procfile').read_text()}"
+    assert f"[{example}.py]({example}.py)" in (EXAMPLES / "README.md").read_text()

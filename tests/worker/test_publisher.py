@@ -1,0 +1,69 @@
+"""Wake-ups go out in order, many per round trip, and neither a bad one nor a dead broker takes others with it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+
+import pytest
+import redis
+from celery import Celery
+
+from byrd.embedded import EmbeddedValkey
+from byrd.store import Wakeup
+from byrd.task.publisher import Publisher
+
+
+@pytest.fixture
+def app(broker_url: str) -> Iterator[Celery]:
+    app = Celery("publisher", broker=broker_url, set_as_current=False)
+    app.conf.task_create_missing_queues = False
+    app.conf.broker_transport_options = {"socket_connect_timeout": 5, "socket_timeout": 5}
+    yield app
+    app.close()
+
+
+def _wakeup(no: int, *, queue: str = "celery", due: bool = True) -> Wakeup:
+    return Wakeup(f"step-{no}", "run", no, "task", "shop.price", queue, 0, 0, "{}", None, None, None, due)
+
+
+def _sent(broker_url: str) -> list[int]:
+    """Return the numbers of the steps in the queue, the oldest first."""
+    with redis.Redis.from_url(broker_url) as client:
+        messages = [json.loads(raw) for raw in reversed(client.lrange("celery", 0, -1))]
+    return [message["headers"]["byrd"]["no"] for message in messages]
+
+
+def test_more_wakeups_than_one_batch_holds_arrive_in_order(app: Celery, broker_url: str) -> None:
+    assert Publisher(app).publish(_wakeup(no) for no in range(250))
+    assert _sent(broker_url) == list(range(250))
+
+
+def test_only_what_is_due_is_sent(app: Celery, broker_url: str) -> None:
+    assert Publisher(app).publish([_wakeup(1), _wakeup(2, due=False), _wakeup(3)])
+    assert _sent(broker_url) == [1, 3]
+
+
+def test_a_wakeup_that_cannot_be_sent_does_not_hold_up_the_others(app: Celery, broker_url: str) -> None:
+    assert not Publisher(app).publish([_wakeup(1), _wakeup(2, queue="unknown"), _wakeup(3)])
+    assert _sent(broker_url) == [1, 3]
+
+
+@pytest.mark.parametrize("count", [1, 250])
+def test_a_dead_broker_is_told_not_raised_and_served_again_once_it_is_back(
+    own_broker: EmbeddedValkey, count: int
+) -> None:
+    app = Celery("publisher", broker=own_broker.url, set_as_current=False)
+    publisher = Publisher(app)
+    assert publisher.publish([_wakeup(1)])
+    own_broker.kill()
+    started = time.monotonic()
+    assert not publisher.publish(_wakeup(no) for no in range(count))
+    assert time.monotonic() - started < 10  # once, not once for each
+    own_broker.start()
+    with redis.Redis.from_url(own_broker.url) as client:
+        client.delete("celery")
+    assert publisher.publish(_wakeup(no) for no in range(count))
+    assert _sent(own_broker.url) == list(range(count))
+    app.close()
