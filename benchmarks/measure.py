@@ -11,6 +11,8 @@ Byrd: after the transaction was committed).  That costs one round trip per canva
 at that one key every 5 ms.  Waiting with ``get()`` instead would measure the client: with Postgres results Celery's
 asks twice a second, for one result after the other, so that chains which the worker ends in 2.8 s keep it for 10 s.
 
+The CPU time of everything (client, worker, servers) is measured too: on a busy machine it is the steadier figure.
+
 After the clock has stopped, every result is fetched and compared with what it must be.
 
 Rounds are interleaved (A B C A B C), because a machine's speed drifts; ratios compare turns of the same round.
@@ -18,6 +20,7 @@ Rounds are interleaved (A B C A B C), because a machine's speed drifts; ratios c
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +28,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Self
 
+import psutil
 import redis
 
 from benchmarks.cluster import Contestant
@@ -41,10 +45,11 @@ BASELINE = EngineName.CELERY_REDIS
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One measurement: seconds from the first submit to the last submit, and to the last end."""
+    """One measurement: seconds from the first submit to the last submit, and to the last end; CPU seconds in all."""
 
     submit_seconds: float
     seconds: float
+    cpu_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +75,7 @@ class Result:
     canvases: int
     turns: tuple[Turn, ...]
     steps_per_second: Spread
+    cpu_ms_per_step: Spread
     ratio: Spread | None
 
 
@@ -111,6 +117,7 @@ def run_turn(contestant: Contestant, workload: Workload, count: int) -> Turn:
     canvases = [canvas(app, workload, number) for number in range(count)]
     with redis.Redis.from_url(contestant.engine.redis_url) as client:
         client.delete(ENDED)
+        cpu_before = _cpu_seconds()
         started = time.perf_counter()
         handles = [submit(signature) for signature in canvases]
         submitted = time.perf_counter()
@@ -124,6 +131,7 @@ def run_turn(contestant: Contestant, workload: Workload, count: int) -> Turn:
                     f"{contestant.engine.name} ended {ended} of {count} {workload} in {_TURN_SECONDS:g} s"
                 )
         seconds = time.perf_counter() - started
+        cpu_seconds = _cpu_seconds() - cpu_before
     for number in range(count):
         value, right = fetch(handles[number], timeout=_FETCH_SECONDS), expected(workload, number)
         if value != right:
@@ -132,7 +140,17 @@ def run_turn(contestant: Contestant, workload: Workload, count: int) -> Turn:
             )
     del handles
     gc.collect()  # Celery's results are cycles that talk to Redis when they go: not in the next turn, please
-    return Turn(submitted - started, seconds)
+    return Turn(submitted - started, seconds, cpu_seconds)
+
+
+def _cpu_seconds() -> float:
+    """Return the CPU time so far of the client, the servers and the workers; those of idle engines use next to none."""
+    total = 0.0
+    here = psutil.Process()
+    for process in (here, *here.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += sum(process.cpu_times()[:4])  # user and system, its own and those of children that have ended
+    return total
 
 
 def _result(
@@ -146,5 +164,6 @@ def _result(
         canvases,
         tuple(turns),
         Spread.of([steps / turn.seconds for turn in turns]),
+        Spread.of([turn.cpu_seconds / steps * 1000 for turn in turns]),
         Spread.of(ratios) if ratios else None,
     )

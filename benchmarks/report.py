@@ -62,9 +62,13 @@ def show(console: Console, cluster: Cluster, results: Sequence[Result], *, round
         table.add_column("min–max", justify="right")
         table.add_column("ratio", justify="right")
         table.add_column("min–max", justify="right")
+        table.add_column("CPU ms/step", justify="right")
         for result in found:
             table.add_row(
-                _TITLES[result.engine], *_cells(result.steps_per_second, "{:,.0f}"), *_cells(result.ratio, "{:.2f}")
+                _TITLES[result.engine],
+                *_cells(result.steps_per_second, "{:,.0f}"),
+                *_cells(result.ratio, "{:.2f}"),
+                f"{result.cpu_ms_per_step.median:.2f}",
             )
         console.print(table)
     console.print(
@@ -74,8 +78,8 @@ def show(console: Console, cluster: Cluster, results: Sequence[Result], *, round
     )
     if cluster.load > 0.5:
         console.print(
-            f"This machine was busy before the first turn (load {cluster.load:.1f}), so the figures are loose: look at the "
-            "min–max of the ratios, or run again when it is quiet.",
+            f"This machine was busy before the first turn (load {cluster.load:.1f}): steps/s and ratios are loose, "
+            "CPU ms/step less so.",
             style="yellow",
         )
 
@@ -94,6 +98,7 @@ def _result_json(result: Result) -> dict[str, Any]:
         "steps": result.canvases * result.workload.steps,
         "turns": [{name: round(value, 4) for name, value in asdict(turn).items()} for turn in result.turns],
         "steps_per_second": _spread_json(result.steps_per_second, 1),
+        "cpu_ms_per_step": _spread_json(result.cpu_ms_per_step, 3),
         "ratio": _spread_json(result.ratio, 3) if result.ratio is not None else None,
     }
 

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from celery import Celery
 from celery.canvas import Signature, _chain, _chord, chunks, group, maybe_signature
@@ -32,6 +33,7 @@ _FROZEN_OPTIONS = frozenset({
 })  # fmt: skip
 #: A clone of one of these is an ordinary signature: only the task's name tells.
 _MAPS = frozenset({"celery.map", "celery.starmap"})
+_CHUNKS = "celery.chunks"
 _DELAYS = frozenset({"countdown", "eta"})
 _TIMES = _DELAYS | {"expires"}
 
@@ -76,8 +78,13 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class _Input:
-    """What a canvas gets: the value of ``after`` (when ``value``), then literal arguments."""
+class _Given:
+    """What the canvas around a part gives it.
+
+    The value of ``after`` (when ``value``), then literal arguments; options that override the part's own; callbacks and
+    errbacks besides the part's own.  ``outermost``: there is no canvas around it.  ``inner``: it comes into a plan that
+    runs already.
+    """
 
     after: int | None = None
     value: bool = False
@@ -85,16 +92,42 @@ class _Input:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     on_failure: bool = False
     kind: StepKind = StepKind.TASK
+    options: Mapping[str, Any] = field(default_factory=dict)
+    links: tuple[Any, ...] = ()
+    errbacks: tuple[Any, ...] = ()
+    outermost: bool = False
+    inner: bool = False
 
-    def with_args(self, sig: Signature) -> _Input:
+    def then(self, after: int, **changes: Any) -> _Given:
+        """Return what is given to what follows step ``after``: its value."""
+        return _Given(after=after, value=True, kind=self.kind, **changes)
+
+    def partial(self, sig: Signature) -> _Given:
         """Return what reaches the parts of ``sig``, a canvas that may be immutable or hold partial arguments."""
         if sig.immutable:
             return replace(self, value=False, args=tuple(sig.args), kwargs={})
         return replace(self, args=(*self.args, *sig.args))
 
-    def then(self, after: int, *, value: bool = True) -> _Input:
-        """Return the input of what follows step ``after``."""
-        return _Input(after=after, value=value, kind=self.kind)
+    def options_of(self, sig: Signature) -> dict[str, Any]:
+        """Return the options of ``sig`` that its parts get too."""
+        return {k: v for k, v in {**sig.options, **self.options}.items() if k not in _FROZEN_OPTIONS}
+
+    def links_of(self, sig: Signature) -> tuple[Any, ...]:
+        """Return the callbacks of ``sig``."""
+        own = self.options["link"] if "link" in self.options else sig.options.get("link")
+        return _unique(_listed(own), self.links)
+
+    def errbacks_of(self, sig: Signature) -> tuple[Any, ...]:
+        """Return the errbacks of ``sig``."""
+        return _unique(_listed(sig.options.get("link_error")), self.errbacks)
+
+
+class _Part(NamedTuple):
+    """A part of a chain, and what it inherits from nested chains that were spliced in."""
+
+    sig: Signature
+    links: tuple[Any, ...] = ()
+    errbacks: tuple[Any, ...] = ()
 
 
 def compile_canvas(
@@ -112,9 +145,9 @@ def compile_canvas(
     the canvas nor the app.
     """
     builder = _Builder(app)
-    given = _Input(args=tuple(args), kwargs=dict(kwargs or {}))
     try:
-        output = builder.visit(canvas, given, {}, top=not inner, inner=inner)
+        given = _Given(args=tuple(args), kwargs=dict(kwargs or {}), outermost=not inner, inner=inner)
+        output = builder.visit(canvas, given)
     except RecursionError:
         raise CanvasError("the canvas is nested too deeply to compile; flatten it, or split it in workflows") from None
     return Plan(tuple(builder.steps), output)
@@ -135,9 +168,6 @@ class _Builder:
         self.steps.append(step)
         return step.no
 
-    def next_no(self) -> int:
-        return len(self.steps)
-
     def change(self, no: int, **changes: Any) -> None:
         self.steps[no] = replace(self.steps[no], **changes)
 
@@ -145,43 +175,37 @@ class _Builder:
         if isinstance(canvas, Signature):
             return canvas
         if isinstance(canvas, Mapping) and "task" in canvas:
-            return maybe_signature(dict(canvas), app=self.app)
+            return maybe_signature(deepcopy(dict(canvas)), app=self.app)
         if hasattr(canvas, "s") and hasattr(canvas, "name"):
             raise CanvasError(f"{canvas.name} is a task, not a canvas: submit {canvas.name}.s(...)")
         raise CanvasError(f"cannot compile {type(canvas).__name__}: submit a signature, chain, group or chord")
 
+    def hang(self, no: int, given: _Given, links: Iterable[Any], errbacks: Iterable[Any]) -> None:
+        """Hang callbacks and errbacks on step ``no``."""
+        kind = StepKind.ERRBACK if given.kind is StepKind.ERRBACK else StepKind.CALLBACK
+        for callback in links:
+            self.visit(callback, replace(given.then(no), kind=kind))
+        for errback in errbacks:
+            # Its input is the failure itself: which form it takes, the worker sees by the errback's signature.
+            self.visit(errback, replace(given.then(no), on_failure=True, kind=StepKind.ERRBACK))
+
     # -- the kinds of canvas ---------------------------------------------------------------------
 
-    def visit(
-        self,
-        sig: Any,
-        given: _Input,
-        override: Mapping[str, Any],
-        *,
-        links: tuple[Any, ...] = (),
-        errbacks: tuple[Any, ...] = (),
-        top: bool = False,
-        inner: bool = False,
-    ) -> int:
-        """Add the steps of ``sig``; return the number of the step whose value is the canvas's."""
-        sig = self.signature(sig)
+    def visit(self, canvas: Any, given: _Given) -> int:
+        """Add the steps of a canvas; return the number of the step whose value is the canvas's."""
+        sig = self.signature(canvas)
         if isinstance(sig, _chain):
-            # Cloning a chain loses that it was immutable, and Celery clones all but the outermost.
-            return self.chain(sig, given.with_args(sig) if top else given, override, links, errbacks, inner=inner)
+            return self.chain(sig, given)
         if isinstance(sig, group):
-            return self.group(sig, given, override, links, errbacks, top=top)
+            return self.group(sig, given)
         if isinstance(sig, _chord):
-            return self.chord(sig, given, override, links, errbacks)
-        if sig.task == "celery.chunks":
-            return self.split(sig, given, override, links, errbacks)
-        return self.task(sig, given, override, links, errbacks)
+            return self.chord(sig, given)
+        if sig.task == _CHUNKS:
+            return self.chunks(sig, given)
+        return self.task(sig, given)
 
-    def task(
-        self, sig: Signature, given: _Input, override: Mapping[str, Any], links: tuple[Any, ...], errbacks: tuple[Any, ...]
-    ) -> int:
-        options = _merged(sig, override)
-        links = _unique(_callbacks(sig, override), links)
-        errbacks = _unique(_listed(sig.options.get("link_error")), errbacks)
+    def task(self, sig: Signature, given: _Given) -> int:
+        options = _merged(sig, given.options)
         kwargs = dict(sig.kwargs)
         if sig.task in _MAPS:
             kwargs["it"] = list(kwargs["it"])
@@ -193,10 +217,9 @@ class _Builder:
             literal = (*given.args, *sig.args)
             kwargs.update(given.kwargs)
             source = given.after if given.value else None
-        no = self.next_no()
-        self.add(
+        no = self.add(
             Step(
-                no=no,
+                no=len(self.steps),
                 id=str(sig.options.get("task_id") or uuid.uuid4()),
                 kind=given.kind,
                 task=sig.task,
@@ -210,199 +233,163 @@ class _Builder:
                 **_times(options, sig.task),
             )
         )
-        self.links(no, links, errbacks, given)
+        self.hang(no, given, given.links_of(sig), given.errbacks_of(sig))
         return no
 
-    def links(self, no: int, links: Iterable[Any], errbacks: Iterable[Any], given: _Input) -> None:
-        """Hang the callbacks and errbacks of step ``no`` on it."""
-        for callback in links:
-            kind = StepKind.ERRBACK if given.kind is StepKind.ERRBACK else StepKind.CALLBACK
-            self.visit(callback, replace(given.then(no), kind=kind), {})
-        for errback in errbacks:
-            # Its input is the failure itself: which form it takes, the worker sees by the errback's signature.
-            self.visit(errback, _Input(after=no, value=True, on_failure=True, kind=StepKind.ERRBACK), {})
-
-    def chain(
-        self,
-        sig: _chain,
-        given: _Input,
-        override: Mapping[str, Any],
-        links: tuple[Any, ...],
-        errbacks: tuple[Any, ...],
-        *,
-        inner: bool,
-    ) -> int:
-        links = _unique(_callbacks(sig, override), links)
-        errbacks = _unique(_listed(sig.options.get("link_error")), errbacks)
-        override = {**_settings(sig.options), **_settings(override)}
+    def chain(self, sig: _chain, given: _Given) -> int:
         parts = self.chain_parts(sig)
         if not parts:
             raise CanvasError("an empty chain has no value; Celery cannot run it either")
-        if inner and _is_empty_group(sig.tasks[-1]) and not _is_empty_group(parts[-1][0]):
+        if given.inner and _is_empty_group(sig.tasks[-1]) and not _is_empty_group(parts[-1].sig):
             # An empty group is nothing in a chain; but Task.replace makes a chord of one that comes last.
-            parts.append((self.signature(sig.tasks[-1]), (), ()))
-        last = len(parts) - 1
+            parts.append(_Part(self.signature(sig.tasks[-1])))
+        links, errbacks = given.links_of(sig), given.errbacks_of(sig)
+        # Cloning a chain loses that it was immutable, and Celery clones all but the outermost.
+        given = given.partial(sig) if given.outermost else given
+        # The chain's options reach its first part only: Celery sends just that one itself.
+        given = replace(given, options=given.options_of(sig), outermost=False, inner=False)
         out = -1
-        for index, (part, own_links, own_errbacks) in enumerate(parts):
-            part_links = _unique(own_links, links) if index == last else own_links
-            # The chain's options reach its first part only: Celery sends just that one itself.
-            options = override if index == 0 else {}
-            if isinstance(part, group) and part_links:
+        for part in parts:
+            own_links = _unique(part.links, links) if part is parts[-1] else part.links
+            given = replace(given, links=own_links, errbacks=_unique(part.errbacks, errbacks))
+            if isinstance(part.sig, group) and own_links:
                 # A chain sets its callbacks as an option of its last part; a group's options replace its members'.
-                options, part_links = {**options, "link": part_links}, ()
-            out = self.visit(part, given, options, links=part_links, errbacks=_unique(own_errbacks, errbacks))
+                given = replace(given, links=(), options={**given.options, "link": own_links})
+            out = self.visit(part.sig, given)
             given = given.then(out)
         return out
 
-    def chain_parts(self, sig: _chain) -> list[tuple[Signature, tuple[Any, ...], tuple[Any, ...]]]:
-        """Return the chain's parts with the links and errbacks that spliced chains brought with them.
+    def chain_parts(self, sig: _chain) -> list[_Part]:
+        """Return the chain's parts: nested chains spliced in, empty groups dropped, groups of one unrolled.
 
-        Nested chains are spliced in, empty groups dropped (a chain of nothing else keeps one), groups of one
-        unrolled, and a group followed by anything becomes a chord with what follows as its body, as
-        ``_chain.prepare_steps`` does.
+        A chain of nothing but empty groups keeps one.  A group followed by anything becomes a chord with what follows
+        as its body, as ``_chain.prepare_steps`` does.
         """
-        flat: list[tuple[Signature, tuple[Any, ...], tuple[Any, ...]]] = []
+        flat: list[_Part] = []
         empty: Signature | None = None
         for raw in sig.tasks:
             part = self.signature(raw)
-            if isinstance(part, _chain):
-                inner = self.chain_parts(part)
-                part_links, part_errbacks = _listed(part.options.get("link")), _listed(part.options.get("link_error"))
-                inner = [(s, ls, _unique(es, part_errbacks)) for s, ls, es in inner]
-                if inner:
-                    last_sig, last_links, last_errbacks = inner[-1]
-                    inner[-1] = (last_sig, _unique(last_links, part_links), last_errbacks)
-                flat.extend(inner)
-                continue
             if isinstance(part, group):
                 members = list(part.tasks)
                 if not members:
                     empty = part
                     continue
                 if len(members) == 1:
-                    flat.extend(self.chain_parts(_chain_of(self.signature(members[0]), sig)))
-                    continue
-            flat.append((part, (), ()))
-        if not flat and empty is not None:
-            return [(empty, (), ())]
-        return self.upgrade_groups(flat)
-
-    def upgrade_groups(
-        self, flat: list[tuple[Signature, tuple[Any, ...], tuple[Any, ...]]]
-    ) -> list[tuple[Signature, tuple[Any, ...], tuple[Any, ...]]]:
-        parts: list[tuple[Signature, tuple[Any, ...], tuple[Any, ...]]] = []
-        for part, part_links, part_errbacks in reversed(flat):
-            if isinstance(part, group) and parts:
-                body, body_links, body_errbacks = parts.pop()
-                # A failed member fails the body, whose errbacks are called: the group's own join them there.
-                errbacks = _unique(part_errbacks, body_errbacks)
-                parts.append((_upgraded(part, body, body_links, errbacks, self.app), (), ()))
+                    part = _chain_of(self.signature(members[0]))
+            if isinstance(part, _chain):
+                flat.extend(self.spliced(part))
             else:
-                parts.append((part, part_links, part_errbacks))
+                flat.append(_Part(part))
+        if not flat and empty is not None:
+            return [_Part(empty)]
+        return self.upgraded(flat)
+
+    def spliced(self, sig: _chain) -> list[_Part]:
+        """Return the parts of a nested chain, which take over its callbacks and errbacks."""
+        errbacks = _listed(sig.options.get("link_error"))
+        parts = [part._replace(errbacks=_unique(part.errbacks, errbacks)) for part in self.chain_parts(sig)]
+        if parts:
+            parts[-1] = parts[-1]._replace(links=_unique(parts[-1].links, _listed(sig.options.get("link"))))
+        return parts
+
+    def upgraded(self, flat: list[_Part]) -> list[_Part]:
+        parts: list[_Part] = []
+        for part in reversed(flat):
+            if isinstance(part.sig, group) and parts:
+                body = parts.pop()
+                # A failed member fails the body, whose errbacks are called: the group's own join them there.
+                body = body._replace(errbacks=_unique(part.errbacks, body.errbacks))
+                parts.append(_Part(_upgraded(part.sig, body, self.app)))
+            else:
+                parts.append(part)
         parts.reverse()
         return parts
 
-    def group(
-        self,
-        sig: group,
-        given: _Input,
-        override: Mapping[str, Any],
-        links: tuple[Any, ...],
-        errbacks: tuple[Any, ...],
-        *,
-        top: bool = False,
-    ) -> int:
-        replaced = _callbacks(sig, override)
-        override = {**_settings(sig.options), **_settings(override), **({"link": replaced} if replaced else {})}
-        members = self.members(sig)
+    def group(self, sig: group, given: _Given) -> int:
+        options, links = given.options_of(sig), _listed(given.options.get("link") or sig.options.get("link"))
         if links:
-            # group.link attaches to the first member, immutable: it cannot pass its siblings' values on.
-            links = tuple(self.signature(link).clone().set(immutable=True) for link in links)
-        group_id = str(sig.options.get("task_id") or uuid.uuid4())
+            options["link"] = links
+        # group.link attaches to the first member, immutable: it cannot pass its siblings' values on.
+        first_links = tuple(self.signature(link).clone().set(immutable=True) for link in given.links)
         outs = []
-        for index, member in enumerate(members):
-            out = self.visit(member, given, override, links=links if index == 0 else (), errbacks=errbacks)
-            outs.append(out)
-        if top and len(outs) == 1 and self.steps[outs[0]].kind is StepKind.JOIN:
+        for member in self.members(sig):
+            errbacks = given.errbacks
+            inside = replace(given, options=options, links=first_links, errbacks=errbacks, outermost=False, inner=False)
+            outs.append(self.visit(member, inside))
+            first_links = ()
+        if given.outermost and len(outs) == 1 and self.steps[outs[0]].kind is StepKind.JOIN:
             return outs[0]  # GroupResult of one chain that ends in a group: Celery returns the inner one
-        join = self.next_no()
-        self.add(
-            Step(
-                no=join,
-                id=group_id,
-                kind=StepKind.JOIN,
-                after=given.after,
-                on_failure=given.on_failure,
-                members=len(outs),
-            )
+        join = Step(
+            no=len(self.steps),
+            id=str(sig.options.get("task_id") or uuid.uuid4()),
+            kind=StepKind.JOIN,
+            after=given.after,
+            on_failure=given.on_failure,
+            members=len(outs),
         )
         for position, out in enumerate(outs):
-            self.change(out, into=join, position=position, group_id=group_id)
-        return join
+            self.change(out, into=join.no, position=position, group_id=join.id)
+        return self.add(join)
 
-    def split(
-        self, sig: Signature, given: _Input, override: Mapping[str, Any], links: tuple[Any, ...], errbacks: tuple[Any, ...]
-    ) -> int:
+    def chunks(self, sig: Signature, given: _Given) -> int:
         """Add the group that ``chunks`` stand for.
 
         Celery does so for chunks that are submitted alone; within a canvas it gives the ids of the group's results, and
         nothing waits for them.  The plan waits, and has the values.
         """
         split = chunks(sig.kwargs["task"], list(sig.kwargs["it"]), sig.kwargs["n"], app=self.app).group()
-        options = {**_settings(sig.options), **_settings(override)}
-        join = self.group(split, replace(given, value=False, args=(), kwargs={}), options, (), ())
-        links = _unique(_callbacks(sig, override), links)
-        self.links(join, links, _unique(_listed(sig.options.get("link_error")), errbacks), given)
+        inside = replace(given, value=False, args=(), kwargs={}, options=given.options_of(sig), links=(), errbacks=())
+        join = self.visit(split, inside)
+        self.hang(join, given, given.links_of(sig), given.errbacks_of(sig))
         return join
 
-    def members(self, sig: group) -> list[Signature]:
+    def members(self, sig: Signature) -> list[Signature]:
         """Return the members of a group: groups directly inside it are flattened, empty chains dropped."""
         found: list[Signature] = []
         for raw in sig.tasks:
             member = self.signature(raw)
             if isinstance(member, group):
-                own = _settings(member.options)
+                own = {k: v for k, v in member.options.items() if k not in _FROZEN_OPTIONS}
                 inner = self.members(member)
                 found.extend(m.clone().set(**own) for m in inner) if own else found.extend(inner)
             elif not (isinstance(member, _chain) and not list(member.tasks)):
                 found.append(member)
         return found
 
-    def chord(
-        self, sig: _chord, given: _Input, override: Mapping[str, Any], links: tuple[Any, ...], errbacks: tuple[Any, ...]
-    ) -> int:
+    def chord(self, sig: _chord, given: _Given) -> int:
         if sig.body is None:
             raise CanvasError("a chord without a body cannot be submitted; give it one, or submit its header group")
-        options = {**_settings(sig.options), **_settings(override)}
-        links = _unique(_callbacks(sig, override), links)
-        errbacks = _unique(_listed(sig.options.get("link_error")), errbacks)
+        options = given.options_of(sig)
+        links, errbacks = given.links_of(sig), given.errbacks_of(sig)
         header = sig.tasks if isinstance(sig.tasks, group) else group(list(sig.tasks), app=self.app)
-        given = given.with_args(sig)
-        given = replace(given, kwargs={**(sig.kwargs.get("kwargs") or {}), **given.kwargs})
-        join = self.group(header, given, options, (), ())
-        body_options = {k: v for k, v in options.items() if k not in _DELAYS}
-        return self.visit(sig.body, given.then(join), body_options, links=links, errbacks=errbacks)
+        given = given.partial(sig)
+        kwargs = {**(sig.kwargs.get("kwargs") or {}), **given.kwargs}
+        given = replace(given, kwargs=kwargs, options=options, links=(), errbacks=(), outermost=False, inner=False)
+        join = self.group(header, given)
+        # A delay is the header's alone: the body comes after it anyway.
+        options = {k: v for k, v in options.items() if k not in _DELAYS}
+        return self.visit(sig.body, given.then(join, options=options, links=links, errbacks=errbacks))
 
 
-def _upgraded(header: group, body: Signature, links: tuple[Any, ...], errbacks: tuple[Any, ...], app: Celery) -> _chord:
+def _upgraded(header: group, body: _Part, app: Celery) -> _chord:
     """Return the chord that Celery makes of a group followed by ``body`` in a chain."""
     upgraded = _chord(header, body=None, app=app)
-    upgraded.kwargs["body"] = body
-    if links:
-        upgraded.options["link"] = list(links)
-    if errbacks:
-        upgraded.options["link_error"] = list(errbacks)
+    upgraded.kwargs["body"] = body.sig
+    if body.links:
+        upgraded.options["link"] = list(body.links)
+    if body.errbacks:
+        upgraded.options["link_error"] = list(body.errbacks)
     return upgraded
+
+
+def _chain_of(member: Signature) -> _chain:
+    single = _chain()
+    single.kwargs["tasks"] = [member]
+    return single
 
 
 def _is_empty_group(sig: Any) -> bool:
     return isinstance(sig, group) and not list(sig.tasks)
-
-
-def _chain_of(member: Signature, sig: _chain) -> _chain:
-    single = _chain(app=sig._app)
-    single.kwargs["tasks"] = [member]
-    return single
 
 
 def _listed(value: Any) -> tuple[Any, ...]:
@@ -419,14 +406,6 @@ def _unique(*groups: Iterable[Any]) -> tuple[Any, ...]:
     for items in groups:
         found.extend(item for item in items if item not in found)
     return tuple(found)
-
-
-def _callbacks(sig: Signature, override: Mapping[str, Any]) -> tuple[Any, ...]:
-    return _listed(override["link"] if "link" in override else sig.options.get("link"))
-
-
-def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in options.items() if k not in _FROZEN_OPTIONS}
 
 
 def _merged(sig: Signature, override: Mapping[str, Any]) -> dict[str, Any]:

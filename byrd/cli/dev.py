@@ -129,6 +129,7 @@ class _Printer:
             self.note(f"{name}: {url}", style="bold")
         if "BYRD_APP" in env:
             self.note("In another terminal, here: byrd runs, byrd workers, byrd doctor", style="bold")
+            self.note(f"For other programs there: . {DEV_ENV}")
 
     def note(self, text: str, *, style: str = "") -> None:
         """Write a line of our own."""

@@ -149,7 +149,9 @@ def _at_rest(status: RunStatus) -> bool:
 def _add_list(group: click.Group) -> None:
     @command(group, "runs", short_help="List runs, the newest first.")
     @click.option("--workflow", "-w", help="Only runs of this workflow.")
-    @click.option("--status", "-s", "statuses", multiple=True, type=click.Choice([*RunStatus]), help="Repeatable.")
+    @click.option(
+        "--status", "-s", "statuses", multiple=True, type=click.Choice([status.value for status in RunStatus])
+    )
     @click.option("--limit", "-n", type=click.IntRange(1, 100_000), default=20, show_default=True)
     def runs(session: Session, *, workflow: str | None, statuses: tuple[str, ...], limit: int, as_json: bool) -> None:
         """List runs, the newest first."""

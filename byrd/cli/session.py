@@ -79,7 +79,9 @@ class Session:
             raise ConfigurationError(
                 "which Celery app? Name the module that has it: `byrd -A shop.app ...`, or set BYRD_APP=shop.app"
             )
-        return Byrd(Celery("byrd", set_as_current=False))
+        engine = Byrd(Celery("byrd", set_as_current=False))
+        click.get_current_context().call_on_close(engine.close)
+        return engine
 
 
 def _read_dev_env() -> None:

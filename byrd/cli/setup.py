@@ -81,13 +81,20 @@ def migrate_database(url: Any) -> tuple[str | None, str]:
 
 def _add_doctor(group: click.Group) -> None:
     @command(group, "doctor", short_help="Say what is wrong with the set-up, and what to do.")
-    def doctor(session: Session, *, as_json: bool) -> None:
+    @click.option(
+        "--timeout",
+        type=click.FloatRange(0.05, 60),
+        default=1.5,
+        show_default=True,
+        help="Seconds for workers to answer.",
+    )
+    def doctor(session: Session, *, timeout: float, as_json: bool) -> None:
         """Look at the app, Postgres, the broker and the workers; say what is wrong, and what to do.
 
         The exit status is 1 if there is a problem.
         """
         logging.getLogger("byrd").setLevel(logging.ERROR)  # what is wrong is said below
-        checks = _examine(session)
+        checks = _examine(session, timeout)
         if as_json:
             print_json(checks_shape(checks))
         else:
@@ -96,7 +103,7 @@ def _add_doctor(group: click.Group) -> None:
             raise click.exceptions.Exit(1)
 
 
-def _examine(session: Session) -> list[Check]:
+def _examine(session: Session, timeout: float) -> list[Check]:
     try:
         engine = session.engine(of_app=session.names_app)
     except ByrdError as exc:
@@ -105,8 +112,8 @@ def _examine(session: Session) -> list[Check]:
         return [problem, *(_database_alone(url) if url else [])]
     if not session.names_app:
         do = "name it to have its settings looked at too: `byrd -A shop.app doctor`"
-        return [Check("app", Level.WARNING, "no app was named", do), *examine(engine)]
-    return [Check("app", Level.OK, f"the app {engine.app.main!r} has an engine"), *examine(engine)]
+        return [Check("app", Level.WARNING, "no app was named", do), *examine(engine, timeout=timeout)]
+    return [Check("app", Level.OK, f"the app {engine.app.main!r} has an engine"), *examine(engine, timeout=timeout)]
 
 
 def _database_alone(url: str) -> list[Check]:

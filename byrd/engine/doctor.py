@@ -20,6 +20,7 @@ from byrd.engine import settings
 from byrd.engine.words import count, moment, span
 from byrd.errors import ByrdError, ConfigurationError
 from byrd.store import Store, WorkerRow, current_revision, head_revision, insight, sweeps
+from byrd.worker import Settings
 from byrd.worker.bootstep import settings_of
 
 if TYPE_CHECKING:
@@ -117,20 +118,22 @@ def _database(url: str | URL) -> tuple[list[Check], bool, float | None]:
     return checks, tables.level is not Level.PROBLEM, (facts.now - ours).total_seconds()
 
 
-def _server(facts: insight.ServerFacts, where: str) -> Iterator[Check]:
+def _server(facts: insight.ServerFacts, where: str) -> list[Check]:
+    found = []
     if facts.version_num < _OLDEST_POSTGRES:
-        yield _problem("database", f"Postgres {facts.version} at {where} is too old", "use Postgres 14 or newer")
-    elif facts.standby:
+        found.append(
+            _problem("database", f"Postgres {facts.version} at {where} is too old", "use Postgres 14 or newer")
+        )
+    if facts.standby:
         do = "connect to the primary: a standby takes no writes"
-        yield _problem("database", f"Postgres at {where} is a standby", do)
-    elif facts.fsync == "off":
+        found.append(_problem("database", f"Postgres at {where} is a standby", do))
+    if facts.fsync == "off":
         do = "set fsync = on, unless the data may be lost, as in tests"
-        yield _warning("database", f"Postgres {facts.version} at {where} runs with fsync = off", do)
-    elif facts.synchronous_commit == "off":
-        do = "set synchronous_commit = on for Byrd's role: `ALTER ROLE ... SET synchronous_commit = on`"
-        yield _warning("database", "Postgres confirms commits before they are on disk (synchronous_commit = off)", do)
-    else:
-        yield _ok("database", f"Postgres {facts.version.partition(' ')[0]} at {where}")
+        found.append(_warning("database", f"Postgres at {where} runs with fsync = off", do))
+    if facts.synchronous_commit == "off":
+        do = "set it to on for Byrd's role: `ALTER ROLE ... SET synchronous_commit = on`"
+        found.append(_warning("database", "synchronous_commit = off: what was recorded may be lost in a crash", do))
+    return found or [_ok("database", f"Postgres {facts.version.partition(' ')[0]} at {where}")]
 
 
 def _tables(revision: str | None) -> Check:
@@ -167,11 +170,11 @@ class _Broker:
                     self.reachable = True
                     return [_ok("broker", f"{connection.transport.driver_type} at {where}")]
                 found = self._redis(connection.default_channel.client, where)
+                self.reachable = all(check.name != "broker" or check.level is Level.OK for check in found)
+                return found
             except Exception as exc:  # noqa: BLE001 - each transport has errors of its own
                 do = "start it, or correct the broker's URL (BYRD_BROKER_URL); runs wait in Postgres meanwhile"
                 return [_problem("broker", f"the broker at {where} does not answer: {_first_line(exc)}", do)]
-        self.reachable = True
-        return found
 
     def consumers(self) -> dict[str, list[str]]:
         """Return the queues that each worker on the broker says it consumes, by its node name."""
@@ -298,7 +301,7 @@ def _results(app: Any) -> Check:
 
 def _workers(workers: list[WorkerRow], store: Store, engine: Byrd) -> Iterator[Check]:
     live = [worker for worker in workers if worker.alive]
-    lost = store.run(insight.orphans, seconds=settings_of(engine.app).lease_seconds)
+    lost = store.run(insight.orphans, seconds=_lease_seconds(engine))
     if lost:
         what = f"{count(lost, 'step is', 'steps are')} held by workers whose lease is over, and nobody recovers them"
         yield _problem("workers", what, "start a worker, or `byrd relay`")
@@ -317,6 +320,13 @@ def _workers(workers: list[WorkerRow], store: Store, engine: Byrd) -> Iterator[C
     for other in sorted({worker.version for worker in live} - {ours}):
         what = f"workers run Byrd {other}, and {ours} is installed here"
         yield _warning("workers", what, "upgrade them all to the same version")
+
+
+def _lease_seconds(engine: Byrd) -> float:
+    try:
+        return settings_of(engine.app).lease_seconds
+    except ConfigurationError:  # a finding of its own
+        return Settings().lease_seconds
 
 
 def _answers(consumers: dict[str, list[str]], workers: list[WorkerRow], engine: Byrd) -> Iterator[Check]:

@@ -339,8 +339,13 @@ def get(conn: Connection, run_id: str) -> RunRow:
 
 
 def find(conn: Connection, prefix: str) -> list[str]:
-    """Return the ids of up to ten runs whose id begins with ``prefix``."""
-    rows = query(conn, "SELECT id FROM byrd.runs WHERE id::text LIKE %(prefix)s LIMIT 10", {"prefix": f"{prefix}%"})
+    """Return the ids of up to ten runs whose id begins with ``prefix``, hexadecimal digits and hyphens."""
+    digits = prefix.replace("-", "")
+    rows = query(
+        conn,
+        "SELECT id FROM byrd.runs WHERE id BETWEEN %(low)s::uuid AND %(high)s::uuid LIMIT 10",
+        {"low": digits.ljust(32, "0"), "high": digits.ljust(32, "f")},
+    )
     return [str(row.id) for row in rows]
 
 

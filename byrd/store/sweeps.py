@@ -23,15 +23,16 @@ def take_due(conn: Connection, *, limit: int = 200) -> list[Wakeup]:
     """Return ready steps that were never published and whose time has come; mark them as published."""
     if not locks.alone(conn, locks.RELAY):
         return []
+    # MATERIALIZED: a subquery in FROM may be run once per row of a join, and then takes more than its LIMIT.
     rows = query(
         conn,
-        f"""UPDATE byrd.steps s SET sends = s.sends + due.moving::int, wake_at = CASE WHEN due.moving
+        f"""WITH due AS MATERIALIZED (
+              SELECT d.id, r.status IN {_MOVING} AS moving FROM byrd.steps d JOIN byrd.runs r ON r.id = d.run_id
+               WHERE d.status = 'ready' AND d.wake_at <= now() AND d.sends = 0
+               ORDER BY d.wake_at LIMIT %(limit)s FOR UPDATE OF d SKIP LOCKED)
+            UPDATE byrd.steps s SET sends = s.sends + due.moving::int, wake_at = CASE WHEN due.moving
                      THEN now() + {RESEND_SECONDS} * interval '1 second' ELSE 'infinity'::timestamptz END
-              FROM (SELECT d.id, r.status IN {_MOVING} AS moving
-                      FROM byrd.steps d JOIN byrd.runs r ON r.id = d.run_id
-                     WHERE d.status = 'ready' AND d.wake_at <= now() AND d.sends = 0
-                     ORDER BY d.wake_at LIMIT %(limit)s FOR UPDATE OF d SKIP LOCKED) due
-             WHERE s.id = due.id RETURNING {WAKEUP}, due.moving""",
+              FROM due WHERE s.id = due.id RETURNING {WAKEUP}, due.moving""",
         {"limit": limit},
     )
     return wakeups_of(row for row in rows if row.moving)
@@ -67,17 +68,18 @@ def take_overdue(conn: Connection, queue: str, *, resend: int, limit: int = 1000
     """
     rows = query(
         conn,
-        f"""UPDATE byrd.steps s
-               SET sends = s.sends + CASE WHEN due.rank <= %(resend)s THEN 1 ELSE 0 END,
+        f"""WITH overdue AS MATERIALIZED (
+              SELECT id, wake_at FROM byrd.steps
+               WHERE status = 'ready' AND wake_at <= now() AND sends > 0 AND queue = %(queue)s
+               ORDER BY wake_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED),
+            ranked AS (
+              SELECT id, row_number() OVER (ORDER BY wake_at) <= %(resend)s AS again FROM overdue)
+            UPDATE byrd.steps s
+               SET sends = s.sends + (o.again AND r.status IN {_MOVING})::int,
                    wake_at = CASE WHEN r.status NOT IN {_MOVING} THEN 'infinity'::timestamptz
-                             ELSE now() + interval '1 second' * least(30, {RESEND_SECONDS} * power(2, least(s.sends, 5)))
-                             END
-              FROM (SELECT o.id, row_number() OVER (ORDER BY o.wake_at) AS rank FROM
-                     (SELECT id, wake_at FROM byrd.steps WHERE status = 'ready' AND wake_at <= now() AND sends > 0
-                         AND queue = %(queue)s ORDER BY wake_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED) o) due,
-                   byrd.runs r
-             WHERE s.id = due.id AND r.id = s.run_id
-            RETURNING {WAKEUP}, due.rank <= %(resend)s AND r.status IN {_MOVING} AS again""",
+                     ELSE now() + interval '1 second' * least(30, {RESEND_SECONDS} * power(2, least(s.sends, 5))) END
+              FROM ranked o, byrd.runs r WHERE s.id = o.id AND r.id = s.run_id
+            RETURNING {WAKEUP}, o.again AND r.status IN {_MOVING} AS again""",
         {"queue": queue, "resend": resend, "limit": limit},
     )
     return wakeups_of(row for row in rows if row.again)

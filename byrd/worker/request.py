@@ -38,9 +38,8 @@ class DurableRequest(Request):
         return super().execute(loglevel, logfile)
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:  # noqa: FBT001, FBT002 - Celery's
-        """Celery cancels late-acknowledged tasks when it loses the broker; a step needs no broker to go on."""
-        if not self.durable:
-            super().cancel(pool, signal, emit_retry=emit_retry)
+        """End the pool process because the worker stops and cannot wait; a step is handed back, to be retried."""
+        super().cancel(pool, signal, emit_retry=emit_retry or self.durable)
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:  # noqa: FBT001, FBT002
         """The task raised, or its pool process is gone: then its steps become ready again at once."""

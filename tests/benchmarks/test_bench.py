@@ -65,7 +65,8 @@ def _check(result: dict[str, Any], canvases: int, steps: int) -> None:
     assert (result["canvases"], result["steps"]) == (canvases, steps)
     (turn,) = result["turns"]
     assert 0 < turn["submit_seconds"] <= turn["seconds"]
-    for spread in (result["steps_per_second"], result["ratio"]):
+    assert turn["cpu_seconds"] > 0
+    for spread in (result["steps_per_second"], result["cpu_ms_per_step"], result["ratio"]):
         assert 0 < spread["min"] <= spread["median"] <= spread["max"]
 
 

@@ -22,6 +22,8 @@ class Menu:
     failing: bool = True
     running: bool = True
     links: bool = True
+    #: Also what means one thing to Celery's eager mode and another to its workers (see docs/canvas.md).
+    disputed: bool = True
     #: Seconds for ``countdown``, where a worker has to wait for it.
     countdown: float = 0.05
 
@@ -77,10 +79,16 @@ class _Kitchen:
         kind = self.rng.choice(("chain", "chain", "group", "chord"))
         if kind == "chain":
             how = self.rng.choice(("|", "chain", "raw"))
-            return self.extras({"kind": "chain", "parts": self.some(inner, 1, 4), "how": how})
+            parts = self.some(inner, 1, 4)
+            if all(map(_is_empty, parts)):
+                parts.append(self.leaf())  # a chain of nothing cannot be run
+            return self.extras({"kind": "chain", "parts": parts, "how": how})
         low = 0 if self.once_in(8) else 1
         if kind == "group":
-            return self.extras({"kind": "group", "members": self.some(inner, low, 3)})
+            members = self.some(inner, low, 3)
+            if len(members) == 1 and not self.menu.disputed:
+                members.append(self.leaf())
+            return self.extras({"kind": "group", "members": members})
         return self.extras({"kind": "chord", "header": self.some(inner, low, 3), "body": inner()})
 
     def leaf(self, depth: int = 0) -> Recipe:
@@ -103,8 +111,10 @@ class _Kitchen:
         kind = self.rng.choice(("map", "starmap", "chunks"))
         if kind == "map":
             return {"kind": kind, "items": self.some(self.value, 0, 3)}
-        recipe = {"kind": kind, "items": self.some(self.args, 0, 3)}
-        return recipe if kind == "starmap" else {**recipe, "n": self.rng.randint(1, 2), "grouped": True}
+        recipe = {"kind": "starmap", "items": self.some(self.args, 0, 3)}
+        if kind == "starmap" or (not self.menu.disputed and len(recipe["items"]) == 1):
+            return recipe
+        return {**recipe, "kind": "chunks", "n": self.rng.randint(1, 2) if self.menu.disputed else 1, "grouped": True}
 
     def swap(self, depth: int) -> Recipe:
         return {"kind": "swap", "args": self.args(), "to": self.canvas(min(depth, 1))}
@@ -120,8 +130,6 @@ class _Kitchen:
 
     def extras(self, recipe: Recipe) -> Recipe:
         """Some parts are immutable, delayed, or have callbacks and errbacks."""
-        if recipe.get("members") == [] or (recipe.get("grouped") and not recipe["items"]):
-            return recipe  # Celery cannot link to an empty group
         roll = self.rng.randrange(20)
         if roll == 16:
             return {**recipe, "immutable": True}
@@ -132,3 +140,7 @@ class _Kitchen:
         if roll == 19 and self.menu.links:
             return {**recipe, "errbacks": self.some(lambda: {"kind": self.rng.choice(("log_error", "log_failure"))}, 1, 2)}
         return recipe
+
+
+def _is_empty(recipe: Recipe) -> bool:
+    return recipe.get("members") == [] or (recipe.get("grouped", False) and not recipe["items"])

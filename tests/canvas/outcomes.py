@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+from celery.canvas import chunks
 from celery.result import AsyncResult, GroupResult, allow_join_result
+
+from byrd.errors import CanvasError
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Equal when the canvas means the same: values and kinds of errors; not ids, nor the order of callbacks."""
+    """Equal when the canvas means the same: the same value, or the same error but for ids."""
 
     value: Any = None
     error: str | None = None
-    log: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def kind(self) -> str:
+        """The error's type, or ``value``."""
+        return self.error.partition("(")[0] if self.error else "value"
+
+    @property
+    def canonical(self) -> Any:
+        """The value with every list sorted: workers of Celery reverse a group that is a direct member of another."""
+        return _sorted(self.value)
 
     def __str__(self) -> str:
         return self.error or json.dumps(self.value)
@@ -33,6 +45,23 @@ def outcome_of(get: Callable[[], Any]) -> Outcome:
             return Outcome(value=json.loads(json.dumps(get())))
     except Exception as exc:  # noqa: BLE001 - whatever the canvas raises is what we want to know
         return Outcome(error=error_name(exc))
+
+
+def eager(make: Callable[[], Any]) -> Outcome:
+    """Return what comes of a canvas of an eager app."""
+
+    def get() -> Any:
+        canvas = make()
+        # apply_async() of a single task denies it to wait, which replace() does when it is eager.
+        single = canvas.subtask_type is None and not isinstance(canvas, chunks)
+        result = canvas.apply() if single else canvas.apply_async()
+        if result is None:
+            raise CanvasError("an empty chain: Celery returns None instead of a result")
+        if isinstance(result, GroupResult) and len(result) == 1 and isinstance(result[0], GroupResult):
+            result = result[0]  # as group.apply_async() does where it is not eager
+        return result.get(disable_sync_subtasks=False)
+
+    return outcome_of(get)
 
 
 def error_name(exc: BaseException) -> str:
@@ -55,6 +84,7 @@ def settled(result: Any) -> Outcome:
     return outcome_of(failed.get) if failed is not None else NEVER
 
 
-def notes(entries: Sequence[str | bytes]) -> tuple[str, ...]:
-    """Return log entries in an order of their own."""
-    return tuple(sorted(json.dumps(json.loads(entry)) for entry in entries))
+def _sorted(value: Any) -> Any:
+    if isinstance(value, list):
+        return sorted(map(_sorted, value), key=json.dumps)
+    return value

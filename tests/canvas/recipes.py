@@ -19,6 +19,7 @@ Any of them may have ``immutable``, ``links``, ``errbacks`` and ``countdown``.  
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import operator
@@ -41,7 +42,8 @@ def build(recipe: Mapping[str, Any], app: Celery) -> Any:
     if recipe.get("countdown"):
         canvas.set(countdown=recipe["countdown"])
     for callback in recipe.get("links", ()):
-        canvas.link(build(callback, app))
+        with contextlib.suppress(IndexError):  # Celery cannot link to an empty group
+            canvas.link(build(callback, app))
     for errback in recipe.get("errbacks", ()):
         canvas.link_error(build(errback, app))
     return canvas

@@ -9,13 +9,13 @@ import queue
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from celery import chain, chord, group
-from sqlalchemy import Connection
+from sqlalchemy import Connection, event
 
 from byrd import store as byrd_store
 from byrd.errors import IllegalTransitionError, StaleAttempt, StepCancelled
@@ -49,18 +49,18 @@ def race(store: Store, first: Statement, second: Statement, *, commit: bool) -> 
     def run_second() -> Any:
         with store.engine.begin() as conn:
             pids.put(query(conn, "SELECT pg_backend_pid()").scalar_one())
-            return attempt(second, conn)
+            return refusal_or(second, conn)
 
     with ThreadPoolExecutor(1) as pool, store.engine.connect() as conn, store.engine.connect() as observer:
-        observer = observer.execution_options(isolation_level="AUTOCOMMIT")
+        observer.execution_options(isolation_level="AUTOCOMMIT")
         transaction = conn.begin()
-        value = attempt(first, conn)
+        value = refusal_or(first, conn)
         future = pool.submit(run_second)
         pid = pids.get(timeout=30)
         waited = False
         try:
-            while not (future.done() or waited):
-                waited = query(observer, "SELECT cardinality(pg_blocking_pids(%(pid)s)) > 0", {"pid": pid}).scalar_one()
+            while not (wait([future], timeout=0.002).done or waited):
+                waited = is_blocked(observer, pid)
         finally:
             if commit and not isinstance(value, BaseException):
                 transaction.commit()
@@ -69,7 +69,62 @@ def race(store: Store, first: Statement, second: Statement, *, commit: bool) -> 
         return Outcome(value, future.result(timeout=60), waited)
 
 
-def attempt(statement: Statement, conn: Connection) -> Any:
+def interleave(store: Store, first: Statement, second: Statement, *, at: int) -> bool:
+    """Run ``second`` while ``first`` stands before its SQL statement number ``at``, then let both end.
+
+    Returns whether ``first`` had that many statements; if not, it stood before its commit.
+    """
+    reached, go = threading.Event(), threading.Event()
+    pids: queue.Queue[int] = queue.Queue()
+    stood: list[bool] = []
+
+    def stand(_conn: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if "SAVEPOINT" in statement:
+            return
+        stand_at[0] -= 1
+        if stand_at[0] == 0:
+            stood.append(True)
+            reached.set()
+            assert go.wait(60)
+
+    stand_at = [at]
+
+    def run_first() -> Any:
+        with store.engine.begin() as conn:
+            event.listen(conn, "before_cursor_execute", stand)
+            value = refusal_or(first, conn)
+            reached.set()
+            assert go.wait(60)
+            return value
+
+    def run_second() -> Any:
+        with store.engine.begin() as conn:
+            pids.put(query(conn, "SELECT pg_backend_pid()").scalar_one())
+            return refusal_or(second, conn)
+
+    with ThreadPoolExecutor(2) as pool, store.engine.connect() as observer:
+        observer.execution_options(isolation_level="AUTOCOMMIT")
+        one = pool.submit(run_first)
+        try:
+            assert reached.wait(60) or one.exception()
+            two = pool.submit(run_second)
+            pid = pids.get(timeout=30)
+            while not (wait([two], timeout=0.002).done or is_blocked(observer, pid)):
+                pass
+        finally:
+            go.set()
+        one.result(timeout=60)
+        two.result(timeout=60)
+    return bool(stood)
+
+
+def is_blocked(observer: Connection, pid: int) -> bool:
+    """Tell whether a backend waits for another one's lock."""
+    sql = "SELECT cardinality(pg_blocking_pids(%(pid)s)) > 0"
+    return bool(query(observer, sql, {"pid": pid}).scalar_one())
+
+
+def refusal_or(statement: Statement, conn: Connection) -> Any:
     """Run a statement in a savepoint of its own, and return its refusal as a value."""
     savepoint = conn.begin_nested()
     try:
@@ -90,7 +145,6 @@ def close_all(world: World) -> None:
     world.do(sweeps.recover)
     world.sql("UPDATE byrd.workers SET lease_until = now() + interval '1 hour', stopping = false")
     world.worker_id = world.add_worker()
-    world.check()
     for row in world.sql("SELECT id FROM byrd.runs WHERE finished_at IS NULL"):
         assert world.drive(str(row.id), check=False).status in ("succeeded", "failed", "cancelled")
     world.check()
@@ -119,7 +173,7 @@ def failure_of(world: World, run: str, name: str) -> Statement:
     return lambda conn: steps.fail(conn, claim.id, claim.attempt, ERROR)
 
 
-def ended(world: World, *names: str, failing: bool = False) -> tuple[str, list[Statement]]:
+def ended(world: World, *names: str) -> tuple[str, list[Statement]]:
     """A chord of a, b and c with these members running and the others done."""
     run = world.submit(chain(chord([sig("a"), sig("b"), sig("c")], sig("body")), sig("after")))
     for name in {"a", "b", "c"} - set(names):
@@ -201,6 +255,13 @@ def complete_cancel(world: World) -> tuple[Statement, Statement]:
     return end, lambda conn: runs.cancel(conn, run)
 
 
+def complete_last_cancel(world: World) -> tuple[Statement, Statement]:
+    """The one goes from the join to the run, the other from the run to the join."""
+    run = world.submit(group(sig("a"), sig("b")))
+    world.settle(world.claim(run, "b"))
+    return completion_of(world, run, "a"), lambda conn: runs.cancel(conn, run)
+
+
 def complete_pause(world: World) -> tuple[Statement, Statement]:
     run, [end] = ended(world, "a")
     return end, lambda conn: runs.pause(conn, run)
@@ -223,11 +284,8 @@ def same_complete_twice(world: World) -> tuple[Statement, Statement]:
 
 
 def complete_fail(world: World) -> tuple[Statement, Statement]:
-    run, [a] = ended(world, "a")
-    world.sql("UPDATE byrd.steps SET status = status")
-    other = world.submit(chord([sig("x"), sig("y")], sig("z", link_error=sig("oops"))))
-    x, y = completion_of(world, other, "x"), failure_of(world, other, "y")
-    return x, y
+    run = world.submit(chord([sig("x"), sig("y")], sig("z", link_error=sig("oops"))))
+    return completion_of(world, run, "x"), failure_of(world, run, "y")
 
 
 def last_callbacks(world: World) -> tuple[Statement, Statement]:
@@ -277,14 +335,12 @@ def replace_complete(world: World) -> tuple[Statement, Statement]:
 
 def extend_extend(world: World) -> tuple[Statement, Statement]:
     run = world.submit(chain(group(sig("a"), sig("b")), sig("c")))
-    claims = [world.claim(run, "a"), world.claim(run, "b")]
-    one, two = (
-        lambda conn, c=c, p=plan_of(chain(sig(f"x{c.no}"), sig(f"y{c.no}"))): steps.extend_join(
-            conn, c.id, c.attempt, p
-        )
-        for c in claims
-    )
-    return one, two
+
+    def extension(name: str) -> Statement:
+        claim, plan = world.claim(run, name), plan_of(chain(sig(f"{name}1"), sig(f"{name}2")))
+        return lambda conn: steps.extend_join(conn, claim.id, claim.attempt, plan)
+
+    return extension("a"), extension("b")
 
 
 def replace_preempt(world: World) -> tuple[Statement, Statement]:
@@ -298,11 +354,11 @@ def replace_preempt(world: World) -> tuple[Statement, Statement]:
 
 
 def submit_submit(world: World) -> tuple[Statement, Statement]:
-    one, two = (
-        lambda conn, run=str(uuid.uuid4()): submit(conn, run, plan_of(chain(sig("a"), sig("b"))), key="k")
-        for _ in range(2)
-    )
-    return one, two
+    def submission() -> Statement:
+        run, plan = str(uuid.uuid4()), plan_of(chain(sig("a"), sig("b")))
+        return lambda conn: submit(conn, run, plan, key="k")
+
+    return submission(), submission()
 
 
 def recover_recover(world: World) -> tuple[Statement, Statement]:
@@ -338,7 +394,7 @@ def poisoned(world: World) -> tuple[Statement, Statement]:
 
 
 def overdue_complete(world: World) -> tuple[Statement, Statement]:
-    run, [end] = ended(world, "a")
+    _, [end] = ended(world, "a")
     world.sql("UPDATE byrd.runs SET deadline = now() - interval '1 s'")
     return lambda conn: sweeps.end_overdue_runs(conn, ERROR), end
 
@@ -379,7 +435,7 @@ PAIRS = {
     pair.__name__: pair
     for pair in (
         claim_claim, claim_cancel, claim_pause, claim_expire, claim_relay, claim_recover, claim_release_worker,
-        complete_preempt, complete_recover, complete_release_worker, complete_cancel, complete_pause, complete_resume,
+        complete_preempt, complete_recover, complete_release_worker, complete_cancel, complete_last_cancel, complete_pause, complete_resume,
         complete_complete, same_complete_twice, complete_fail, last_callbacks, complete_and_fail_last,
         step_retry_cancel, hand_back_pause, replace_cancel, extend_cancel, replace_complete, extend_extend,
         replace_preempt, submit_submit, recover_recover, recover_heartbeat, poisoned, overdue_complete,
@@ -399,6 +455,34 @@ def test_whoever_is_first_the_tables_are_right_and_each_run_ends(
     if not commit:
         assert not isinstance(outcome.second, BaseException), "the first was undone, so nothing refuses the second"
     close_all(world)
+
+
+#: Where one of the two holds some of its locks and still wants others: how two might wait for one another.
+TANGLED = (
+    complete_cancel, complete_last_cancel, complete_complete, last_callbacks, complete_and_fail_last, complete_preempt, step_retry_cancel,
+    replace_cancel, extend_extend, replace_preempt, overdue_complete,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("swapped", [False, True], ids=["in order", "swapped"])
+@pytest.mark.parametrize("pair", [pair.__name__ for pair in TANGLED])
+def test_wherever_the_first_stands_the_tables_are_right_and_each_run_ends(
+    world: World, pair: str, swapped: bool
+) -> None:
+    """They neither wait for one another (which Postgres would make an error) nor go wrong."""
+    at = 1
+    while True:
+        one, two = PAIRS[pair](world)
+        more = interleave(world.store, *((two, one) if swapped else (one, two)), at=at)
+        close_all(world)
+        if not more:
+            break
+        for table in ("runs", "workers"):
+            world.do(query, f"DELETE FROM byrd.{table}")
+        world.worker_id = world.add_worker()
+        world.failing.clear()
+        at += 1
+    assert at > 2
 
 
 # ------------------------------------------------------------------------------------------------- who wins
@@ -538,37 +622,24 @@ def test_a_cancel_gets_its_turn_in_a_run_that_is_never_idle(shared: World) -> No
     def complete_while_cancel_waits(conn: Connection) -> Any:
         return ends[1](conn), cancelled.is_set()
 
-    with ThreadPoolExecutor(1) as pool, shared.store.engine.connect() as conn:
+    with ThreadPoolExecutor(2) as pool, shared.store.engine.connect() as conn:
         transaction = conn.begin()
         ends[0](conn)
         waiting = pool.submit(shared.do, cancel)
-        while not shared.sql(
-            "SELECT 1 FROM pg_stat_activity WHERE cardinality(pg_blocking_pids(pid)) > 0 AND datname = current_database()"
-        ):
-            assert not waiting.done()
-        later = pool_of_one(shared, complete_while_cancel_waits)
-        while (
-            len(
-                shared.sql(
-                    "SELECT 1 FROM pg_stat_activity WHERE cardinality(pg_blocking_pids(pid)) > 0"
-                    " AND datname = current_database()"
-                )
-            )
-            < 2
-        ):
-            assert not later.done()
+        wait_for_blocked(shared, 1)
+        later = pool.submit(shared.do, complete_while_cancel_waits)
+        wait_for_blocked(shared, 2)
         transaction.commit()
         waiting.result(timeout=60)
         _, after_cancel = later.result(timeout=60)
         assert after_cancel
 
 
-def pool_of_one(world: World, statement: Statement) -> Any:
-    """Run a statement in a thread; return its future."""
-    pool = ThreadPoolExecutor(1)
-    future = pool.submit(world.do, statement)
-    pool.shutdown(wait=False)
-    return future
+def wait_for_blocked(world: World, count: int) -> None:
+    """Wait until ``count`` backends wait for a lock."""
+    sql = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND cardinality(pg_blocking_pids(pid)) > 0"
+    while len(world.sql(sql)) < count:
+        pass
 
 
 def test_a_heartbeat_that_comes_too_late_registers_the_worker_again(shared: World) -> None:

@@ -55,7 +55,7 @@ class World:
     def submit(self, canvas: Any, *, key: str | None = None, deadline: float | None = None) -> str:
         """Submit a canvas; return the run's id."""
         run_id, _ = self.do(submit, str(uuid.uuid4()), plan_of(canvas), key=key, deadline=deadline)
-        return run_id
+        return str(run_id)
 
     def do(self, statement: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a statement in a transaction of its own."""

@@ -219,3 +219,18 @@ def test_submitters_in_many_threads(cluster: Cluster) -> None:
 def _empty(cluster: Cluster) -> bool:
     with cluster.redis() as client:
         return int(client.llen("celery")) == 0
+
+
+def test_a_soft_shutdown_gives_back_what_takes_too_long(cluster: Cluster, tmp_path: Path) -> None:
+    app = cluster.app(APP)
+    go = tmp_path / "go"
+    env = {"REMAP_SIGTERM": "SIGQUIT", "SOFT_SHUTDOWN": "1"}
+    worker = cluster.worker(APP, concurrency=1, env=env)
+    run = app.engine.submit(app.wait_for_file.s(str(go), 1) | app.add.s(1))
+    wait_until(lambda: run.steps()[0].status == "running")
+    worker.stop(timeout=30)
+    [step, _] = run.steps()
+    assert (step.status, step.preemptions) == ("ready", 0)
+    go.touch()
+    cluster.worker(APP, concurrency=1)
+    assert run.get(timeout=30) == 2

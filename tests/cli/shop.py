@@ -1,0 +1,117 @@
+"""The app of these tests: steps that do what a test needs to see, and workflows of them."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from celery import Celery, Task, chain, group
+
+import byrd
+
+app = Celery("shop")
+app.conf.byrd_lease_seconds = float(os.environ.get("TEST_LEASE_SECONDS", "3"))
+engine = byrd.Byrd(app)
+
+
+@app.task
+def price(sku: Any, factor: int = 2) -> Any:
+    """A price."""
+    return sku * factor
+
+
+@app.task
+def total(prices: list[Any]) -> Any:
+    """Their sum."""
+    return sum(prices)
+
+
+@app.task
+def refuse(*_: Any) -> None:
+    """Raise, with what rich and HTML would take for markup."""
+    raise ValueError("[bold red]no[/] <b>money</b> left")
+
+
+@app.task(bind=True, max_retries=3)
+def unlucky(self: Task, delay: float) -> None:
+    """Fail, and be tried again after ``delay`` seconds."""
+    raise self.retry(countdown=delay, exc=ConnectionError("the bank is closed"))
+
+
+@app.task
+def hold(path: str, value: Any = None) -> Any:
+    """Run until the file is there."""
+    while not Path(path).exists():
+        time.sleep(0.02)
+    return value
+
+
+@app.task
+def mourn(request: Any, exc: Any, traceback: Any) -> str:
+    """An errback."""
+    return str(exc)
+
+
+@app.task
+def cheer(value: Any) -> str:
+    """A callback."""
+    return f"sold for {value}"
+
+
+@app.task(base=byrd.SagaTask)
+def reserve(room: str) -> dict[str, str]:
+    """A step that can be undone."""
+    return {"room": room}
+
+
+@reserve.compensation(max_retries=0)
+def release(reservation: dict[str, str], room: str) -> str:
+    """Undo it, once the file is there."""
+    if not Path(room).exists():
+        raise RuntimeError("the hotel does not answer")
+    return f"released {reservation['room']}"
+
+
+@app.task(bind=True, base=byrd.CheckpointTask)
+def walk(self: Any, number: int, path: str) -> int:
+    """Go over numbers with checkpoints: stand at the last one until the file is there."""
+
+    def numbers(cursor: int | None) -> Any:
+        return ((n, n) for n in range(0 if cursor is None else cursor + 1, number))
+
+    def step(n: int) -> int:
+        if n == 1:
+            raise ValueError("bad number")
+        while n == number - 1 and not Path(path).exists():
+            time.sleep(0.02)
+        return n
+
+    self.step("log in", lambda: "token")
+    return int(self.iterate(numbers, step, batch_size=2, item_retries=0).completed)
+
+
+@engine.workflow("shop.order")
+def order(number: int, *, factor: int = 2) -> Any:
+    """Price some things and sum up."""
+    return chain(group(price.s(n, factor) for n in range(number)) | total.s(), cheer.s())
+
+
+@engine.workflow("shop.sale")
+def sale() -> Any:
+    """A bit of everything."""
+    member = chain(price.s(1), price.s(3).set(link=cheer.s()))
+    return chain(price.s(5), group(member, price.si(2)), total.s(), refuse.s().on_error(mourn.s()), cheer.s())
+
+
+@engine.workflow("shop.trip")
+def trip(path: str) -> Any:
+    """A saga that fails; its rollback fails until the file is there."""
+    return chain(reserve.si(path), reserve.si(path), refuse.si())
+
+
+@engine.workflow("shop.late", timeout=0.5)
+def late(path: str) -> Any:
+    """A run with a deadline."""
+    return hold.si(path)

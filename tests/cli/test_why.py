@@ -1,0 +1,161 @@
+"""`byrd why` has a clear sentence for each way in which a run can wait, and for each end."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from byrd.engine.words import span
+from byrd.worker import Settings, Sweeper
+from tests.cli.conftest import APP, Cli
+from tests.cluster import Cluster, wait_until
+
+TIME = r"\d\d:\d\d:\d\d"
+SINCE = rf"{TIME} \([^)]+ ago\)"
+
+
+@pytest.fixture
+def shop(cluster: Cluster) -> Any:
+    return cluster.app(APP)
+
+
+def becomes(run: Any, pattern: str, *, timeout: float = 30.0) -> None:
+    """Wait until one of the run's reasons matches."""
+    wait_until(
+        lambda: [reason for reason in run.why() if re.fullmatch(pattern, reason)],
+        timeout=timeout,
+        what=lambda: f"{pattern}, but: {run.why()}",
+    )
+
+
+def test_without_workers_it_waits_for_one(cluster: Cluster, shop: Any, byrd_cli: Cli) -> None:
+    run = shop.engine.submit(shop.price.s(1))
+    ready = rf"Step 0 \(tests.cli.shop.price\) is ready since {SINCE}"
+    becomes(run, ready + r" but no worker is alive: start one with `celery -A <app> worker`\.")
+    many = shop.engine.submit(shop.order(50))
+    becomes(many, rf"50 steps of tests.cli.shop.price \(no\. 0 to 49\) are ready since {SINCE} but no worker .*")
+    delayed = shop.engine.submit(shop.price.s(1).set(countdown=3600))
+    becomes(delayed, r"Step 0 \(.*\) is delayed until .* \(in .*\)\.")
+    run.pause()
+    becomes(run, rf"It is paused since {SINCE}: nothing more starts until `byrd resume {run.id[:8]}`\.")
+    assert byrd_cli("why", run.id).out.startswith("It is paused since")
+    found = byrd_cli("why", many.id, "--json").json
+    assert (found["run"], found["status"], len(found["reasons"])) == (many.id, "running", 1)
+    run.cancel()
+    becomes(run, rf"It was cancelled at {TIME}\.")
+
+
+def test_a_busy_worker_a_missing_task_a_missing_queue_and_a_lost_worker(
+    cluster: Cluster, shop: Any, tmp_path: Path
+) -> None:
+    worker = cluster.worker(APP, concurrency=1)
+    go = tmp_path / "go"
+    held = shop.engine.submit(shop.hold.s(str(go)))
+    becomes(
+        held,
+        rf"Step 0 \(tests.cli.shop.hold\) is held by worker worker1@localhost \(process \d+\) since {SINCE}, "
+        rf"lease until {TIME}\.",
+    )
+    first, second = shop.engine.submit(shop.price.s(1)), shop.engine.submit(shop.price.s(2))
+    becomes(first, rf"Step 0 \(.*\) waits since {SINCE} for a free slot in queue 'celery': the only one is busy\.")
+    becomes(second, r"Step 0 .* for a free slot in queue 'celery', behind 1 step: the only one is busy\.")
+    elsewhere = shop.engine.submit(shop.price.s(1).set(queue="rare"))
+    becomes(
+        elsewhere,
+        rf"Step 0 \(.*\) is ready since {SINCE} in queue 'rare', which no live worker consumes "
+        r"\(they consume celery\): start one with `celery -A <app> worker -Q rare`\.",
+    )
+
+    @shop.app.task(name="shop.new", shared=False)
+    def new(value: str) -> str:
+        return value
+
+    unknown = shop.engine.submit(shop.app.signature("shop.new", args=["x"]))
+    becomes(unknown, r"Step 0 \(shop.new\) .* no live worker on queue 'celery' has the task shop.new registered: .*")
+
+    held.pause()
+    becomes(held, r"Step 0 .* is held by worker .*; it stops at its next checkpoint, or goes on to its end\.")
+    held.resume()
+    worker.kill()
+    becomes(
+        held,
+        rf"Step 0 \(.*\) was held by worker worker1@localhost, whose lease ended at {TIME}: starting a worker, or "
+        r"`byrd relay`, will make ready it again\.",
+    )
+    cluster.worker(APP, concurrency=1, queues=["rare"])
+    becomes(held, rf"Step 0 .* is ready .* in queue 'celery', .*; it lost its worker at {TIME} \(.*lease.* ran out\)\.")
+
+
+def test_a_message_that_is_not_taken(cluster: Cluster, shop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = cluster.worker(APP, env={"TEST_LEASE_SECONDS": "60"})
+    worker.sigstop()
+    run = shop.engine.submit(shop.price.s(1))
+    becomes(
+        run,
+        rf"Step 0 \(.*\) is ready since {SINCE} and its message is in queue 'celery', not taken yet; should it be "
+        rf"lost, it is sent again (at {TIME}|now)\.",
+    )
+    with cluster.redis() as redis:
+        redis.flushdb()
+    sweeper = Sweeper(shop.engine.runtime, Settings())
+    wait_until(sweeper.relay, what="a message sent again")
+    becomes(run, r"Step 0 .* and its message was sent 2 times to queue 'celery' without being taken: .*")
+    worker.sigcont()
+    assert run.get(timeout=30) == 2
+    becomes(run, rf"It succeeded at {TIME}, .* after it was submitted\.")
+
+
+def test_retries_rollbacks_and_ends(cluster: Cluster, shop: Any, tmp_path: Path, byrd_cli: Cli) -> None:
+    cluster.worker(APP)
+    unlucky = shop.engine.submit(shop.unlucky.s(600))
+    becomes(
+        unlucky,
+        r"Step 0 \(.*\) is tried again \(retry 1\) at .* \(in (10|9) min.*\), after "
+        r"ConnectionError: the bank is closed\.",
+    )
+    assert "again at" in byrd_cli("show", unlucky.id).out
+    failed = shop.engine.submit(shop.refuse.s())
+    becomes(
+        failed,
+        rf"It failed at {TIME}: step 0 \(.*refuse\) ended with ValueError: \[bold red\]no\[/\] <b>money</b> left\.",
+    )
+    assert failed.why()[1] == f"`byrd retry {failed.id[:8]}` keeps what succeeded and tries the rest again."
+    late = shop.engine.submit("shop.late", str(tmp_path / "never"))
+    becomes(late, rf"It is being cancelled since {SINCE}, and waits for what still runs .*")
+    (tmp_path / "never").touch()
+    becomes(late, rf"It failed at {TIME}: its deadline, {TIME}, had passed, so it was stopped\.")
+
+    hotel = tmp_path / "hotel"
+    trip = shop.engine.submit("shop.trip", str(hotel))
+    becomes(
+        trip,
+        rf"Its rollback is stuck since {TIME} at step 3 \(.*compensation\), which undoes step 1: RuntimeError: the "
+        r"hotel does not answer, in attempt 1; 0 of 2 compensations done\. Remove the cause, then "
+        rf"`byrd retry {trip.id[:8]}`\.",
+    )
+    drawn = byrd_cli("show", trip.id).out
+    assert "rollback" in drawn
+    assert re.search(r"✘ 3 \S+  undoes 1 tests.cli.shop.reserve", drawn)
+    hotel.touch()
+    assert byrd_cli("retry", trip.id).out.startswith(f"Run {trip.id[:8]} is compensating again")
+    becomes(trip, r"2 completed steps were undone; submit it anew\.")
+
+
+@pytest.mark.parametrize(
+    "seconds, words",
+    [
+        (-1, "0 ms"),
+        (0.04, "40 ms"),
+        (1.234, "1.2 s"),
+        (9.96, "10 s"),
+        (59.6, "1 min"),
+        (200, "3 min 20 s"),
+        (7500, "2 h 5 min"),
+        (86_400 * 3, "3 days"),
+    ],
+)
+def test_durations_read_well(seconds: float, words: str) -> None:
+    assert span(seconds) == words

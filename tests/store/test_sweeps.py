@@ -1,0 +1,311 @@
+"""What the relay and recovery look for, and what each look costs: work that is due, never all that there ever was."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from celery import chain, chord, group
+from sqlalchemy import Connection, event
+
+from byrd.store import Store, runs, steps, sweeps
+from byrd.store.flow import RESEND_SECONDS
+from byrd.store.rows import query
+from tests.store.world import ERROR, World, sig
+
+
+def pass_time(world: World, seconds: float) -> None:
+    """Let ``seconds`` pass for all that waits for its time."""
+    world.sql(
+        """UPDATE byrd.steps SET run_at = run_at - %(by)s * interval '1 s', wake_at = wake_at - %(by)s * interval '1 s'
+           WHERE status = 'ready' AND wake_at < 'infinity'""",
+        by=seconds,
+    )
+
+
+def sent(world: World, run_id: str) -> dict[str | None, int]:
+    return {step.task: step.sends for step in world.steps(run_id) if step.status == "ready"}
+
+
+# ------------------------------------------------------------------------------------------------- the relay
+
+
+def test_a_step_is_published_when_its_time_comes_and_once(world: World) -> None:
+    run = world.submit(group(sig("now"), sig("later", countdown=30), sig("much_later", countdown=90)))
+    assert sent(world, run) == {"now": 1, "later": 0, "much_later": 0}
+    assert world.do(sweeps.take_due) == []
+    assert 20 < world.do(sweeps.seconds_until_due, at_most=1000.0) + 29 < 40
+    pass_time(world, 31)
+    [wakeup] = world.do(sweeps.take_due)
+    assert (wakeup.task, wakeup.due, wakeup.attempt) == ("later", True, 0)
+    assert world.do(sweeps.take_due) == []
+    assert sent(world, run) == {"now": 1, "later": 1, "much_later": 0}
+
+
+def test_the_relay_takes_the_oldest_first_and_no_more_than_asked(world: World) -> None:
+    world.submit(group(*[sig(f"t{n}", countdown=n) for n in (1, 2, 3, 4)]))
+    pass_time(world, 10)
+    assert {w.task for w in world.do(sweeps.take_due, limit=3)} == {"t1", "t2", "t3"}
+    assert [w.task for w in world.do(sweeps.take_due, limit=3)] == ["t4"]
+
+
+def test_a_wakeup_that_nobody_answers_is_sent_again_and_again_less_often(world: World) -> None:
+    run = world.submit(sig("a"))
+    assert world.do(sweeps.overdue_queues) == {}
+    pauses = []
+    for _ in range(7):
+        pass_time(world, 1000)
+        assert world.do(sweeps.overdue_queues) == {"work": 1}
+        assert world.do(sweeps.sent_and_waiting, "work", at_most=10) == 1
+        [wakeup] = world.do(sweeps.take_overdue, "work", resend=1)
+        assert (wakeup.task, wakeup.attempt) == ("a", 0)
+        pauses.append(round(world.do(sweeps.seconds_until_due, at_most=1000.0)))
+    assert pauses == [round(min(30, RESEND_SECONDS * 2**n)) for n in (1, 2, 3, 4, 5, 5, 5)]
+    assert world.drive(run).status == "succeeded"
+
+
+def test_only_what_the_broker_lost_is_sent_again_the_rest_is_looked_at_later(world: World) -> None:
+    run = world.submit(group(*[sig(f"t{n}") for n in range(5)]))
+    pass_time(world, 1000)
+    assert world.do(sweeps.overdue_queues) == {"work": 5}
+    assert len(world.do(sweeps.take_overdue, "work", resend=2)) == 2
+    assert sorted(sent(world, run).values()) == [1, 1, 1, 2, 2]
+    assert world.do(sweeps.overdue_queues) == {}
+
+
+def test_queues_are_counted_apart(world: World) -> None:
+    run = world.submit(group(sig("a"), sig("b")))
+    world.sql("UPDATE byrd.steps SET queue = 'other' WHERE task = 'b'")
+    pass_time(world, 1000)
+    assert world.do(sweeps.overdue_queues) == {"work": 1, "other": 1}
+    assert [w.task for w in world.do(sweeps.take_overdue, "other", resend=10)] == ["b"]
+    assert sent(world, run) == {"a": 1, "b": 2}
+
+
+def test_a_claimed_step_is_not_sent_again(world: World) -> None:
+    run = world.submit(sig("a"))
+    pass_time(world, 1000)
+    world.claim(run, "a")
+    assert world.do(sweeps.overdue_queues) == {}
+    assert world.do(sweeps.take_overdue, "work", resend=10) == []
+    assert world.do(sweeps.seconds_until_due, at_most=7.0) == 7.0
+
+
+def test_what_a_worker_would_refuse_is_parked_and_woken_by_a_resume(world: World) -> None:
+    run = world.submit(group(sig("a"), sig("b", countdown=5)))
+    world.sql("UPDATE byrd.runs SET status = 'paused' RETURNING 1")  # as a step released a moment after the pause
+    pass_time(world, 1000)
+    assert world.do(sweeps.overdue_queues) == {"work": 1}
+    assert world.do(sweeps.take_overdue, "work", resend=10) == []
+    assert world.do(sweeps.take_due) == []
+    assert world.do(sweeps.seconds_until_due, at_most=7.0) == 7.0
+    assert world.do(sweeps.sent_and_waiting, "work", at_most=10) == 0
+    assert sent(world, run) == {"a": 1, "b": 0}
+    assert {w.task for w in world.do(runs.resume, run) if w.due} == {"a", "b"}
+
+
+# ------------------------------------------------------------------------------------------------- leases
+
+
+def test_a_lease_lasts_as_long_as_its_heartbeat(world: World) -> None:
+    worker = world.add_worker(lease_seconds=60)
+    run = world.submit(chain(sig("a"), sig("b")))
+    world.settle(world.claim(run, "a", worker_id=worker))
+    world.end_lease(worker)
+    step = world.step(run, "b")
+    assert world.try_claim(step.id, 0, worker_id=worker) is None
+    assert [w.alive for w in world.do(sweeps.list_workers) if w.id == worker] == [False]
+    world.heartbeat(worker)
+    assert world.try_claim(step.id, 0, worker_id=worker) is not None
+    assert world.do(sweeps.running_pids, worker) == [1]
+
+
+def test_a_worker_that_stops_claims_nothing_and_keeps_what_it_runs(world: World) -> None:
+    run = world.submit(group(sig("a"), sig("b")))
+    claim = world.claim(run, "a")
+    world.do(sweeps.stop_worker, world.worker_id)
+    assert world.try_claim(world.step(run, "b").id, 0) is None
+    assert world.do(sweeps.recover) == ([], [])
+    world.settle(claim)
+    world.do(sweeps.release_worker, world.worker_id, reason="stopped")
+    assert world.do(sweeps.list_workers) == []
+    world.worker_id = world.add_worker()
+    assert world.drive(run).status == "succeeded"
+
+
+def test_an_unknown_worker_claims_nothing(world: World) -> None:
+    run = world.submit(sig("a"))
+    assert world.try_claim(world.step(run, "a").id, 0, worker_id="00000000-0000-0000-0000-000000000000") is None
+
+
+# ------------------------------------------------------------------------------------------------- recovery
+
+
+def test_recovery_gives_the_steps_of_a_lost_worker_to_others(world: World) -> None:
+    lost = world.add_worker()
+    run = world.submit(chain(chord([sig("a"), sig("b"), sig("c")], sig("d"))))
+    old = world.claim(run, "a", worker_id=lost)
+    world.claim(run, "b", worker_id=lost)
+    mine = world.claim(run, "c")
+    assert world.do(sweeps.recover) == ([], [])
+    world.end_lease(lost)
+    hostnames, wakeups = world.do(sweeps.recover)
+    assert hostnames == ["w@host"]
+    assert [(w.task, w.attempt) for w in wakeups] == [("a", 1), ("b", 1)]
+    assert [w.id for w in world.do(sweeps.list_workers)] == [world.worker_id]
+    assert world.do(sweeps.recover) == ([], [])
+    assert world.stale(steps.complete, old.id, old.attempt, '"late"')
+    world.settle(mine)
+    assert world.drive(run).status == "succeeded"
+    [first, _] = world.do(runs.attempts, run)
+    assert (first["outcome"], first["worker"], first["attempt"]) == ("preempted", "w@host", 1)
+    assert "the lease of worker w@host ran out" in first["error"]
+
+
+def test_recovery_leaves_what_it_does_not_finish_for_the_next_time(world: World) -> None:
+    run = world.submit(group(*[sig(f"t{n}") for n in range(3)]))
+    for n in range(3):
+        world.claim(run, f"t{n}")
+    assert len(world.do(steps.preempt, world.worker_id, reason="gone", limit=2)) == 2
+    world.end_lease(world.worker_id)
+    assert len(world.do(sweeps.recover)[1]) == 1
+
+
+def test_recovery_finds_the_steps_of_a_worker_whose_row_was_deleted(world: World) -> None:
+    run = world.submit(sig("a"))
+    world.claim(run, "a")
+    world.sql("DELETE FROM byrd.workers RETURNING 1")
+    assert [w.task for w in world.do(sweeps.recover)[1]] == ["a"]
+
+
+def test_a_cancelled_step_of_a_lost_worker_ends_with_its_run(world: World) -> None:
+    run = world.submit(chain(sig("a"), sig("b")))
+    world.claim(run, "a")
+    world.do(runs.cancel, run)
+    world.end_lease(world.worker_id)
+    assert world.do(sweeps.recover)[1] == []
+    assert world.run(run).status == "cancelled"
+
+
+def test_what_failed_for_good_is_advanced_by_recovery(world: World) -> None:
+    run = world.submit(chain(chord([sig("a"), sig("b")], sig("c", link_error=sig("oops")))))
+    world.settle(world.claim(run, "a"))
+    world.claim(run, "b")
+    world.end_lease(world.worker_id)
+    assert [w.task for w in world.do(sweeps.recover, max_preemptions=0)[1]] == ["oops"]
+    world.worker_id = world.add_worker()
+    assert world.drive(run).status == "failed"
+
+
+def test_a_worker_whose_steps_are_being_written_stays_on_record(world: World) -> None:
+    run = world.submit(sig("a"))
+    claim = world.claim(run, "a")
+    with world.store.engine.begin() as conn:
+        steps.check_owner(conn, claim.id, claim.attempt)  # a checkpoint's transaction is open
+        assert world.do(sweeps.release_worker, world.worker_id, reason="stops") == []
+        assert len(world.do(sweeps.list_workers)) == 1
+    assert [w.task for w in world.do(sweeps.recover)[1]] == ["a"]
+    assert world.do(sweeps.list_workers) == []
+
+
+def test_sweepers_hold_their_lock_no_longer_than_a_stopped_process_may(world: World) -> None:
+    with world.store.engine.begin() as conn:
+        sweeps.recover(conn)
+        assert query(conn, "SHOW idle_in_transaction_session_timeout").scalar() == "5s"
+        assert world.do(sweeps.recover) == ([], [])
+        assert world.do(sweeps.end_overdue_runs, ERROR) == []
+
+
+# ------------------------------------------------------------------------------------------------- what they cost
+
+FINISHED = 100_000
+
+
+@pytest.fixture
+def old_store(database_url: str) -> Iterator[Store]:
+    """A store with a hundred thousand finished steps, and a few that are not."""
+    store = Store(database_url)
+    store.run(_fill)
+    with store.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
+        query(conn, "VACUUM ANALYZE byrd.steps")
+        query(conn, "VACUUM ANALYZE byrd.runs")
+    yield store
+    store.close()
+
+
+def _fill(conn: Connection) -> None:
+    query(
+        conn,
+        """INSERT INTO byrd.runs (id, output, status, finished_at, deadline, created_at)
+           SELECT gen_random_uuid(), 9, 'succeeded', now(), now(), now() - n * interval '1 s'
+             FROM generate_series(1, %(runs)s) n""",
+        {"runs": FINISHED // 10},
+    )
+    query(
+        conn,
+        """INSERT INTO byrd.steps (id, run_id, no, kind, task, queue, status, attempt, finished_at, result, run_at,
+                                   wake_at, after)
+           SELECT gen_random_uuid()::text, r.id, n, 'task', 't', 'work', 'succeeded', 1, now(), 'null', now(), now(),
+                  nullif(n - 1, -1)
+             FROM byrd.runs r, generate_series(0, 9) n""",
+    )
+
+
+def statements_of(store: Store, act: Callable[[Connection], Any]) -> list[tuple[str, Any]]:
+    """Return the statements that ``act`` sends, with their parameters."""
+    seen: list[tuple[str, Any]] = []
+
+    def note(conn: Any, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool) -> None:
+        seen.append((statement, parameters))
+
+    event.listen(store.engine, "before_cursor_execute", note)
+    try:
+        store.run(act)
+    finally:
+        event.remove(store.engine, "before_cursor_execute", note)
+    return [(sql, params) for sql, params in seen if re.match(r"\s*(SELECT|UPDATE|INSERT|DELETE|WITH)", sql)]
+
+
+def scanned(store: Store, sql: str, params: Any) -> str:
+    """Return the plan of a statement, if it reads the table of steps or runs from end to end."""
+
+    def explain(conn: Connection) -> list[str]:
+        return [row[0] for row in query(conn, f"EXPLAIN {sql}", params)]
+
+    plan = "\n".join(store.run(explain))
+    return f"{sql}\n{plan}" if re.search(r"Seq Scan on (steps|runs)\b", plan) else ""
+
+
+def test_no_sweep_reads_what_is_finished(old_store: Store) -> None:
+    world = World(old_store)
+    run = world.submit(group(sig("a"), chain(sig("b"), sig("c")), sig("d", countdown=5)), deadline=0.001)
+    other = world.submit(chain(chord([sig("x"), sig("y")], sig("z", link_error=sig("oops")))))
+    a, x = world.claim(run, "a"), world.claim(other, "x")
+    acts: dict[str, Callable[[Connection], Any]] = {
+        "take_due": sweeps.take_due,
+        "overdue_queues": sweeps.overdue_queues,
+        "sent_and_waiting": lambda conn: sweeps.sent_and_waiting(conn, "work", at_most=100),
+        "take_overdue": lambda conn: sweeps.take_overdue(conn, "work", resend=10),
+        "seconds_until_due": lambda conn: sweeps.seconds_until_due(conn, at_most=1.0),
+        "heartbeat": lambda conn: world.heartbeat(world.worker_id),
+        "running_pids": lambda conn: sweeps.running_pids(conn, world.worker_id),
+        "list_workers": sweeps.list_workers,
+        "claim": lambda conn: steps.claim(
+            conn, world.step(other, "y").id, 0, worker_id=world.worker_id, pid=1, token=a.id
+        ),
+        "fail": lambda conn: steps.fail(conn, x.id, x.attempt, ERROR),
+        "end_overdue_runs": lambda conn: sweeps.end_overdue_runs(conn, ERROR),
+        "complete": lambda conn: steps.complete(conn, a.id, a.attempt, "1"),
+        "list_runs": lambda conn: runs.list_runs(conn, limit=10),
+        "recover": sweeps.recover,
+    }
+    found = []
+    for name, act in acts.items():
+        if name == "recover":
+            world.end_lease(world.worker_id)
+        for sql, params in statements_of(old_store, act):
+            if plan := scanned(old_store, sql, params):
+                found.append(f"{name}: {plan}")
+    assert not found, "\n\n".join(found)
