@@ -34,10 +34,10 @@ def _engines(_context: click.Context, _parameter: click.Parameter, value: str) -
     "--rounds", type=click.IntRange(1), default=5, show_default=True, help="How often each engine is measured."
 )
 @click.option(
-    "--chains", type=click.IntRange(0), default=60, show_default=True, help="Chains per turn; 0 leaves them out."
+    "--chains", type=click.IntRange(0), default=40, show_default=True, help="Chains per turn; 0 leaves them out."
 )
 @click.option(
-    "--chords", type=click.IntRange(0), default=8, show_default=True, help="Chords per turn; 0 leaves them out."
+    "--chords", type=click.IntRange(0), default=4, show_default=True, help="Chords per turn; 0 leaves them out."
 )
 @click.option("--engines", callback=_engines, default=_ALL, show_default=True, help="Which to compare, with commas.")
 @click.option(

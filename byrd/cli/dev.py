@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from byrd.cli.session import DEV_ENV, Session, command, console, print_json
 from byrd.cli.setup import migrate_database
 
 _COLOURS = ("cyan", "yellow", "green", "magenta", "blue", "bright_cyan", "bright_yellow", "bright_green")
+_ADMIN_PASSWORD = DEV_ENV.parent / "admin-password"
 _APP = re.compile(r"\bcelery\s+(?:-A|--app)[\s=]+(\S+)")
 
 
@@ -46,6 +48,9 @@ def add_to(group: click.Group) -> None:
                 env["BYRD_APP"] = app
             stack.enter_context(_noted(env))
             printer.opening(entries, env)
+            if any(entry.name == "web" for entry in entries) and not os.environ.get("DJANGO_SUPERUSER_USERNAME"):
+                env["DJANGO_SUPERUSER_USERNAME"], env["DJANGO_SUPERUSER_PASSWORD"] = "admin", _admin_password()
+                printer.note(f"web's login: admin, with the password in {_ADMIN_PASSWORD}", style="bold")
             status = Processes(entries, _environment(env), printer.tell).run()
         printer.note("Everything has ended.")
         if status:
@@ -90,6 +95,15 @@ def _noted(env: dict[str, str]) -> Iterator[None]:
         yield
     finally:
         DEV_ENV.unlink(missing_ok=True)
+
+
+def _admin_password() -> str:
+    """Return the password of the admin pages' development login, made once for this folder."""
+    if not _ADMIN_PASSWORD.exists():
+        descriptor = os.open(_ADMIN_PASSWORD, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(secrets.token_urlsafe(12))
+    return _ADMIN_PASSWORD.read_text(encoding="utf-8").strip()
 
 
 def _environment(env: dict[str, str]) -> dict[str, str]:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 from celery import Celery
-from psycopg2 import errors as pg_errors
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError as UrlError
 from sqlalchemy.exc import DBAPIError, IntegrityError
@@ -31,6 +30,8 @@ _DEFAULTS: dict[str, Any] = {
 }
 #: Without them a publisher or consumer may wait for a frozen Redis for ever (socket_timeout is None by default).
 _REDIS_TIMEOUTS = {"socket_timeout": 5, "socket_connect_timeout": 5, "socket_keepalive": True}
+_UNIQUE_VIOLATION = "23505"
+_NO_TABLES = ("42P01", "3F000")
 
 
 def apply(app: Celery, database_url: str | URL | None) -> URL:
@@ -78,7 +79,7 @@ def named_errors(write: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     try:
         return write(*args, **kwargs)
     except IntegrityError as exc:
-        if isinstance(exc.orig, pg_errors.UniqueViolation):
+        if _sqlstate(exc) == _UNIQUE_VIOLATION:
             detail = str(exc.orig).partition("DETAIL:")[2].strip()
             raise DuplicateStepError(
                 f"a task id of the canvas is in use already ({detail}); submit fresh signatures, without task_id"
@@ -91,11 +92,16 @@ def named_errors(write: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
             ) from exc
         raise
     except DBAPIError as exc:
-        if isinstance(exc.orig, pg_errors.UndefinedTable | pg_errors.InvalidSchemaName):
+        if _sqlstate(exc) in _NO_TABLES:
             raise NotMigratedError(
                 "Byrd's tables are not in the database of this connection; run `byrd migrate`"
             ) from exc
         raise
+
+
+def _sqlstate(exc: DBAPIError) -> str | None:
+    """Return Postgres's own code: the connection is the caller's, so its driver may be psycopg 3 too."""
+    return getattr(exc.orig, "pgcode", None) or getattr(exc.orig, "sqlstate", None)
 
 
 def _database_url(app: Celery, given: str | URL | None) -> URL:

@@ -320,7 +320,7 @@ def _sources(name: str) -> list[str]:
 
 def _illegal(run_id: str, status: str, name: str) -> IllegalTransitionError:
     allowed = ", ".join(sorted(str(s) for s in sources(RUN_TRANSITIONS, name)))
-    return IllegalTransitionError(f"run {run_id} is {status}: {name.replace('_', ' ')} needs it to be {allowed}")
+    return IllegalTransitionError(f"run {run_id} is {status}: {name.partition('_')[0]} needs it to be {allowed}")
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -340,11 +340,13 @@ def get(conn: Connection, run_id: str) -> RunRow:
 
 def find(conn: Connection, prefix: str) -> list[str]:
     """Return the ids of up to ten runs whose id begins with ``prefix``, hexadecimal digits and hyphens."""
-    digits = prefix.replace("-", "")
+    digits = prefix.replace("-", "")[:32]
     rows = query(
         conn,
-        "SELECT id FROM byrd.runs WHERE id BETWEEN %(low)s::uuid AND %(high)s::uuid LIMIT 10",
-        {"low": digits.ljust(32, "0"), "high": digits.ljust(32, "f")},
+        # The range is what the primary key can find; LIKE alone would read every run.
+        """SELECT id FROM byrd.runs WHERE id BETWEEN %(low)s::uuid AND %(high)s::uuid
+             AND id::text LIKE %(prefix)s LIMIT 10""",
+        {"low": digits.ljust(32, "0"), "high": digits.ljust(32, "f"), "prefix": f"{prefix}%"},
     )
     return [str(row.id) for row in rows]
 

@@ -22,8 +22,11 @@ class Menu:
     failing: bool = True
     running: bool = True
     links: bool = True
-    #: Also what means one thing to Celery's eager mode and another to its workers (see docs/canvas.md).
-    disputed: bool = True
+    #: What means one thing to Celery's eager mode and another to its workers (docs/canvas.md has a row for each):
+    #: chains that are not folded when they are made, groups of one, groups directly in groups.
+    unfolded: bool = True
+    lone: bool = True
+    stacked: bool = True
     #: Seconds for ``countdown``, where a worker has to wait for it.
     countdown: float = 0.05
 
@@ -44,7 +47,7 @@ def sample(menu: Menu, count: int, *, seed: int) -> list[Recipe]:
 
 
 def cook(rng: Random, menu: Menu) -> Recipe:
-    """Return a random recipe of up to about a dozen tasks."""
+    """Return a random recipe of up to about ten tasks."""
     kitchen = _Kitchen(rng, menu)
     if kitchen.once_in(50):
         return labelled({"kind": "chunks", "items": kitchen.some(kitchen.args, 0, 4), "n": 2})
@@ -55,7 +58,7 @@ class _Kitchen:
     def __init__(self, rng: Random, menu: Menu) -> None:
         self.rng, self.menu = rng, menu
         #: How many more tasks there may be.
-        self.left = 12
+        self.left = 8
 
     def once_in(self, times: int) -> bool:
         return self.rng.randrange(times) == times - 1
@@ -78,18 +81,24 @@ class _Kitchen:
 
         kind = self.rng.choice(("chain", "chain", "group", "chord"))
         if kind == "chain":
-            how = self.rng.choice(("|", "chain", "raw"))
-            parts = self.some(inner, 1, 4)
+            how = self.rng.choice(("|", "chain", "raw") if self.menu.unfolded else ("|", "chain"))
+            parts = self.some(inner, 1 if self.menu.unfolded else 2, 4)
             if all(map(_is_empty, parts)):
                 parts.append(self.leaf())  # a chain of nothing cannot be run
             return self.extras({"kind": "chain", "parts": parts, "how": how})
         low = 0 if self.once_in(8) else 1
-        if kind == "group":
-            members = self.some(inner, low, 3)
-            if len(members) == 1 and not self.menu.disputed:
-                members.append(self.leaf())
-            return self.extras({"kind": "group", "members": members})
-        return self.extras({"kind": "chord", "header": self.some(inner, low, 3), "body": inner()})
+        members = [self.member(member) for member in self.some(inner, low, 3)]
+        if kind == "chord":
+            return self.extras({"kind": "chord", "header": members, "body": inner()})
+        if len(members) == 1 and not self.menu.lone:
+            members.append(self.leaf())
+        return self.extras({"kind": "group", "members": members})
+
+    def member(self, recipe: Recipe) -> Recipe:
+        """Return the recipe as the member of a group."""
+        if self.menu.stacked or not (recipe["kind"] == "group" or recipe.get("grouped", False)):
+            return recipe
+        return {"kind": "chain", "parts": [self.leaf(), recipe], "how": "|"}
 
     def leaf(self, depth: int = 0) -> Recipe:
         self.left -= 1
@@ -112,9 +121,9 @@ class _Kitchen:
         if kind == "map":
             return {"kind": kind, "items": self.some(self.value, 0, 3)}
         recipe = {"kind": "starmap", "items": self.some(self.args, 0, 3)}
-        if kind == "starmap" or (not self.menu.disputed and len(recipe["items"]) == 1):
+        if kind == "starmap" or (len(recipe["items"]) == 1 and not self.menu.lone):
             return recipe
-        return {**recipe, "kind": "chunks", "n": self.rng.randint(1, 2) if self.menu.disputed else 1, "grouped": True}
+        return {**recipe, "kind": "chunks", "n": self.rng.randint(1, 2) if self.menu.lone else 1, "grouped": True}
 
     def swap(self, depth: int) -> Recipe:
         return {"kind": "swap", "args": self.args(), "to": self.canvas(min(depth, 1))}

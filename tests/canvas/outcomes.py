@@ -72,6 +72,8 @@ def error_name(exc: BaseException) -> str:
 
 def settled(result: Any) -> Outcome:
     """Return the outcome of a Celery result all of whose tasks have ended, without waiting for what never comes."""
+    if isinstance(result, Exception):
+        return Outcome(error=error_name(result))
     if isinstance(result, GroupResult):
         members = [settled(child) for child in result.results]
         bad = next((member for member in members if member.error), None)

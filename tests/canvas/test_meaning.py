@@ -29,7 +29,7 @@ def app() -> Iterator[ModuleType]:
 
 
 @few
-@given(canvases(Menu(countdown=0, disputed=False)))
+@given(canvases(Menu(countdown=0, lone=False)))
 def test_a_plan_has_the_value_that_celery_gives_eagerly(app: ModuleType, recipe: Recipe) -> None:
     recipe = keyed(recipe, "meaning")
     ours = outcome_of(lambda: value_of(compile_canvas(build(recipe, app.app), app.app), app.app))

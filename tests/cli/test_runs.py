@@ -79,6 +79,8 @@ def test_a_failed_run_is_an_exit_status(worker: Any, shared_cli: Cli) -> None:
         (["submit", "shop.order", "-k", "factor"], "ArgumentError", "name=value"),
         (["submit", "shop.order", "1", "-k", "key=1"], "ArgumentError", "--key"),
         (["show", "ffffffff"], "RunNotFoundError", "no run has the id ffffffff"),
+        (["show", "0---"], "RunNotFoundError", "no run has the id 0---"),
+        (["show", "f" * 36], "RunNotFoundError", "no run has the id ffff"),
         (["show", "[red]x"], "RunNotFoundError", "no run has the id [red]x"),
         (["why", "ffffffff"], "RunNotFoundError", "no run has the id ffffffff"),
         (["cancel", "ffffffff"], "RunNotFoundError", "no run has the id ffffffff"),
@@ -238,7 +240,8 @@ def checkpoints(cli: Cli, run: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("width", [80, 140])
-def test_a_large_run_fits_the_terminal(shared_cli: Cli, shop: Any, width: int) -> None:
+def test_a_large_run_fits_the_terminal(cluster: Cluster, width: int) -> None:
+    shop = cluster.app(APP)
     long = shop.price.s("x" * 500).set(queue="nobody")
     run = shop.engine.submit(shop.order(1000) | long)
     drawn = shop.engine.runtime.store.run(snapshot, run.id)
@@ -248,7 +251,6 @@ def test_a_large_run_fits_the_terminal(shared_cli: Cli, shop: Any, width: int) -
     assert max(map(len, lines)) <= width
     assert len(lines) < 30
     assert any("group of 1,000" in line for line in lines)
-    run.cancel()
 
 
 def test_a_large_group_is_summed_up(cluster: Cluster, byrd_cli: Cli) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +22,7 @@ from byrd.store.rows import query
 from tests.store.world import ERROR, World, sig
 
 #: Set to explore for longer than the test run can wait.
-EXAMPLES = int(os.environ.get("BYRD_MODEL_EXAMPLES", "12"))
+EXAMPLES = int(os.environ.get("BYRD_MODEL_EXAMPLES", "6"))
 
 # A canvas as a tree: ("task", links, errbacks), ("chain", parts), ("group", members), ("chord", members, body).
 TASKS = st.tuples(st.just("task"), st.integers(0, 1), st.integers(0, 1))
@@ -92,14 +94,24 @@ class Model:
     owners: dict[str, tuple[int, str]] = field(default_factory=dict)
 
 
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "cancel": runs.cancel,
+    "pause": runs.pause,
+    "resume": runs.resume,
+    "retry_run": runs.retry,
+}
+
+
 class StoreMachine(RuleBasedStateMachine):
     """Random traffic on the store."""
 
-    def __init__(self, store: Store) -> None:
+    store: Store
+
+    def __init__(self) -> None:
         super().__init__()
         for table in ("runs", "workers"):
-            store.run(query, f"DELETE FROM byrd.{table}")
-        self.world = World(store)
+            self.store.run(query, f"DELETE FROM byrd.{table}")
+        self.world = World(self.store)
         self.workers = [self.world.worker_id, self.world.add_worker()]
         self.model = Model()
         self.claims: list[Claim] = []
@@ -113,17 +125,16 @@ class StoreMachine(RuleBasedStateMachine):
         self.model.runs[self.world.submit(canvas)] = ModelRun(value)
 
     @precondition(lambda self: self.model.runs)
-    @rule(data=st.data(), name=st.sampled_from(["cancel", "pause", "resume", "retry_run"]))
+    @rule(data=st.data(), name=st.sampled_from(list(COMMANDS)))
     def command(self, data: st.DataObject, name: str) -> None:
-        run_id = data.draw(st.sampled_from(sorted(self.model.runs)))
+        run_id = data.draw(st.sampled_from(list(self.model.runs)))
         run = self.model.runs[run_id]
         allowed = self.world.run(run_id).status in sources(RUN_TRANSITIONS, name)
-        statement = {"cancel": runs.cancel, "pause": runs.pause, "resume": runs.resume, "retry_run": runs.retry}[name]
         if not allowed:
             with pytest.raises(IllegalTransitionError):
-                self.world.do(statement, run_id)
+                self.world.do(COMMANDS[name], run_id)
             return
-        self.world.do(statement, run_id)
+        self.world.do(COMMANDS[name], run_id)
         if name == "cancel":
             run.cancelled = True
         if name == "retry_run":
@@ -136,7 +147,8 @@ class StoreMachine(RuleBasedStateMachine):
     def claim(self, data: st.DataObject, worker: int, late: bool) -> None:
         ready = self.world.sql(
             """SELECT s.id, s.attempt, r.status, s.run_at <= clock_timestamp() AS due
-               FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id WHERE s.status = 'ready' ORDER BY s.run_id, s.no"""
+               FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
+                WHERE s.status = 'ready' ORDER BY r.created_at, s.no"""
         )
         if not ready:
             return
@@ -159,10 +171,8 @@ class StoreMachine(RuleBasedStateMachine):
         owner = self.model.owners.get(claim.id)
         if owner is None or owner[0] != claim.attempt:
             before = self.world.rows()
-            try:
+            with suppress(StaleAttempt):
                 self.world.do(getattr(steps, how), claim.id, claim.attempt, *args)
-            except StaleAttempt:
-                pass
             assert self.world.rows() == before, "an attempt that owns nothing may write nothing"
             return
         self.world.do(getattr(steps, how), claim.id, claim.attempt, *args)
@@ -215,7 +225,7 @@ class StoreMachine(RuleBasedStateMachine):
 
 def test_whatever_happens_the_store_does_what_the_model_says(store: Store) -> None:
     run_state_machine_as_test(
-        lambda: StoreMachine(store),
+        type("Machine", (StoreMachine,), {"store": store}),
         settings=settings(
             max_examples=EXAMPLES,
             stateful_step_count=40,

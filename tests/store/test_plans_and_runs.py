@@ -525,7 +525,7 @@ def test_only_an_ended_run_that_did_not_succeed_is_retried(world: World, status:
     if status == "cancelling":
         world.claim(run, "a")
         world.do(runs.cancel, run)
-    with pytest.raises(IllegalTransitionError, match="retry run needs it to be cancelled, failed"):
+    with pytest.raises(IllegalTransitionError, match="retry needs it to be cancelled, failed"):
         world.do(runs.retry, run)
 
 

@@ -435,8 +435,9 @@ PAIRS = {
     pair.__name__: pair
     for pair in (
         claim_claim, claim_cancel, claim_pause, claim_expire, claim_relay, claim_recover, claim_release_worker,
-        complete_preempt, complete_recover, complete_release_worker, complete_cancel, complete_last_cancel, complete_pause, complete_resume,
-        complete_complete, same_complete_twice, complete_fail, last_callbacks, complete_and_fail_last,
+        complete_preempt, complete_recover, complete_release_worker, complete_cancel,
+        complete_last_cancel, complete_pause, complete_resume, complete_complete, same_complete_twice, complete_fail,
+        last_callbacks, complete_and_fail_last,
         step_retry_cancel, hand_back_pause, replace_cancel, extend_cancel, replace_complete, extend_extend,
         replace_preempt, submit_submit, recover_recover, recover_heartbeat, poisoned, overdue_complete,
         run_retry_twice, cancel_pause, resume_relay, relay_relay, relay_cancel,
@@ -459,8 +460,8 @@ def test_whoever_is_first_the_tables_are_right_and_each_run_ends(
 
 #: Where one of the two holds some of its locks and still wants others: how two might wait for one another.
 TANGLED = (
-    complete_cancel, complete_last_cancel, complete_complete, last_callbacks, complete_and_fail_last, complete_preempt, step_retry_cancel,
-    replace_cancel, extend_extend, replace_preempt, overdue_complete,
+    complete_cancel, complete_last_cancel, complete_complete, last_callbacks, complete_and_fail_last, complete_preempt,
+    step_retry_cancel, replace_cancel, extend_extend, replace_preempt, overdue_complete,
 )  # fmt: skip
 
 
