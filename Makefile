@@ -10,6 +10,9 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3 python;
 		&& echo $$python && break; \
 	done)
 
+# Tests mostly wait, for processes to start and leases to end: more of them at once than a small machine has cores.
+JOBS ?= 4
+
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONHOME PYTHONPATH VIRTUAL_ENV
 
@@ -28,7 +31,7 @@ dev: $(READY) ## Start everything in the Procfile, on embedded Postgres and Valk
 	@$(BIN)/byrd dev
 
 test: $(READY) ## Run the tests; TESTS="-k name" narrows them
-	@$(BIN)/python -m pytest $(TESTS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
 
 check: lint types imports test ## Run all that a change has to pass
 

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from celery import Celery
@@ -454,7 +454,8 @@ def _moment(value: Any, name: str, task: str) -> datetime:
             raise ArgumentError(f"{task}: {name}={value!r} is not an ISO 8601 date and time") from None
     if not isinstance(value, datetime):
         raise ArgumentError(f"{task}: {name}={value!r} is neither a datetime nor a number of seconds")
-    return value.astimezone() if value.tzinfo is None else value
+    # A naive moment is UTC, as Celery's workers take it.
+    return value.replace(tzinfo=UTC) if value.tzinfo is None else value
 
 
 def _json(value: Any, task: str, what: str) -> str:

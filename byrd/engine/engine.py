@@ -98,7 +98,7 @@ class Byrd:
             args, kwargs = (), {}
         else:
             title = _title(canvas)
-        if key is not None and (type(key) is not str or not key or _NUL in key):
+        if key is not None and not _is_key(key):
             raise ArgumentError(f"key={key!r} must be a text that is not empty and has no NUL character")
         if timeout is not None and not timeout > 0:
             raise ArgumentError(f"timeout={timeout!r} must be a number of seconds above 0")
@@ -112,20 +112,23 @@ class Byrd:
 
     def _write(self, write: Callable[..., tuple[str, list[Wakeup]]], connection: Any) -> str:
         run_id = str(uuid.uuid4())
-        if connection is not None:
-            conn: Connection = connection.connection() if hasattr(connection, "get_bind") else connection
-            written, _ = settings.named_errors(write, conn, run_id)
-            if written == run_id:
-                plans.leave_to_relay(conn, run_id)
-            return written
         for _ in range(3):
             try:
-                run_id, wakeups = settings.named_errors(self.runtime.store.run, write, run_id)
+                if connection is not None:
+                    return self._write_on(write, connection, run_id)
+                written, wakeups = settings.named_errors(self.runtime.store.run, write, run_id)
             except plans.RunVanishedError:
                 continue
             self.runtime.publisher.publish(wakeups)
-            return run_id
+            return written
         raise SubmitError("the run that has this key came and went three times meanwhile; submit again")
+
+    def _write_on(self, write: Callable[..., tuple[str, list[Wakeup]]], connection: Any, run_id: str) -> str:
+        conn: Connection = connection.connection() if hasattr(connection, "get_bind") else connection
+        written, _ = settings.named_errors(write, conn, run_id)
+        if written == run_id:
+            plans.leave_to_relay(conn, run_id)
+        return written
 
     # -- workflows -------------------------------------------------------------------------------
 
@@ -222,8 +225,7 @@ class Byrd:
     def close(self) -> None:
         """Take no more work, and close the connections."""
         self._closed = True
-        self.runtime.store.close()
-        self.runtime.patient_store.close()
+        self.runtime.close()
 
     def _add_submit_task(self) -> None:
         engine = self
@@ -243,6 +245,16 @@ def _canvas_of(workflow: Workflow[..., Any], args: Any, kwargs: Any) -> Any:
     except TypeError as exc:
         raise ArgumentError(f"workflow {workflow.name!r} cannot be called like this: {exc}") from None
     return workflow.build(*args, **kwargs)
+
+
+def _is_key(key: object) -> bool:
+    if not isinstance(key, str) or not key or _NUL in key:
+        return False
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _title(canvas: Any) -> str:

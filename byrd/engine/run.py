@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from typing import TYPE_CHECKING, Any
 
 from celery.exceptions import TimeoutError as CeleryTimeoutError
@@ -112,19 +113,19 @@ class Run:
 
         ``compensate``: then undo its completed saga steps.
         """
-        self._publish(self._store.run(runs.cancel, self.id, compensate=compensate))
+        self._publish(self._store.run(runs.cancel, self.id, compensate=compensate, token=_token()))
 
     def pause(self) -> None:
         """Let nothing more start until :meth:`resume`."""
-        self._store.run(runs.pause, self.id)
+        self._store.run(runs.pause, self.id, token=_token())
 
     def resume(self) -> None:
         """Go on after :meth:`pause`."""
-        self._publish(self._store.run(runs.resume, self.id))
+        self._publish(self._store.run(runs.resume, self.id, token=_token()))
 
     def retry(self) -> None:
         """Try again what did not succeed in a failed or cancelled run, or the compensation that is stuck."""
-        self._publish(self._store.run(runs.retry, self.id))
+        self._publish(self._store.run(runs.retry, self.id, token=_token()))
 
     @property
     def _store(self) -> Store:
@@ -144,3 +145,8 @@ class Run:
 
     def __repr__(self) -> str:
         return f"<Run {self.id}>"
+
+
+def _token() -> str:
+    """Return what tells one command from all others: a transaction may be run again after its commit."""
+    return str(uuid.uuid4())

@@ -12,7 +12,8 @@ from typing import Concatenate, Never, ParamSpec, TypeVar
 from psycopg2 import errors as pg_errors
 from sqlalchemy import Connection, create_engine
 from sqlalchemy.engine import URL, Engine
-from sqlalchemy.exc import DBAPIError, NoSuchTableError, OperationalError, ProgrammingError
+from sqlalchemy.exc import DBAPIError, NoSuchTableError, OperationalError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from byrd.errors import NotMigratedError, StoreUnavailableError
 from byrd.store.migrate import current_revision, head_revision, normalise_url
@@ -34,6 +35,8 @@ _OUTAGES = (
     pg_errors.ReadOnlySqlTransaction,
     pg_errors.IdleInTransactionSessionTimeout,
 )
+#: Class 53, insufficient resources (disk full, out of memory), and a statement time-out: they may pass, too.
+_CANCELED = "57014"
 _MISSING = (pg_errors.UndefinedTable, pg_errors.UndefinedColumn, pg_errors.InvalidSchemaName, NoSuchTableError)
 
 
@@ -86,7 +89,7 @@ class Store:
             try:
                 with self.engine.begin() as conn:
                     return statement(conn, *args, **kwargs)
-            except DBAPIError as exc:
+            except (DBAPIError, PoolTimeoutError) as exc:
                 tries += 1
                 self._wait_or_raise(exc, tries, deadline)
 
@@ -106,10 +109,11 @@ class Store:
                 f"Byrd's tables are at version {found}, this Byrd needs {wanted}; run `byrd migrate`"
             )
 
-    def _wait_or_raise(self, exc: DBAPIError, tries: int, deadline: float) -> None:
-        race = isinstance(exc.orig, _RACES)
-        if isinstance(exc.orig, _MISSING) and isinstance(exc, ProgrammingError):
-            raise NotMigratedError(f"{str(exc.orig).splitlines()[0]}; run `byrd migrate`") from exc
+    def _wait_or_raise(self, exc: SQLAlchemyError, tries: int, deadline: float) -> None:
+        cause = getattr(exc, "orig", None)
+        race = isinstance(cause, _RACES)
+        if isinstance(cause, _MISSING) and isinstance(exc, ProgrammingError):
+            raise NotMigratedError(f"{_first_line(exc)}; run `byrd migrate`") from exc
         if not (race or is_outage(exc)):
             raise exc
         if time.monotonic() > deadline:
@@ -121,19 +125,24 @@ class Store:
 
 
 def is_outage(exc: BaseException) -> bool:
-    """Tell whether ``exc`` says that Postgres is away for now, rather than that a statement is wrong."""
+    """Tell whether ``exc`` says that Postgres cannot serve for now, rather than that a statement is wrong."""
+    if isinstance(exc, PoolTimeoutError):
+        return True
     if not isinstance(exc, DBAPIError):
         return False
     if exc.connection_invalidated or isinstance(exc.orig, _OUTAGES):
+        return True
+    code = getattr(exc.orig, "pgcode", None) or ""
+    if code.startswith("53") or code == _CANCELED:
         return True
     # psycopg2 gives a refused or broken connection no SQLSTATE.
     return isinstance(exc, OperationalError) and getattr(exc.orig, "pgcode", None) is None
 
 
-def _unavailable(url: URL, exc: DBAPIError) -> Never:
+def _unavailable(url: URL, exc: SQLAlchemyError) -> Never:
     where = f"{url.host or 'localhost'}:{url.port or 5432}"
     raise StoreUnavailableError(f"Postgres at {where} does not answer: {_first_line(exc)}") from exc
 
 
-def _first_line(exc: DBAPIError) -> str:
-    return (str(exc.orig).strip().splitlines() or [""])[0]
+def _first_line(exc: SQLAlchemyError) -> str:
+    return (str(getattr(exc, "orig", exc)).strip().splitlines() or [""])[0]

@@ -52,9 +52,8 @@ def advance(
         current, into, good = done.popleft()
         arrived: Counter[int] = Counter([into] if into is not None else [])
         wakeups += wakeups_of(query(conn, _RELEASE_AFTER, {"run": run_id, "no": current, "failed": not good}))
-        if good:
-            done.extend((n, j, True) for n, j in _finish_empty_joins(conn, run_id, current))
-        else:
+        done.extend((n, j, True) for n, j in _finish_empty_joins(conn, run_id, current, failed=not good))
+        if not good:
             arrived.update(_skip_after(conn, run_id, current))
         for join, count in sorted(arrived.items()):
             left = _arrive(conn, run_id, join, count)
@@ -71,32 +70,41 @@ def advance(
     return wakeups, still_waiting
 
 
-def _finish_empty_joins(conn: Connection, run_id: str, no: int) -> list[tuple[int, int | None]]:
+def _finish_empty_joins(conn: Connection, run_id: str, no: int, *, failed: bool) -> list[tuple[int, int | None]]:
     """pending → succeeded for the empty groups after step ``no``: there is nothing that they wait for."""
     rows = query(
         conn,
         f"""UPDATE byrd.steps SET status = 'succeeded', result = '[]', finished_at = {_NOW}
-            WHERE run_id = %(run)s AND after = %(no)s AND NOT on_failure AND kind = 'join' AND waiting = 0
+            WHERE run_id = %(run)s AND after = %(no)s AND on_failure = %(failed)s AND kind = 'join' AND waiting = 0
               AND status = 'pending' RETURNING no, join_no""",
-        {"run": run_id, "no": no},
+        {"run": run_id, "no": no, "failed": failed},
     )
     return [(row.no, row.join_no) for row in rows]
 
 
+def skip_errbacks(conn: Connection, run_id: str, no: int) -> None:
+    """pending → skipped for the errbacks of step ``no`` and all that comes after them: nobody will call them."""
+    _skip(conn, run_id, no, errbacks=True)
+
+
 def _skip_after(conn: Connection, run_id: str, no: int) -> Counter[int]:
     """pending → skipped for all that waited for the success of step ``no``; count what joins lose by it."""
+    return _skip(conn, run_id, no, errbacks=False)
+
+
+def _skip(conn: Connection, run_id: str, no: int, *, errbacks: bool) -> Counter[int]:
     rows = query(
         conn,
         f"""WITH RECURSIVE down AS (
               SELECT no FROM byrd.steps
-               WHERE run_id = %(run)s AND after = %(no)s AND NOT on_failure AND status = 'pending'
+               WHERE run_id = %(run)s AND after = %(no)s AND on_failure = %(errbacks)s AND status = 'pending'
               UNION
               SELECT s.no FROM byrd.steps s JOIN down d ON s.after = d.no
                WHERE s.run_id = %(run)s AND s.status = 'pending')
             UPDATE byrd.steps s SET status = 'skipped', cause = %(no)s, finished_at = {_NOW}
               FROM down WHERE s.run_id = %(run)s AND s.no = down.no AND s.status = 'pending'
             RETURNING s.no, s.join_no""",
-        {"run": run_id, "no": no},
+        {"run": run_id, "no": no, "errbacks": errbacks},
     ).all()
     skipped = {row.no for row in rows}
     return Counter(row.join_no for row in rows if row.join_no is not None and row.join_no not in skipped)

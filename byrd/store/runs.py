@@ -17,17 +17,29 @@ _NOW = "clock_timestamp()"
 
 
 def record(
-    conn: Connection, run_id: str, event: str, detail: Mapping[str, Any] | None = None, *, step_no: int | None = None
+    conn: Connection,
+    run_id: str,
+    event: str,
+    detail: Mapping[str, Any] | None = None,
+    *,
+    step_no: int | None = None,
+    token: str | None = None,
 ) -> None:
     """Add a line to the run's history."""
     query(
         conn,
-        "INSERT INTO byrd.events (run_id, step_no, event, detail) VALUES (%(run)s, %(no)s, %(event)s, %(detail)s)",
-        {"run": run_id, "no": step_no, "event": event, "detail": json.dumps(detail) if detail else None},
-    )
+        """INSERT INTO byrd.events (run_id, step_no, event, detail, token)
+           VALUES (%(run)s, %(no)s, %(event)s, %(detail)s, %(token)s)""",
+        {
+            "run": run_id, "no": step_no, "event": event, "detail": json.dumps(detail) if detail else None,
+            "token": token,
+        },
+    )  # fmt: skip
 
 
 # -- transitions -----------------------------------------------------------------------------------
+#
+# A command's ``token`` is the call's own: when the answer to its commit was lost, the event that it left is found by it.
 
 
 def advance(conn: Connection, run_id: str, no: int, join_no: int | None, *, succeeded: bool) -> list[Wakeup]:
@@ -77,27 +89,39 @@ def _is_open(conn: Connection, run_id: str) -> bool:
     return query(conn, waiting, {"run": run_id}).first() is not None
 
 
-def pause(conn: Connection, run_id: str) -> None:
+def pause(conn: Connection, run_id: str, *, token: str | None = None) -> None:
     """running → paused.  What runs goes on to its next checkpoint; nothing else starts."""
+    if _done_before(conn, run_id, token):
+        return
     _move(conn, run_id, "pause", "paused")
     # 'infinity' takes the steps out of the relay's sight, so that a paused run costs it nothing.
     query(
         conn, "UPDATE byrd.steps SET wake_at = 'infinity' WHERE run_id = %(run)s AND status = 'ready'", {"run": run_id}
     )
-    record(conn, run_id, "paused")
+    record(conn, run_id, "paused", token=token)
 
 
-def resume(conn: Connection, run_id: str) -> list[Wakeup]:
+def resume(conn: Connection, run_id: str, *, token: str | None = None) -> list[Wakeup]:
     """paused → running."""
+    if _done_before(conn, run_id, token):
+        return []
     _move(conn, run_id, "resume", "running")
-    record(conn, run_id, "resumed")
+    record(conn, run_id, "resumed", token=token)
     return _wake(conn, run_id) or finish_if_done(conn, run_id)
 
 
 def cancel(
-    conn: Connection, run_id: str, *, compensate: bool = False, outcome: str = "cancelled", error: str | None = None
+    conn: Connection,
+    run_id: str,
+    *,
+    compensate: bool = False,
+    outcome: str = "cancelled",
+    error: str | None = None,
+    token: str | None = None,
 ) -> list[Wakeup]:
     """running or paused → cancelling.  What has not started never will; what runs stops at its next checkpoint."""
+    if _done_before(conn, run_id, token):
+        return []
     _move(conn, run_id, "cancel", "cancelling")
     query(
         conn,
@@ -110,7 +134,7 @@ def cancel(
             WHERE run_id = %(run)s AND status IN ('pending','ready')""",
         {"run": run_id, "error": error or flow.error_json("TaskRevokedError", "celery.exceptions", ["cancelled"])},
     )
-    record(conn, run_id, "cancel_requested", {"compensate": compensate, "outcome": outcome})
+    record(conn, run_id, "cancel_requested", {"compensate": compensate, "outcome": outcome}, token=token)
     return finish_if_done(conn, run_id)
 
 
@@ -125,16 +149,18 @@ def stick(conn: Connection, run_id: str, step_no: int) -> None:
         record(conn, run_id, "rollback_stuck", step_no=step_no)
 
 
-def retry(conn: Connection, run_id: str) -> list[Wakeup]:
+def retry(conn: Connection, run_id: str, *, token: str | None = None) -> list[Wakeup]:
     """failed or cancelled → running: what succeeded is kept, the rest runs again; a new failure calls errbacks anew.
 
     rollback_stuck → compensating: the compensation that failed is tried again.
     """
+    if _done_before(conn, run_id, token):
+        return []
     run = _locked(conn, run_id)
     if run.status == "rollback_stuck":
         _move(conn, run_id, "retry_rollback", "compensating")
         rows = _reopen(conn, run_id, "kind = 'compensation' AND status IN ('failed','cancelled')")
-        record(conn, run_id, "rollback_retried")
+        record(conn, run_id, "rollback_retried", token=token)
         return flow.release(conn, run_id, rows)
     if run.status not in sources(RUN_TRANSITIONS, "retry_run"):
         raise _illegal(run_id, run.status, "retry_run")
@@ -152,7 +178,7 @@ def retry(conn: Connection, run_id: str) -> list[Wakeup]:
     )
     _recall_errbacks(conn, run_id)
     _reopen(conn, run_id, "status IN ('failed','skipped','cancelled')")
-    record(conn, run_id, "retried")
+    record(conn, run_id, "retried", token=token)
     return _resume_pending(conn, run_id)
 
 
@@ -192,31 +218,56 @@ def _resume_pending(conn: Connection, run_id: str) -> list[Wakeup]:
     return wakeups or finish_if_done(conn, run_id)
 
 
+#: Errbacks and what comes after them, with the steps that took the place of some of these or joined their groups.
+#: An errback's predecessor is what it watches over; that of any other step belongs to it.
+_CALLED = """
+    WITH RECURSIVE called AS (
+      SELECT no, after, on_failure FROM byrd.steps WHERE run_id = %(run)s AND on_failure
+      UNION
+      SELECT s.no, s.after, s.on_failure FROM called c JOIN byrd.steps s ON s.run_id = %(run)s
+         AND (s.after = c.no OR s.join_no = c.no OR (s.no = c.after AND NOT c.on_failure))),
+    grown AS (
+      SELECT no FROM called WHERE after IS NULL
+      UNION
+      SELECT s.no FROM grown g JOIN byrd.steps s ON s.run_id = %(run)s AND s.after = g.no)"""
+
+
 def _recall_errbacks(conn: Connection, run_id: str) -> None:
-    """succeeded → pending: errbacks that were called may be called again, from their beginning."""
-    called = """no IN (
-        WITH RECURSIVE called AS (
-          SELECT no FROM byrd.steps WHERE run_id = %(run)s AND on_failure
-          UNION
-          SELECT s.no FROM byrd.steps s JOIN called c ON s.after = c.no WHERE s.run_id = %(run)s)
-        SELECT no FROM called)"""
-    rows = _reopen(conn, run_id, f"status = 'succeeded' AND NOT replaced AND {called}")
+    """succeeded → pending: errbacks that were called may be called again, from their beginning.
+
+    So what they replaced themselves by, or added to their chords, is deleted: they may do otherwise this time.
+    """
+    params = {"run": run_id}
+    query(
+        conn,
+        f"{_CALLED} DELETE FROM byrd.steps WHERE run_id = %(run)s AND no IN (SELECT no FROM grown)",
+        params,
+    )
+    rows = query(conn, f"{_CALLED} SELECT no FROM called", params)
+    called = {"run": run_id, "called": [row.no for row in rows]}
+    query(
+        conn,
+        """UPDATE byrd.steps SET replaced = false, waiting = 0
+           WHERE run_id = %(run)s AND no = ANY(%(called)s) AND replaced""",
+        called,
+    )
     for table in ("checkpoints", "failed_items"):
         query(
             conn,
             f"""DELETE FROM byrd.{table} p USING byrd.steps s
-                WHERE s.run_id = %(run)s AND s.no = ANY(%(rows)s) AND p.step_id = s.id""",
-            {"run": run_id, "rows": rows},
+                WHERE s.run_id = %(run)s AND s.no = ANY(%(called)s) AND s.status = 'succeeded' AND p.step_id = s.id""",
+            called,
         )
+    _reopen(conn, run_id, "status = 'succeeded' AND no = ANY(%(called)s)", called)
 
 
-def _reopen(conn: Connection, run_id: str, which: str) -> list[int]:
+def _reopen(conn: Connection, run_id: str, which: str, params: Mapping[str, Any] | None = None) -> list[int]:
     rows = query(
         conn,
         f"""UPDATE byrd.steps SET status = 'pending', finished_at = NULL, result = NULL, error = NULL, cause = NULL,
                    retries = 0, preemptions = 0, started_at = NULL, run_at = NULL, wake_at = NULL, ready_at = NULL
             WHERE run_id = %(run)s AND {which} RETURNING no""",
-        {"run": run_id},
+        {"run": run_id, **(params or {})},
     )
     return [row.no for row in rows]
 
@@ -292,6 +343,19 @@ def _finish(conn: Connection, run_id: str, name: str, outcome: str) -> None:
     record(conn, run_id, outcome)
 
 
+def _done_before(conn: Connection, run_id: str, token: str | None) -> bool:
+    """Tell whether the command with this token was committed before, and only its answer lost."""
+    if token is None:
+        return False
+    locks.own_run(conn, run_id)  # its first execution may be committing still
+    found = query(
+        conn,
+        "SELECT 1 FROM byrd.events WHERE run_id = %(run)s AND token = %(token)s",
+        {"run": run_id, "token": token},
+    ).first()
+    return found is not None
+
+
 def _locked(conn: Connection, run_id: str) -> Any:
     """Have the run to oneself; return its row, locked."""
     locks.own_run(conn, run_id)
@@ -355,13 +419,19 @@ def list_runs(
     conn: Connection, *, workflow: str | None = None, statuses: Sequence[str] | None = None, limit: int = 50
 ) -> list[RunRow]:
     """Return the newest runs, newest first."""
+    # One branch for each status: with = ANY() the index on it would lose its order.
+    wanted: dict[str, str] = {f"status{i}": status for i, status in enumerate(sorted(set(statuses or ())))}
+    conditions = [f"r.status = %({name})s" for name in wanted] if statuses is not None else ["true"]
+    mine = "r.workflow = %(workflow)s" if workflow is not None else "true"
+    branches = [
+        f"(SELECT * FROM byrd.runs r WHERE {condition} AND {mine} ORDER BY r.created_at DESC LIMIT %(limit)s)"
+        for condition in conditions or ["false"]
+    ]
     rows = query(
         conn,
-        f"""SELECT {RunRow.columns()} FROM byrd.runs r
-            WHERE (%(workflow)s::text IS NULL OR r.workflow = %(workflow)s)
-              AND (%(statuses)s::text[] IS NULL OR r.status = ANY(%(statuses)s))
+        f"""SELECT {RunRow.columns()} FROM ({" UNION ALL ".join(branches)}) r
             ORDER BY r.created_at DESC LIMIT %(limit)s""",
-        {"workflow": workflow, "statuses": list(statuses) if statuses is not None else None, "limit": limit},
+        {"workflow": workflow, "limit": limit, **wanted},
     ).mappings()
     return [RunRow.from_row({**row, "id": str(row["id"])}) for row in rows]
 

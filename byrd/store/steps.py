@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 from byrd.canvas import Plan
 from byrd.errors import IllegalTransitionError, StaleAttempt, StepCancelled
 from byrd.model import Outcome, RunStatus, StepKind, StepStatus
-from byrd.store import locks, plans, runs
+from byrd.store import flow, locks, plans, runs
 from byrd.store.flow import RESEND_SECONDS, error_json
 from byrd.store.locks import SHARE_RUN_OF_STEP, TRY_SHARE_RUN
 from byrd.store.rows import WAKEUP, Claim, Wakeup, query, wakeups_of
@@ -32,14 +32,16 @@ UPDATE byrd.steps s
        worker_id = %(worker)s, pid = %(pid)s, claim = %(claim)s
   FROM byrd.runs r, (SELECT lease_until, stopping FROM byrd.workers WHERE id = %(worker)s FOR KEY SHARE) w
  WHERE s.id = %(id)s AND s.status = 'ready' AND s.attempt = %(attempt)s AND s.wake_at < 'infinity'
-   AND s.run_at <= {_NOW} AND (s.expires_at IS NULL OR s.expires_at > {_NOW})
-   AND r.id = s.run_id AND r.status = CASE WHEN s.kind = 'compensation' THEN 'compensating' ELSE 'running' END
+   AND s.run_at <= {_NOW} AND (s.attempt > 0 OR s.expires_at IS NULL OR s.expires_at > {_NOW})
+   AND s.task = %(task)s AND r.id = s.run_id
+   AND r.status = CASE WHEN s.kind = 'compensation' THEN 'compensating' ELSE 'running' END
    AND w.lease_until > {_NOW} AND NOT w.stopping
 RETURNING s.id
 """
-# Two guards look superfluous.  wake_at: a pause that commits while this statement waits for the step's row is seen in
-# that row only.  FOR KEY SHARE: a worker is not given up between this check and the commit, or nobody would ever
-# recover what it has just claimed.
+# expires_at is a time to start by: a step that has started once may go on.  task: a message may name any task, so the
+# step must be one of that task.  Two guards look superfluous.  wake_at: a pause that commits while this statement waits
+# for the step's row is seen in that row only.  FOR KEY SHARE: a worker is not given up between this check and the
+# commit, or nobody would ever recover what it has just claimed.
 
 _CLAIMED = """
 SELECT s.id, s.run_id, s.no, s.kind, s.task, s.attempt, s.retries, s.preemptions, s.args, s.kwargs, s.options,
@@ -54,14 +56,16 @@ SELECT s.id, s.run_id, s.no, s.kind, s.task, s.attempt, s.retries, s.preemptions
 """
 
 
-def claim(conn: Connection, step_id: str, attempt: int, *, worker_id: str, pid: int, token: str) -> Claim | None:
+def claim(
+    conn: Connection, step_id: str, attempt: int, *, task: str, worker_id: str, pid: int, token: str
+) -> Claim | None:
     """ready → running.  ``attempt``: the number of the last attempt, as the message says it.
 
     Returns None when there is nothing to claim: a duplicate or stale message, a step whose time has not come
     or is over, a run that is paused or cancelled, a worker without a lease.  ``token`` is this call's own: a
     claim whose answer was lost is found again by it.
     """
-    params = {"id": step_id, "attempt": attempt, "worker": worker_id, "pid": pid, "claim": token}
+    params = {"id": step_id, "attempt": attempt, "task": task, "worker": worker_id, "pid": pid, "claim": token}
     query(conn, _CLAIM, params)
     row = query(conn, _CLAIMED, params).mappings().first()
     if row is None:
@@ -101,9 +105,12 @@ def complete(conn: Connection, step_id: str, attempt: int, result: str) -> list[
     return runs.advance(conn, str(row.run_id), row.no, row.join_no, succeeded=True)
 
 
-def fail(conn: Connection, step_id: str, attempt: int, error: str) -> list[Wakeup]:
-    """running → failed, with the error (JSON text); call errbacks, skip what waited for its success."""
-    row = _end(conn, step_id, attempt, "failed", Outcome.FAILED, error)
+def fail(conn: Connection, step_id: str, attempt: int, error: str, *, owner: str | None = None) -> list[Wakeup]:
+    """running → failed, with the error (JSON text); call errbacks, skip what waited for its success.
+
+    ``owner``: the worker that must hold the step, where a message's attempt number alone is known.
+    """
+    row = _end(conn, step_id, attempt, "failed", Outcome.FAILED, error, owner=owner)
     if row is None:
         _refuse_unless_recorded(conn, step_id, attempt, Outcome.FAILED)
         return []
@@ -140,9 +147,11 @@ def retry(
     return _settle_returned(conn, row)
 
 
-def hand_back(conn: Connection, step_id: str, attempt: int, *, delay: float = 0.0) -> list[Wakeup]:
+def hand_back(
+    conn: Connection, step_id: str, attempt: int, *, delay: float = 0.0, owner: str | None = None
+) -> list[Wakeup]:
     """running → ready, without blame: the worker shuts down or the run is paused."""
-    row = _give_back(conn, step_id, attempt, Outcome.HANDED_BACK, None, delay=delay, preempted=0)
+    row = _give_back(conn, step_id, attempt, Outcome.HANDED_BACK, None, delay=delay, preempted=0, owner=owner)
     if row is None:
         _refuse_unless_recorded(conn, step_id, attempt, Outcome.HANDED_BACK)
         return []
@@ -154,11 +163,12 @@ def preempt(
     worker_id: str,
     *,
     pid: int | None = None,
+    step: tuple[str, int] | None = None,
     reason: str,
     max_preemptions: int = MAX_PREEMPTIONS,
     limit: int = 200,
 ) -> list[Wakeup]:
-    """running → ready for the steps of a worker (or of one of its pool processes) that is gone.
+    """running → ready for the steps of a worker, of one of its pool processes, or for one attempt, that is gone.
 
     A step that has lost its worker ``max_preemptions`` times before is failed instead.  Steps that somebody is
     writing just now, and those beyond ``limit``, are left for the next time: it waits for nobody.
@@ -167,8 +177,9 @@ def preempt(
         conn,
         f"""SELECT s.id, s.attempt, s.preemptions, {TRY_SHARE_RUN} AS free FROM byrd.steps s
             WHERE s.status = 'running' AND s.worker_id = %(worker)s AND (%(pid)s::int IS NULL OR s.pid = %(pid)s)
+              AND (%(step)s::text IS NULL OR (s.id = %(step)s AND s.attempt = %(attempt)s))
             ORDER BY s.run_id, s.no LIMIT %(limit)s FOR UPDATE SKIP LOCKED""",
-        {"worker": worker_id, "pid": pid, "limit": limit},
+        {"worker": worker_id, "pid": pid, "limit": limit, "step": step and step[0], "attempt": step and step[1]},
     ).all()
     wakeups: list[Wakeup] = []
     for step_id, attempt, preemptions, free in rows:
@@ -188,12 +199,14 @@ def preempt(
     return wakeups
 
 
-def revoke(conn: Connection, step_id: str, reason: str, *, attempt: int | None = None) -> list[Wakeup]:
+def revoke(
+    conn: Connection, step_id: str, reason: str, *, attempt: int | None = None, owner: str | None = None
+) -> list[Wakeup]:
     """ready, or running in ``attempt``, → cancelled: Celery's revoke, or the step expired before it started."""
     error = error_json("TaskRevokedError", "celery.exceptions", [reason])
     row = None
     if attempt is not None:
-        row = _end(conn, step_id, attempt, "cancelled", Outcome.CANCELLED, error)
+        row = _end(conn, step_id, attempt, "cancelled", Outcome.CANCELLED, error, owner=owner)
     if row is None:
         row = query(
             conn,
@@ -210,7 +223,8 @@ def expire(conn: Connection, step_id: str) -> list[Wakeup]:
         conn,
         f"""UPDATE byrd.steps s SET status = 'cancelled', error = %(error)s, finished_at = {_NOW}
             FROM {SHARE_RUN_OF_STEP}
-            WHERE s.id = %(id)s AND s.status = 'ready' AND s.expires_at <= {_NOW} RETURNING {_ENDED}""",
+            WHERE s.id = %(id)s AND s.status = 'ready' AND s.attempt = 0 AND s.expires_at <= {_NOW}
+            RETURNING {_ENDED}""",
         {"id": step_id, "error": error_json("TaskRevokedError", "celery.exceptions", ["expired"])},
     ).first()
     return _after_failure(conn, row) if row is not None else []
@@ -222,12 +236,7 @@ def ignore(conn: Connection, step_id: str, attempt: int, error: str) -> list[Wak
     if row is None:
         _refuse_unless_recorded(conn, step_id, attempt, Outcome.CANCELLED)
         return []
-    query(
-        conn,
-        f"""UPDATE byrd.steps SET status = 'skipped', finished_at = {_NOW}, cause = %(no)s
-            WHERE run_id = %(run)s AND after = %(no)s AND on_failure AND status = 'pending' AND kind <> 'join'""",
-        {"run": row.run_id, "no": row.no},
-    )
+    flow.skip_errbacks(conn, str(row.run_id), row.no)
     return _after_failure(conn, row)
 
 
@@ -267,26 +276,45 @@ def replace(conn: Connection, step_id: str, attempt: int, plan: Plan) -> list[Wa
 def extend_join(conn: Connection, step_id: str, attempt: int, plan: Plan) -> list[Wakeup]:
     """Add a canvas to the group that the running step is a member of; its value comes last in the group's.
 
-    Raises :class:`StepCancelled` when the run is being cancelled.
+    A step that took a replaced one's place is a member of that one's group.  Raises :class:`StepCancelled` when the
+    run is being cancelled, and ``ValueError`` when there is no group.
     """
     run_id, first_no = _open_plan(conn, step_id)
     check_owner(conn, step_id, attempt)
     output_id = next(step.id for step in plan.steps if step.no == plan.output)
     if query(conn, "SELECT 1 FROM byrd.steps WHERE id = %(id)s", {"id": output_id}).first():
         return []  # added before: the answer was lost on its way
+    join = _join_of(conn, step_id)
+    if join is None:
+        raise ValueError("Current task is not member of any chord")  # Celery's own words
     plan = plans.renumbered(plan, first_no)
     plans.insert_steps(conn, run_id, plan.steps)
     query(
         conn,
         """WITH joined AS (
-             UPDATE byrd.steps j SET waiting = j.waiting + 1 FROM byrd.steps m
-              WHERE m.id = %(id)s AND j.run_id = m.run_id AND j.no = m.join_no RETURNING j.run_id, j.no)
-           UPDATE byrd.steps s SET join_no = joined.no, join_pos =
-             (SELECT max(o.join_pos) + 1 FROM byrd.steps o WHERE o.run_id = joined.run_id AND o.join_no = joined.no)
-             FROM joined WHERE s.run_id = joined.run_id AND s.no = %(output)s""",
-        {"id": step_id, "output": plan.output},
+             UPDATE byrd.steps SET waiting = waiting + 1 WHERE run_id = %(run)s AND no = %(join)s)
+           UPDATE byrd.steps SET join_no = %(join)s, join_pos =
+             (SELECT max(join_pos) + 1 FROM byrd.steps WHERE run_id = %(run)s AND join_no = %(join)s)
+            WHERE run_id = %(run)s AND no = %(output)s""",
+        {"run": run_id, "join": join, "output": plan.output},
     )
     return plans.start(conn, run_id, plan.steps)
+
+
+def _join_of(conn: Connection, step_id: str) -> int | None:
+    """Return the join of the group that a step is a member of, itself or through the replaced steps above it."""
+    found: int | None = query(
+        conn,
+        """WITH RECURSIVE up AS (
+             SELECT j.run_id, j.no, j.kind, j.join_no FROM byrd.steps m
+               JOIN byrd.steps j ON j.run_id = m.run_id AND j.no = m.join_no WHERE m.id = %(id)s
+             UNION ALL
+             SELECT j.run_id, j.no, j.kind, j.join_no FROM up
+               JOIN byrd.steps j ON j.run_id = up.run_id AND j.no = up.join_no WHERE up.kind <> 'join')
+           SELECT no FROM up WHERE kind = 'join'""",
+        {"id": step_id},
+    ).scalar()
+    return found
 
 
 def _open_plan(conn: Connection, step_id: str) -> tuple[str, int]:
@@ -336,6 +364,7 @@ def _end(
     outcome: Outcome,
     error: str | None,
     *,
+    owner: str | None = None,
     extra: str = "",
     params: dict[str, Any] | None = None,
 ) -> Any:
@@ -349,21 +378,37 @@ def _end(
         f"""WITH old AS (
               SELECT o.id, o.attempt, o.started_at, (SELECT hostname FROM byrd.workers WHERE id = o.worker_id) AS host
                 FROM {SHARE_RUN_OF_STEP}, byrd.steps o
-               WHERE o.id = %(id)s AND o.attempt = %(attempt)s AND o.status = 'running' FOR UPDATE OF o),
+               WHERE o.id = %(id)s AND o.attempt = %(attempt)s AND o.status = 'running'
+                 AND (%(owner)s::uuid IS NULL OR o.worker_id = %(owner)s) FOR UPDATE OF o),
             ended AS (
               INSERT INTO byrd.attempts (step_id, attempt, outcome, error, worker, started_at)
               SELECT id, attempt, %(outcome)s, %(error)s, host, started_at FROM old ON CONFLICT DO NOTHING)
             UPDATE byrd.steps s SET {", ".join(sets)} FROM old
              WHERE s.id = old.id AND s.attempt = old.attempt AND s.status = 'running' RETURNING {_ENDED}""",
-        {"id": step_id, "attempt": attempt, "outcome": outcome.value, "error": error, **(params or {})},
+        {
+            "id": step_id,
+            "attempt": attempt,
+            "outcome": outcome.value,
+            "error": error,
+            "owner": owner,
+            **(params or {}),
+        },
     ).first()
 
 
 def _give_back(
-    conn: Connection, step_id: str, attempt: int, outcome: Outcome, error: str | None, *, delay: float, preempted: int
+    conn: Connection,
+    step_id: str,
+    attempt: int,
+    outcome: Outcome,
+    error: str | None,
+    *,
+    delay: float,
+    preempted: int,
+    owner: str | None = None,
 ) -> Any:
     return _end(
-        conn, step_id, attempt, "ready", outcome, error,
+        conn, step_id, attempt, "ready", outcome, error, owner=owner,
         extra=f"""preemptions = s.preemptions + %(preempted)s, started_at = NULL, ready_at = {_NOW}, sends = 0,
                   run_at = {_NOW} + %(delay)s * interval '1 second',
                   wake_at = {_NOW} + %(delay)s * interval '1 second'""",

@@ -13,6 +13,8 @@ from byrd.store.flow import RESEND_SECONDS
 from byrd.store.rows import WAKEUP, Wakeup, WorkerRow, query, wakeups_of
 
 _NOW = "clock_timestamp()"
+#: A step that nobody has claimed this long after it was published is published again, later at ever longer intervals.
+PATIENCE_SECONDS = 15.0
 _MOVING = "('running','compensating')"
 
 
@@ -61,19 +63,24 @@ def sent_and_waiting(conn: Connection, queue: str, *, at_most: int) -> int:
 
 
 def take_overdue(conn: Connection, queue: str, *, resend: int, limit: int = 1000) -> list[Wakeup]:
-    """Return up to ``resend`` overdue steps of a queue to publish again; look at the others again later.
+    """Return overdue steps of a queue to publish again; look at the others again later.
 
+    Those are the first ``resend``, and each that has waited long since it was last published, whatever else is in the
+    queue: a queue that other messages fill, too, does not tell whether ours is among them.
     The pause grows with each sending, so that a queue that nobody consumes costs little.  A run that is paused costs
     nothing: 'infinity' takes its steps out of sight until it is resumed.
     """
     rows = query(
         conn,
         f"""WITH overdue AS MATERIALIZED (
-              SELECT id, wake_at FROM byrd.steps
+              SELECT id, wake_at, ready_at, sends FROM byrd.steps
                WHERE status = 'ready' AND wake_at <= now() AND sends > 0 AND queue = %(queue)s
                ORDER BY wake_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED),
             ranked AS (
-              SELECT id, row_number() OVER (ORDER BY wake_at) <= %(resend)s AS again FROM overdue)
+              SELECT id, row_number() OVER (ORDER BY wake_at) <= %(resend)s
+                         OR ready_at + power(2, least(sends - 1, 8)) * {PATIENCE_SECONDS} * interval '1 second' < now()
+                         AS again
+                FROM overdue)
             UPDATE byrd.steps s
                SET sends = s.sends + (o.again AND r.status IN {_MOVING})::int,
                    wake_at = CASE WHEN r.status NOT IN {_MOVING} THEN 'infinity'::timestamptz

@@ -109,12 +109,12 @@ class Attempt:
         self.runtime.publisher.publish(wakeups)
 
 
-def claim_step(runtime: Runtime, header: Mapping[str, Any], *, pid: int) -> Attempt | None:
+def claim_step(runtime: Runtime, header: Mapping[str, Any], *, task: str, pid: int) -> Attempt | None:
     """Claim the step that a message names; None when there is nothing to claim."""
     token = str(uuid.uuid4())
     step_id, attempt = str(header["step"]), int(header["attempt"])
     store = runtime.patient_store
-    claim = store.run(steps.claim, step_id, attempt, worker_id=runtime.worker_id, pid=pid, token=token)
+    claim = store.run(steps.claim, step_id, attempt, task=task, worker_id=runtime.worker_id, pid=pid, token=token)
     if claim is None:
         runtime.publisher.publish(store.run(steps.expire, step_id))
         return None

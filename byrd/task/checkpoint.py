@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
 from billiard.exceptions import SoftTimeLimitExceeded
@@ -21,6 +21,7 @@ from celery.exceptions import Ignore, Reject, Retry
 from kombu.utils.json import loads
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from byrd.errors import CheckpointError, StepHandedBack
 from byrd.store import Counts, progress, steps
@@ -86,7 +87,8 @@ class _Iteration:
 @dataclass(slots=True)
 class _OpenTransaction:
     conn: Connection
-    saved: bool = False
+    #: Checkpoints to be saved right before the commit: until then nothing of the step is locked.
+    checkpoints: dict[str, Counts] = field(default_factory=dict)
 
 
 _transaction: ContextVar[_OpenTransaction | None] = ContextVar("byrd_transaction", default=None)
@@ -166,8 +168,7 @@ class CheckpointTask(DurableTask):
         counts = Counts(_encoded(cursor, "the cursor"), completed, failed, False)
         open_one = _transaction.get()
         if open_one is not None:
-            progress.save(open_one.conn, attempt.step_id, attempt.number, name, counts)
-            open_one.saved = True
+            open_one.checkpoints[name] = counts
             return
         store = attempt.runtime.patient_store
         store.run(progress.save, attempt.step_id, attempt.number, name, counts)
@@ -193,20 +194,25 @@ class CheckpointTask(DurableTask):
         all is, and the step goes on from its last checkpoint.
         """
         attempt = self._attempt()
+        if _transaction.get() is not None:
+            raise CheckpointError(f"step {attempt.step_id}: a transaction is open already; use the connection it gave")
         try:
-            with attempt.runtime.patient_store.engine.begin() as conn:
-                steps.check_owner(conn, attempt.step_id, attempt.number)
+            with attempt.runtime.user_store.engine.begin() as conn:
                 current = _OpenTransaction(conn)
                 token = _transaction.set(current)
                 try:
                     yield conn
                 finally:
                     _transaction.reset(token)
-        except DBAPIError as exc:
+                # The fence comes last: whoever must end this attempt meanwhile need not wait for the user's code.
+                steps.check_owner(conn, attempt.step_id, attempt.number)
+                for name, counts in current.checkpoints.items():
+                    progress.save(conn, attempt.step_id, attempt.number, name, counts)
+        except (DBAPIError, PoolTimeoutError) as exc:
             if is_outage(exc):
                 raise StepHandedBack(f"step {attempt.step_id}: Postgres went away in a transaction") from exc
             raise
-        if current.saved:
+        if current.checkpoints:
             _stop_if_asked(attempt)
 
     # -- batches ---------------------------------------------------------------------------------
@@ -260,18 +266,19 @@ class CheckpointTask(DurableTask):
         outcomes = [Outcome(tried.cursor, tried.item, value) for tried, value in done]
 
         def transition(conn: Connection) -> None:
-            steps.check_owner(conn, attempt.step_id, attempt.number)
             found = progress.load(conn, attempt.step_id, settings.name)
             if found == after and found != before:
                 return  # committed before: the answer was lost on its way
+            if settings.save is not None and outcomes:
+                settings.save(conn, outcomes)
+            # The fence comes last: whoever must end this attempt meanwhile need not wait for the user's code.
+            steps.check_owner(conn, attempt.step_id, attempt.number)
             progress.save(conn, attempt.step_id, attempt.number, settings.name, after)
             progress.put_failed(conn, attempt.step_id, settings.name, items)
             if recovered:
                 progress.drop_failed(conn, attempt.step_id, settings.name, recovered)
-            if settings.save is not None and outcomes:
-                settings.save(conn, outcomes)
 
-        attempt.runtime.patient_store.run(transition)
+        attempt.runtime.user_store.run(transition)
         _stop_if_asked(attempt)
         return after
 
@@ -351,10 +358,15 @@ def _failed_item(settings: _Iteration, tried: _Try, exc: BaseException) -> Faile
         cursor=to_json(tried.cursor),
         item=_encoded(tried.item, "a failed item"),
         tries=tried.tries,
-        error=f"{type(exc).__name__}: {exc}".replace("\0", "\\0"),
+        error=_storable(f"{type(exc).__name__}: {exc}"),
         quarantined=tried.tries > settings.item_retries,
         retry_in=settings.item_retry_delay * 2 ** (tried.tries - 1),
     )
+
+
+def _storable(text: str) -> str:
+    """Return a text that Postgres takes: without NUL, and without the lone surrogates of undecodable file names."""
+    return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _batches(pairs: Iterable[tuple[Cursor, Item]], size: int) -> Iterator[list[tuple[Cursor, Item]]]:

@@ -10,11 +10,12 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Never
+from typing import Any
 
 from billiard.einfo import ExceptionInfo
+from billiard.process import current_process
 from celery import Celery, Task, states
 from celery.app.registry import TaskRegistry
 from celery.app.task import Context
@@ -82,12 +83,11 @@ class DurableTask(Task):
             sig.apply_async = partial(_remember_retry, *retrying, sig)
         return sig
 
-    def replace(self, sig: Any) -> Never:
+    def replace(self, sig: Any) -> Any:
         """Let a canvas take the task's place: its value becomes the step's, and what follows waits for it."""
         attempt = attempt_of(self.request)
         if attempt is None:
-            super().replace(sig)
-            raise Ignore
+            return super().replace(sig)
         if "chord" in sig.options:
             raise ImproperlyConfigured("A signature replacing a task must not be part of a chord")
         if isinstance(sig, _chain) and not getattr(sig, "tasks", True):
@@ -122,7 +122,7 @@ def _trace(
         return tracer(uuid, args, kwargs, request or {})
     if header.get("v") != PROTOCOL_VERSION:
         return _nothing(f"a message of protocol version {header.get('v')}, this worker knows {PROTOCOL_VERSION}")
-    attempt = claim_step(runtime_of(task.app), header, pid=os.getpid())
+    attempt = claim_step(runtime_of(task.app), header, task=task.name, pid=os.getpid())
     if attempt is None:
         return _nothing(f"step {header.get('step')} is not ready for attempt {header.get('attempt')}")
     try:
@@ -136,6 +136,10 @@ def _trace(
     except Reject as exc:
         # Not one from the task itself, which the tracer catches: from a hook, after the outcome.
         return _settle(attempt, trace_ok_t(None, TraceInfo(states.REJECTED, exc), 0.0, None))
+    except BaseException as exc:
+        if not isinstance(exc, Exception) and current_process().name != "MainProcess":
+            raise  # the pool process ends, and its worker gives the step back
+        return _broken(attempt, exc)
 
 
 def _arguments(task: Task, attempt: Attempt) -> tuple[list[Any], dict[str, Any]]:
@@ -187,6 +191,9 @@ def _settle(attempt: Attempt, outcome: Any) -> Any:
         return outcome
     info = outcome.info
     state = getattr(info, "state", None)
+    if attempt.retry_with is not None and state in (states.IGNORED, states.REJECTED):
+        attempt.retry(None)  # self.retry(throw=False), and then the task gave up its message: the retry stands
+        return outcome
     if state == states.REJECTED:
         if getattr(info.retval, "requeue", False):
             attempt.hand_back(delay=_REQUEUE_SECONDS)
@@ -201,6 +208,18 @@ def _settle(attempt: Attempt, outcome: Any) -> Any:
         exc = RuntimeError(f"the task ended in state {state} without an outcome")
     attempt.fail(attempt.runtime.app.backend.encoded_error(exc))
     return outcome
+
+
+def _broken(attempt: Attempt, exc: BaseException) -> Any:
+    """Return what tells the main process that the attempt came to no good end, for it to see to the step."""
+    log.critical("step %s, attempt %d, is broken off: %r", attempt.step_id, attempt.number, exc, exc_info=exc)
+    if not attempt.closed and not isinstance(exc, Exception):
+        # SystemExit and the like, in a pool of threads: it ends the task, not the worker.
+        attempt.fail(attempt.runtime.app.backend.encoded_error(exc))
+    try:
+        raise RuntimeError(f"the attempt was broken off by {exc!r}") from exc
+    except RuntimeError as broken:
+        return trace_ok_t(ExceptionInfo(), TraceInfo(states.FAILURE, broken), 0.0, None)
 
 
 def _stop(attempt: Attempt, flow: ControlFlow) -> Any:
@@ -238,7 +257,7 @@ def _remember_retry(
     if isinstance(eta, str):
         eta = datetime.fromisoformat(eta)
     if isinstance(eta, datetime) and eta.tzinfo is None:
-        eta = eta.replace(tzinfo=attempt.runtime.app.timezone)
+        eta = eta.replace(tzinfo=UTC)
     changed = {
         k: v for k, v in asked.items() if k not in ("exc", "throw", "eta", "countdown", "max_retries") and v is not None
     }

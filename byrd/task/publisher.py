@@ -43,15 +43,19 @@ class Publisher:
             return False
         return not failed
 
-    def depth(self, queue: str) -> int:
-        """Return how many messages wait in a queue of the broker."""
-        with self.app.connection_for_write() as connection:
-            connection.ensure_connection(max_retries=0, timeout=5)
-            channel = connection.default_channel
-            try:
-                return int(channel.queue_declare(queue=queue, passive=True).message_count)
-            except connection.channel_errors:
-                return 0  # a queue that was never declared holds nothing
+    def depth(self, queue: str) -> int | None:
+        """Return how many messages wait in a queue of the broker; None when it does not say."""
+        try:
+            with self.app.connection_for_write() as connection:
+                connection.ensure_connection(max_retries=0, timeout=5)
+                channel = connection.default_channel
+                try:
+                    return int(channel.queue_declare(queue=queue, passive=True).message_count)
+                except connection.channel_errors:
+                    return 0  # a queue that was never declared holds nothing
+        except Exception as exc:  # noqa: BLE001 - each transport has errors of its own
+            self._complain("the broker does not answer (%r); the relay will ask again", exc)
+            return None
 
     def _sent(self, producer: Any, wakeup: Wakeup) -> bool:
         """Send one wake-up; one that can never be sent (its queue is unknown, say) must not hold up the others."""

@@ -7,7 +7,6 @@ backend's own business.
 
 from __future__ import annotations
 
-import logging
 import time
 from typing import Any
 
@@ -16,12 +15,10 @@ from celery.exceptions import TimeoutError as CeleryTimeoutError
 from kombu.exceptions import EncodeError
 from kombu.utils.json import dumps, loads
 
-from byrd.errors import NotMigratedError, StaleAttempt
+from byrd.errors import NotLiveError
 from byrd.store import StepRow, Store, runs, steps
 from byrd.task.attempt import attempt_of, header_of
 from byrd.task.runtime import runtime_of
-
-log = logging.getLogger(__name__)
 
 _STATES = {
     "pending": states.PENDING,
@@ -81,8 +78,10 @@ class DurableResults:
             super().mark_as_revoked(task_id, reason, request, *args, **kwargs)  # type: ignore[misc]
             return
         runtime = runtime_of(self.app)
-        attempt = int(header["attempt"]) + 1
-        runtime.publisher.publish(runtime.store.run(steps.revoke, str(header["step"]), str(reason), attempt=attempt))
+        # Only a terminated process was running the step; a message that is revoked may be a duplicate.
+        attempt = int(header["attempt"]) + 1 if reason == "terminated" else None
+        owner = runtime.worker_id
+        runtime.later(steps.revoke, str(header["step"]), str(reason), attempt=attempt, owner=owner)
 
     def store_result(self, task_id: str, result: Any, state: str, *args: Any, **kwargs: Any) -> Any:
         """Store a state.  That a step has started is known already; a state of the user's own goes to the backend."""
@@ -91,14 +90,9 @@ class DurableResults:
         return super().store_result(task_id, result, state, *args, **kwargs)  # type: ignore[misc]
 
     def _in_main_process(self, transition: Any, header: Any, *args: Any) -> None:
-        """Record an outcome for a pool process that cannot: it was killed by a time limit, say."""
+        """Have an outcome recorded for a pool process that cannot: it was killed by a time limit, say."""
         runtime = runtime_of(self.app)
-        try:
-            wakeups = runtime.store.run(transition, str(header["step"]), int(header["attempt"]) + 1, *args)
-        except StaleAttempt as exc:
-            log.info("nothing to record: %s", exc)
-        else:
-            runtime.publisher.publish(wakeups)
+        runtime.later(transition, str(header["step"]), int(header["attempt"]) + 1, *args, owner=runtime.worker_id)
 
     def _encoded(self, result: Any) -> str:
         try:
@@ -148,8 +142,8 @@ class DurableResults:
         store: Store = runtime_of(self.app).store
         try:
             return store.run(runs.get_step, str(task_id))
-        except NotMigratedError:
-            return None
+        except NotLiveError:
+            return None  # the backend may know, and says so if it does not
 
     def _step_meta(self, step: StepRow, *, cache: bool) -> dict[str, Any]:
         status = _STATES[step.status]

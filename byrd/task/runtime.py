@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from celery import Celery
@@ -16,7 +18,7 @@ from sqlalchemy.engine import URL
 from byrd.canvas import Plan, Step, compile_canvas
 from byrd.errors import ArgumentError, ConfigurationError, UnknownTaskError
 from byrd.model import StepKind
-from byrd.store import Store
+from byrd.store import Store, Wakeup
 from byrd.task.publisher import Publisher
 
 #: Children of a pool that is spawned rather than forked learn their worker's id from here.
@@ -33,7 +35,14 @@ class Runtime:
         self.store = Store(database_url)
         #: For running steps: what was done must be recorded, so it waits for Postgres as long as it takes.
         self.patient_store = Store(database_url, patience=math.inf)
+        #: For transactions of the user's own, which may take long: they take no connection from the two above.
+        self.user_store = Store(database_url, patience=math.inf)
         self.publisher = Publisher(app)
+        #: What a worker's main process has to record: its event loop must not wait for Postgres or the broker, so
+        #: its keeper does it, in this order.
+        self.chores: deque[Callable[[], list[Wakeup]]] = deque()
+        #: What it has to publish: the sweeper does it.
+        self.outbox: deque[Wakeup] = deque()
         self._worker_id: str | None = None
         setattr(app, _RUNTIME, self)
 
@@ -50,6 +59,15 @@ class Runtime:
     def become_worker(self, worker_id: str) -> None:
         """Take the identity of a worker, for this process and those that its pool starts."""
         self._worker_id = os.environ[_WORKER_ID] = worker_id
+
+    def later(self, transition: Callable[..., list[Wakeup]], *args: Any, **kwargs: Any) -> None:
+        """Have the keeper of this worker run a transition of the store, soon."""
+        self.chores.append(partial(self.store.run, transition, *args, **kwargs))
+
+    def close(self) -> None:
+        """Close the connections to Postgres."""
+        for store in (self.store, self.patient_store, self.user_store):
+            store.close()
 
     # -- plans -----------------------------------------------------------------------------------
 

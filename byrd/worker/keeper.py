@@ -5,6 +5,7 @@ Two, because a broker that hangs must not cost the lease.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ from typing import Any
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
-from byrd.errors import NotLiveError
+from byrd.errors import NotLiveError, StaleAttempt
 from byrd.store import Store, Wakeup, steps, sweeps
 from byrd.store.rows import CHANNEL
 from byrd.task.runtime import Runtime
@@ -134,6 +135,8 @@ class Keeper(_Loop):
             self._next_heartbeat = time.monotonic() + self.settings.heartbeat_seconds
             self.heartbeat()
             exited += [pid for pid in self.runtime.store.run(sweeps.running_pids, self.worker_id) if _exited(pid)]
+        # First what is known of a step, that it ran into its time limit, say; then that its process is gone.
+        self._do_chores()
         for pid in set(exited):
             self._give_back(pid)
         return _CHILD_SECONDS
@@ -145,9 +148,10 @@ class Keeper(_Loop):
     def release(self, reason: str) -> None:
         """End the lease: what still runs here is given to others at once."""
         self.stop()
-        wakeups = self._try(sweeps.release_worker, self.worker_id, reason=reason)
-        if wakeups:
-            self.runtime.publisher.publish(wakeups)
+        with contextlib.suppress(NotLiveError, DBAPIError):
+            self._do_chores()
+        wakeups = self._try(sweeps.release_worker, self.worker_id, reason=reason) or []
+        self.runtime.publisher.publish([*self.runtime.outbox, *wakeups])
 
     def _give_back(self, pid: int) -> None:
         """Make the steps of a pool process that has died ready again: Celery tells of it later, or not at all."""
@@ -158,7 +162,20 @@ class Keeper(_Loop):
             reason=f"pool process {pid} is gone",
             max_preemptions=self.settings.max_preemptions,
         )
-        self.runtime.publisher.publish(wakeups)
+        self.runtime.outbox.extend(wakeups)
+
+    def _do_chores(self) -> None:
+        chores = self.runtime.chores
+        while chores:
+            try:
+                self.runtime.outbox.extend(chores[0]())
+            except StaleAttempt as exc:
+                log.info("nothing to record: %s", exc)
+            except (NotLiveError, DBAPIError):
+                raise  # Postgres is away: this chore comes first again
+            except Exception:
+                log.exception("an outcome could not be recorded; recovery will see to its step")
+            chores.popleft()
 
     def _try(self, statement: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
@@ -190,10 +207,10 @@ class Sweeper(_Loop):
             self._well_since = now  # this process was frozen, and so may have been the others, with their machine
         try:
             self._listen()
-            self.relay()
             self.recover()
+            self.relay()
             return self.store.run(sweeps.seconds_until_due, at_most=self.settings.sweep_seconds)
-        except BaseException:
+        except (NotLiveError, DBAPIError):
             # The others could not reach Postgres either, perhaps: give them time for a heartbeat.
             self._well_since = time.monotonic()
             self._unlisten()
@@ -221,12 +238,16 @@ class Sweeper(_Loop):
     def relay(self) -> int:
         """Publish what is due; return how many wake-ups went out."""
         store, publisher = self.store, self.runtime.publisher
+        outbox = self.runtime.outbox
+        publisher.publish([outbox.popleft() for _ in range(len(outbox))])
         due = store.run(sweeps.take_due)
         publisher.publish(due)
         sent = len(due)
         for queue, overdue in store.run(sweeps.overdue_queues).items():
             # Each wake-up in the broker will find one of the ready steps; only what is missing there was lost.
             depth = publisher.depth(queue)
+            if depth is None:
+                continue
             waiting = store.run(sweeps.sent_and_waiting, queue, at_most=depth + overdue)
             lost: list[Wakeup] = store.run(sweeps.take_overdue, queue, resend=max(0, waiting - depth))
             publisher.publish(lost)

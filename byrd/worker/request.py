@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from billiard.exceptions import WorkerLostError
+from celery.exceptions import Ignore, Retry
 from celery.worker import state
 from celery.worker.request import Request
 
@@ -48,26 +49,25 @@ class DurableRequest(Request):
         lost = isinstance(exc, WorkerLostError | SystemExit | KeyboardInterrupt)
         if not (self.durable and lost):
             super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
+            if self.durable and not isinstance(exc, Ignore | Retry):
+                self._give_back_unless_recorded()
             return
         state.task_ready(self)
         self.acknowledge()
         log.warning("the pool process %s is gone while it ran %s[%s]: %s", self.worker_pid, self.name, self.id, exc)
         if self.worker_pid is not None:
-            self._preempt(str(exc))
+            runtime = runtime_of(self._app)
+            reason = f"pool process {self.worker_pid}: {exc}"
+            runtime.later(steps.preempt, runtime.worker_id, pid=self.worker_pid, reason=reason)
         if send_failed_event:
             self.send_event("task-retried", exception=repr(exc), traceback="")
 
-    def _preempt(self, reason: str) -> None:
-        runtime = runtime_of(self._app)
-        try:
-            wakeups = runtime.store.run(
-                steps.preempt,
-                runtime.worker_id,
-                pid=self.worker_pid,
-                reason=f"pool process {self.worker_pid}: {reason}",
-            )
-        except Exception:
-            # The lease of this worker goes on, so recovery would not see the step: the keeper looks for such steps too.
-            log.exception("the steps of pool process %s could not be given back now", self.worker_pid)
-        else:
-            runtime.publisher.publish(wakeups)
+    def _give_back_unless_recorded(self) -> None:
+        """A failure is recorded by the pool process, before this: if even that failed, the step would run for ever."""
+        runtime, header = runtime_of(self._app), self._request_dict["byrd"]
+        runtime.later(
+            steps.preempt,
+            runtime.worker_id,
+            step=(str(header["step"]), int(header["attempt"]) + 1),
+            reason="its outcome could not be recorded",
+        )

@@ -50,6 +50,32 @@ def define(app: Celery, write: Write) -> SimpleNamespace:
     def ordered(values: list[Any], label: Any = None) -> list[Any]:
         return [label, sorted(values, key=json.dumps)]
 
+    @app.task(name="canvas.give_up", shared=False, bind=True, max_retries=2)
+    def give_up(self: Task, label: Any = None) -> None:
+        raise self.retry(exc=ValueError(label), countdown=0)
+
+    @app.task(name="canvas.again", shared=False, bind=True)
+    def again(self: Task, *args: Any) -> list[Any]:
+        """Retry with other arguments."""
+        if self.request.retries == 0:
+            raise self.retry(args=["new", *args], countdown=0)
+        return list(args)
+
+    @app.task(name="canvas.info", shared=False, bind=True)
+    def info(self: Task, *args: Any) -> dict[str, Any]:
+        """What the task is told about itself."""
+        request = self.request
+        return {
+            "args": list(args),
+            "headers": request.headers,
+            "stamps": request.stamps,
+            "timelimit": request.timelimit,
+            "priority": request.delivery_info["priority"],
+            "in_group": request.group is not None,
+            "group_index": request.group_index,
+            "has_parent": request.parent_id is not None,
+        }
+
     @app.task(name="canvas.log", shared=False)
     def log(*args: Any, label: Any = None, key: str) -> None:
         write(key, [label, *args])

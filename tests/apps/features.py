@@ -223,6 +223,14 @@ def child_killer(path: str) -> str:
 
 
 @app.task
+def slow_killer(path: str, seconds: float) -> str:
+    """Kill its own pool process after a while, unless the file says that it did so before."""
+    if not Path(path).exists():
+        time.sleep(seconds)
+    return child_killer.run(path)
+
+
+@app.task
 def poison() -> None:
     """Kill its own pool process each time."""
     os._exit(1)
@@ -256,3 +264,31 @@ def _failure(sender: Any = None, exception: Any = None, **_: Any) -> None:
 def _retry(sender: Any = None, **_: Any) -> None:
     if NOTES.exists():
         note("signals", signal="retry", task=sender.name)
+
+
+@app.task
+def leaving() -> None:
+    """Leave the process, or try to."""
+    raise SystemExit(3)
+
+
+@app.task(bind=True)
+def retried_then_ignored(self: Task) -> str:
+    """Ask for a retry without raising it, then give up the message."""
+    if self.request.retries == 0:
+        self.retry(countdown=0, throw=False)
+        raise Ignore
+    return "retried"
+
+
+@app.task(bind=True)
+def replacing(self: Task, x: int) -> Any:
+    """Replace itself."""
+    return self.replace(before_byrd.s(x))
+
+
+@app.task
+def other(*args: Any) -> str:
+    """A task that is not the step's."""
+    note("other", args=args)
+    return "other"

@@ -149,6 +149,42 @@ def by_hand(self: byrd.CheckpointTask, name: str, count: int, fail_at: int) -> d
     return {"started_at": start, "completed": last.completed}
 
 
+@app.task(bind=True, base=byrd.CheckpointTask)
+def nested(self: byrd.CheckpointTask, name: str) -> Any:
+    """A memoised step, and a checkpoint, in an open transaction."""
+    with self.transaction() as conn:
+        conn.execute(text("INSERT INTO squares (name, n, square) VALUES (:name, 1, 1)"), {"name": name})
+        value = self.step("inside", _noted, name, "inside")
+        self.checkpoint(cursor=1)
+
+    def save(conn: Connection, outcomes: list[byrd.Outcome]) -> None:
+        self.step("saving", _noted, name, "saving")
+
+    self.iterate(lambda cursor: numbers(3, cursor), lambda n: n, save=save)
+    return value
+
+
+@app.task(bind=True, base=byrd.CheckpointTask)
+def holding(self: byrd.CheckpointTask, name: str, seconds: float) -> None:
+    """Keep a transaction open for longer than the time limit."""
+    with self.transaction() as conn:
+        conn.execute(text("INSERT INTO squares (name, n, square) VALUES (:name, 1, 1)"), {"name": name})
+        self.checkpoint(cursor=1)
+        note(name, "open")
+        time.sleep(seconds)
+
+
+@app.task(bind=True, base=byrd.CheckpointTask)
+def surrogates(self: byrd.CheckpointTask) -> Any:
+    """An item whose error has what UTF-8 has not."""
+
+    def process(n: int) -> None:
+        raise ValueError("bad name: \udcff\0")
+
+    done = self.iterate(lambda cursor: numbers(1, cursor), process, item_retries=0)
+    return done.failed
+
+
 @app.task(base=byrd.SagaTask)
 def reserve(name: str, what: str) -> dict[str, str]:
     """Reserve something."""

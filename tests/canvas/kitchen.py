@@ -47,7 +47,7 @@ def sample(menu: Menu, count: int, *, seed: int) -> list[Recipe]:
 
 
 def cook(rng: Random, menu: Menu) -> Recipe:
-    """Return a random recipe of up to about ten tasks."""
+    """Return a random recipe of mostly less than ten tasks."""
     kitchen = _Kitchen(rng, menu)
     if kitchen.once_in(50):
         return labelled({"kind": "chunks", "items": kitchen.some(kitchen.args, 0, 4), "n": 2})
@@ -58,7 +58,7 @@ class _Kitchen:
     def __init__(self, rng: Random, menu: Menu) -> None:
         self.rng, self.menu = rng, menu
         #: How many more tasks there may be.
-        self.left = 8
+        self.left = 6
 
     def once_in(self, times: int) -> bool:
         return self.rng.randrange(times) == times - 1
@@ -82,7 +82,7 @@ class _Kitchen:
         kind = self.rng.choice(("chain", "chain", "group", "chord"))
         if kind == "chain":
             how = self.rng.choice(("|", "chain", "raw") if self.menu.unfolded else ("|", "chain"))
-            parts = self.some(inner, 1 if self.menu.unfolded else 2, 4)
+            parts = self.some(inner, 1 if self.menu.unfolded else 2, 3)
             if all(map(_is_empty, parts)):
                 parts.append(self.leaf())  # a chain of nothing cannot be run
             return self.extras({"kind": "chain", "parts": parts, "how": how})
@@ -91,7 +91,7 @@ class _Kitchen:
         if kind == "chord":
             return self.extras({"kind": "chord", "header": members, "body": inner()})
         if len(members) == 1 and not self.menu.lone:
-            members.append(self.leaf())
+            members.append(self.member(self.leaf()))
         return self.extras({"kind": "group", "members": members})
 
     def member(self, recipe: Recipe) -> Recipe:
@@ -147,7 +147,10 @@ class _Kitchen:
         if roll == 18 and self.menu.links:
             return {**recipe, "links": self.some(lambda: {"kind": "log", "immutable": self.once_in(2)}, 1, 2)}
         if roll == 19 and self.menu.links:
-            return {**recipe, "errbacks": self.some(lambda: {"kind": self.rng.choice(("log_error", "log_failure"))}, 1, 2)}
+            return {
+                **recipe,
+                "errbacks": self.some(lambda: {"kind": self.rng.choice(("log_error", "log_failure"))}, 1, 2),
+            }
         return recipe
 
 

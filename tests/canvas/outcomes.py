@@ -67,7 +67,11 @@ def eager(make: Callable[[], Any]) -> Outcome:
 def error_name(exc: BaseException) -> str:
     """Return the kind of an error; with its arguments where they are the test's own."""
     name = type(exc).__name__
-    return f"{name}{exc.args!r}" if isinstance(exc, ValueError) and len(exc.args) == 1 and isinstance(exc.args[0], int) else name
+    return (
+        f"{name}{exc.args!r}"
+        if isinstance(exc, ValueError) and len(exc.args) == 1 and isinstance(exc.args[0], int)
+        else name
+    )
 
 
 def settled(result: Any) -> Outcome:
@@ -82,7 +86,10 @@ def settled(result: Any) -> Outcome:
     if result.ready():
         return outcome_of(lambda: result.get(timeout=5))
     # get() raises the error of a task that came before in the chain, too.
-    failed = next((node for node in reversed(list(result._parents())) if not isinstance(node, GroupResult) and node.failed()), None)
+    failed = next(
+        (node for node in reversed(list(result._parents())) if not isinstance(node, GroupResult) and node.failed()),
+        None,
+    )
     return outcome_of(failed.get) if failed is not None else NEVER
 
 

@@ -75,7 +75,9 @@ def compared(module_cluster: Cluster) -> list[Compared]:
         return [
             Compared(
                 recipe,
-                byrd=_heard(outcome_of(lambda run=runs[index]: run.get(timeout=10)), recipe, _noted(redis, ours, index)),
+                byrd=_heard(
+                    outcome_of(lambda run=runs[index]: run.get(timeout=10)), recipe, _noted(redis, ours, index)
+                ),
                 worker=_heard(settled(results[index]), recipe, _noted(redis, plain, index)),
                 eager=_heard(eagerly[index], recipe, local.log[str(index)]),
             )

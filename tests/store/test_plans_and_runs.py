@@ -303,6 +303,36 @@ def test_a_chord_grows(world: World) -> None:
     assert world.claim(run, "body").input == '["a","b","y"]'
 
 
+def test_a_chord_grows_by_a_step_that_took_a_members_place(world: World) -> None:
+    run = world.submit(chord([sig("t"), sig("u")], sig("body")))
+    for task, new in (("t", chain(sig("w"), sig("v"))), ("v", sig("x"))):
+        claim = world.claim(run, task)
+        world.do(steps.replace, claim.id, claim.attempt, plan_of(new))
+        if task == "t":
+            world.settle(world.claim(run, "w"))
+    claim = world.claim(run, "x")
+    world.do(steps.extend_join, claim.id, claim.attempt, plan_of(sig("y")))
+    world.check()
+    world.settle(claim)
+    world.settle(world.claim(run, "y"))
+    assert world.statuses(run)["body"] == "pending"
+    world.settle(world.claim(run, "u"))
+    assert world.claim(run, "body").input == '["x","u","y"]'
+
+
+def test_a_step_outside_of_any_group_has_no_chord_to_grow(world: World) -> None:
+    run = world.submit(chain(sig("t"), sig("u")))
+    claim = world.claim(run, "t")
+    world.do(steps.replace, claim.id, claim.attempt, plan_of(sig("x")))
+    claim = world.claim(run, "x")
+    before = world.rows()
+    with pytest.raises(ValueError, match="Current task is not member of any chord"):
+        world.do(steps.extend_join, claim.id, claim.attempt, plan_of(sig("y")))
+    assert world.rows() == before
+    world.settle(claim)
+    assert world.drive(run).status == "succeeded"
+
+
 def test_a_cancelled_run_grows_no_more(world: World) -> None:
     run = world.submit(chord([sig("a"), sig("b")], sig("body")))
     claim = world.claim(run, "a")

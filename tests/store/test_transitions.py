@@ -433,6 +433,9 @@ ILLEGAL = {
                        INSERT INTO byrd.events (id, run_id, event) OVERRIDING SYSTEM VALUE
                        SELECT id, run_id, 'y' FROM e""",
     "events_run_id_fkey": NEW_EVENT,
+    "events_token": f"""WITH t AS (SELECT {RUN} AS run, gen_random_uuid() AS token)
+                        INSERT INTO byrd.events (run_id, event, token)
+                        SELECT run, 'x', token FROM t UNION ALL SELECT run, 'y', token FROM t""",
     "workers_pkey": NEW_WORKER,
 }
 

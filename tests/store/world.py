@@ -109,10 +109,12 @@ class World:
 
     def try_claim(self, step_id: str, attempt: int, *, worker_id: str | None = None, pid: int = 1) -> Claim | None:
         """Claim a step; None when there is nothing to claim."""
+        step: StepRow | None = self.do(runs.get_step, step_id)
         found: Claim | None = self.do(
             steps.claim,
             step_id,
             attempt,
+            task=(step.task if step else None) or "",
             worker_id=worker_id or self.worker_id,
             pid=pid,
             token=str(uuid.uuid4()),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from celery.exceptions import TaskRevokedError
+from celery.exceptions import TaskRevokedError, TimeLimitExceeded
 
 from byrd.errors import CheckpointError
 from byrd.store import progress
@@ -98,6 +98,25 @@ def test_bad_settings_are_named(shared: Any, options: dict[str, Any]) -> None:
 def test_outside_of_a_run_it_says_so(shared: Any) -> None:
     with pytest.raises(CheckpointError, match="submit it with"):
         shared.count_up("x", 1)
+
+
+def test_steps_and_checkpoints_in_an_open_transaction(shared: Any, module_cluster: Cluster, notes: Path) -> None:
+    assert shared.engine.submit(shared.nested.s("nested")).get(timeout=30) == {"value": "inside"}
+    assert squares(module_cluster, "nested") == [1]
+    assert noted(notes, "nested") == ["inside", "saving"]
+
+
+def test_a_time_limit_strikes_in_an_open_transaction(shared: Any, module_cluster: Cluster, notes: Path) -> None:
+    run = shared.engine.submit(shared.holding.s("holding", 60).set(time_limit=1))
+    with pytest.raises(TimeLimitExceeded):
+        run.get(timeout=30)
+    assert noted(notes, "holding") == ["open"]
+    assert squares(module_cluster, "holding") == []
+    assert shared.engine.submit(shared.plain.s(1)).get(timeout=30) == 2  # the worker goes on
+
+
+def test_an_error_that_utf8_cannot_hold(shared: Any) -> None:
+    assert shared.engine.submit(shared.surrogates.s()).get(timeout=30) == 1
 
 
 # -- with workers that stop or die -----------------------------------------------------------------

@@ -234,3 +234,64 @@ def test_a_soft_shutdown_gives_back_what_takes_too_long(cluster: Cluster, tmp_pa
     go.touch()
     cluster.worker(APP, concurrency=1)
     assert run.get(timeout=30) == 2
+
+
+def test_an_outcome_that_postgres_refuses_for_a_while(cluster: Cluster, tmp_path: Path) -> None:
+    app = cluster.app(APP)
+    cluster.worker(APP)
+    go = tmp_path / "go"
+    run = app.engine.submit(app.wait_for_file.s(str(go), 5) | app.add.s(1))
+    wait_until(lambda: run.steps()[0].status == "running")
+    cluster.rows("""
+        CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS
+          $$ BEGIN RAISE EXCEPTION 'disk full' USING ERRCODE = '53100'; END $$;
+        CREATE TRIGGER full_disk BEFORE UPDATE ON byrd.steps FOR EACH ROW
+          WHEN (NEW.status IN ('succeeded', 'failed')) EXECUTE FUNCTION full_disk()""")
+    go.touch()
+    cluster.workers[0].wait_for_log("disk full")
+    cluster.rows("DROP TRIGGER full_disk ON byrd.steps")
+    assert run.get(timeout=30) == 6
+
+
+def test_lost_wake_ups_are_sent_again_though_the_queue_is_full_of_others(cluster: Cluster) -> None:
+    app = cluster.app(APP)
+    run = app.engine.submit(app.add.s(1, 2).set(queue="shared"))
+    with cluster.redis() as client:
+        client.flushall()
+    for _ in range(20):
+        app.echo.apply_async((1,), queue="shared")  # a backlog that nobody works off
+    cluster.worker(APP)  # relays, but consumes another queue
+    wait_until(lambda: run.steps()[0].sends > 1, timeout=40)
+    cluster.worker(APP, queues=["shared"])
+    assert run.get(timeout=30) == 3
+
+
+def test_deadlines_hold_while_the_broker_is_away(own: Cluster, own_broker: EmbeddedValkey) -> None:
+    app = own.app(APP)
+    worker = own.worker(APP)
+    run = app.engine.submit(app.add.s(1, 1).set(countdown=600), timeout=1)
+    late = app.engine.submit(app.add.s(1, 1).set(countdown=0.5))
+    own_broker.kill()
+    assert run.wait(timeout=40) == "failed"
+    own_broker.start()
+    assert late.get(timeout=60) == 2
+    assert worker.running
+
+
+def test_a_revoke_while_postgres_is_away(own: Cluster, own_postgres: EmbeddedPostgres) -> None:
+    app = own.app(APP)
+    with own.redis() as client:
+        first = app.engine.submit(app.add.s(1, 1))
+        [before] = first.steps()
+        [message] = client.lrange("celery", 0, -1)
+        worker = own.worker(APP, concurrency=1)
+        assert first.get(timeout=30) == 2
+        run = app.engine.submit(app.add.s(1, 1).set(countdown=3))
+        [step] = run.steps()
+        app.app.control.revoke(step.id, reply=True, timeout=5)
+        own_postgres.stop()
+        client.lpush("celery", message.replace(before.id.encode(), step.id.encode()))
+        worker.wait_for_log("Discarding revoked task")
+    own_postgres.start()
+    assert run.wait(timeout=60) == "failed"
+    assert worker.running

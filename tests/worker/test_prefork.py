@@ -87,3 +87,8 @@ def test_revoke_before_it_starts(prefork: None, app: Any, notes: Path) -> None:
     assert run.wait(timeout=30) == "failed"
     assert run.steps()[0].status == "cancelled"
     assert lines(notes, "never") == []
+
+
+def test_a_step_that_has_started_in_time_does_not_expire(prefork: None, app: Any, tmp_path: Path) -> None:
+    run = app.engine.submit(app.slow_killer.s(str(tmp_path / "marker"), 1.5).set(expires=1))
+    assert run.get(timeout=60) == "survived"

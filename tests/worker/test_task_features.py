@@ -201,3 +201,27 @@ def test_chord_with_failing_header(pool: str, app: Any) -> None:
     run = app.engine.submit(chord([app.expected.s(), app.before_byrd.s(1)], app.gather.s()))
     assert run.wait(timeout=30) == "failed"
     assert [s.status for s in run.steps()] == ["failed", "succeeded", "failed", "failed"]
+
+
+def test_a_retry_that_was_asked_for_survives_ignore(pool: str, app: Any) -> None:
+    assert app.engine.submit(app.retried_then_ignored.s()).get(timeout=30) == "retried"
+
+
+def test_replace(pool: str, app: Any) -> None:
+    assert app.engine.submit(chain(app.replacing.s(1), app.after_byrd.s())).get(timeout=30) == 12
+    assert app.replacing.apply((1,)).get() == 2  # eager, as before
+
+
+def test_a_task_that_leaves_the_process_ends(pool: str, app: Any) -> None:
+    run = app.engine.submit(app.leaving.s())
+    assert run.wait(timeout=60) == "failed"
+    assert app.engine.submit(app.before_byrd.s(1)).get(timeout=30) == 2
+
+
+def test_a_message_of_another_task_does_not_run_the_step(pool: str, app: Any, notes: Path) -> None:
+    run = app.engine.submit(app.before_byrd.s(1).set(countdown=1.5))
+    [step] = run.steps()
+    header = {"v": 1, "run": run.id, "step": step.id, "no": 0, "attempt": 0}
+    app.other.apply_async(headers={"byrd": header}, countdown=1.6)
+    assert run.get(timeout=30) == 2
+    assert lines(notes, "other") == []

@@ -62,7 +62,8 @@ def _runs() -> None:
     # A second submit of the same workflow with the same key finds this row: the unique key is the guard.
     op.execute("CREATE UNIQUE INDEX runs_key ON byrd.runs (coalesce(workflow, ''), key) WHERE key IS NOT NULL")
     op.execute("CREATE INDEX runs_created ON byrd.runs (created_at DESC)")
-    op.execute("CREATE INDEX runs_open ON byrd.runs (status, created_at DESC) WHERE finished_at IS NULL")
+    op.execute("CREATE INDEX runs_workflow ON byrd.runs (workflow, created_at DESC)")
+    op.execute("CREATE INDEX runs_status ON byrd.runs (status, created_at DESC)")
     op.execute("CREATE INDEX runs_deadline ON byrd.runs (deadline) WHERE finished_at IS NULL AND deadline IS NOT NULL")
 
 
@@ -196,9 +197,12 @@ def _events_and_workers() -> None:
         _time("at", nullable=False),
         sa.Column("event", sa.Text, nullable=False),
         sa.Column("detail", sa.Text),
+        # Of the command that left the event: the command is not carried out twice when its answer was lost.
+        sa.Column("token", pg.UUID(as_uuid=False)),
         schema=SCHEMA,
     )
     op.execute("CREATE INDEX events_run ON byrd.events (run_id, id)")
+    op.execute("CREATE UNIQUE INDEX events_token ON byrd.events (token) WHERE token IS NOT NULL")
     op.create_table(
         "workers",
         sa.Column("id", pg.UUID(as_uuid=False), primary_key=True),
