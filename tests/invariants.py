@@ -71,7 +71,7 @@ RULES = {
         SELECT s.run_id, s.no, p.status FROM byrd.steps s
           JOIN byrd.steps p ON p.run_id = s.run_id AND p.no = s.after
          WHERE s.status = 'pending' AND s.kind <> 'compensation' AND (s.kind <> 'join' OR NOT s.on_failure)
-           AND p.status IN ('failed','skipped','cancelled') AND NOT (s.on_failure AND p.status = 'cancelled')""",
+           AND p.status IN ('failed','skipped','cancelled') AND NOT (s.on_failure AND s.replaced)""",
     "a step starts after its predecessor only": """
         SELECT s.run_id, s.no, s.status || ' after ' || p.status FROM byrd.steps s
           JOIN byrd.steps p ON p.run_id = s.run_id AND p.no = s.after

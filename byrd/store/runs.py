@@ -39,7 +39,8 @@ def record(
 
 # -- transitions -----------------------------------------------------------------------------------
 #
-# A command's ``token`` is the call's own: when the answer to its commit was lost, the event that it left is found by it.
+# A command's ``token`` is the call's own: when the answer to its commit was lost, the event that it left is found by
+# it, and nothing is done again.
 
 
 def advance(conn: Connection, run_id: str, no: int, join_no: int | None, *, succeeded: bool) -> list[Wakeup]:

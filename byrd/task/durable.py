@@ -14,8 +14,8 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
+from billiard import common as billiard_common
 from billiard.einfo import ExceptionInfo
-from billiard.process import current_process
 from celery import Celery, Task, states
 from celery.app.registry import TaskRegistry
 from celery.app.task import Context
@@ -137,8 +137,8 @@ def _trace(
         # Not one from the task itself, which the tracer catches: from a hook, after the outcome.
         return _settle(attempt, trace_ok_t(None, TraceInfo(states.REJECTED, exc), 0.0, None))
     except BaseException as exc:
-        if not isinstance(exc, Exception) and current_process().name != "MainProcess":
-            raise  # the pool process ends, and its worker gives the step back
+        if isinstance(exc, SystemExit) and _terminated():
+            raise  # the pool process was told to end, and its worker gives the step back
         return _broken(attempt, exc)
 
 
@@ -214,12 +214,18 @@ def _broken(attempt: Attempt, exc: BaseException) -> Any:
     """Return what tells the main process that the attempt came to no good end, for it to see to the step."""
     log.critical("step %s, attempt %d, is broken off: %r", attempt.step_id, attempt.number, exc, exc_info=exc)
     if not attempt.closed and not isinstance(exc, Exception):
-        # SystemExit and the like, in a pool of threads: it ends the task, not the worker.
+        # SystemExit and the like, from the task itself: it ends the task, not the worker.
         attempt.fail(attempt.runtime.app.backend.encoded_error(exc))
     try:
         raise RuntimeError(f"the attempt was broken off by {exc!r}") from exc
     except RuntimeError as broken:
         return trace_ok_t(ExceptionInfo(), TraceInfo(states.FAILURE, broken), 0.0, None)
+
+
+def _terminated() -> bool:
+    """Tell whether this pool process was sent a signal that ends it: billiard raises SystemExit then, in the task."""
+    told: list[bool] = getattr(billiard_common, "_should_have_exited", [False])
+    return bool(told and told[0])
 
 
 def _stop(attempt: Attempt, flow: ControlFlow) -> Any:

@@ -16,7 +16,7 @@ from tests.canvas.recipes import Recipe, build
 Write = Callable[[str, list[Any]], None]
 
 
-def define(app: Celery, write: Write) -> SimpleNamespace:
+def define(app: Celery, write: Write) -> SimpleNamespace:  # noqa: C901 - a list of tasks
     """Give the app its tasks."""
 
     @app.task(name="canvas.call", shared=False)

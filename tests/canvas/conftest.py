@@ -47,7 +47,9 @@ class ThreeWays:
         result = make(self.plain.tasks).apply_async()
         run = self.engine.submit(make(self.byrd.tasks))
         assert outcome_of(lambda: run.get(timeout=60)) == expected
-        assert outcome_of(lambda: result.get(timeout=60)) == _expected(worker, expected)
+        theirs = outcome_of(lambda: result.get(timeout=60))
+        # Of several failures in a group, a worker's get() raises the one that comes first in time.
+        assert (theirs.value, theirs.kind) == (_expected(worker, expected).value, _expected(worker, expected).kind)
         assert eager(lambda: make(self.local.tasks)) == _expected(eagerly, expected)
         return run
 

@@ -1,4 +1,4 @@
-"""Random canvases, as recipes: from a seed for many of them, or from hypothesis, which finds the smallest that differs."""
+"""Random canvases, as recipes: many of them from a seed, or one by one from hypothesis, which shrinks them."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class _Kitchen:
         self.left -= 1
         roll = self.rng.randrange(20)
         if roll < 13 or self.left < 0:
-            recipe = {"kind": "task", "args": self.args()}
+            recipe: Recipe = {"kind": "task", "args": self.args()}
         elif roll < 15:
             recipe = self.map()
         elif roll < 17:
@@ -120,7 +120,7 @@ class _Kitchen:
         kind = self.rng.choice(("map", "starmap", "chunks"))
         if kind == "map":
             return {"kind": kind, "items": self.some(self.value, 0, 3)}
-        recipe = {"kind": "starmap", "items": self.some(self.args, 0, 3)}
+        recipe: Recipe = {"kind": "starmap", "items": self.some(self.args, 0, 3)}
         if kind == "starmap" or (len(recipe["items"]) == 1 and not self.menu.lone):
             return recipe
         return {**recipe, "kind": "chunks", "n": self.rng.randint(1, 2) if self.menu.lone else 1, "grouped": True}
@@ -136,6 +136,9 @@ class _Kitchen:
             return {"kind": "grow", "args": self.args(), "add": task} if self.once_in(2) else self.leaf()
 
         return {"kind": "chord", "header": self.some(member, 1, 3), "body": {"kind": "ordered"}}
+
+    def errback(self) -> Recipe:
+        return {"kind": self.rng.choice(("log_error", "log_failure"))}
 
     def extras(self, recipe: Recipe) -> Recipe:
         """Some parts are immutable, delayed, or have callbacks and errbacks."""

@@ -66,12 +66,8 @@ def eager(make: Callable[[], Any]) -> Outcome:
 
 def error_name(exc: BaseException) -> str:
     """Return the kind of an error; with its arguments where they are the test's own."""
-    name = type(exc).__name__
-    return (
-        f"{name}{exc.args!r}"
-        if isinstance(exc, ValueError) and len(exc.args) == 1 and isinstance(exc.args[0], int)
-        else name
-    )
+    own = isinstance(exc, ValueError) and len(exc.args) == 1 and isinstance(exc.args[0], int)
+    return type(exc).__name__ + (repr(exc.args) if own else "")
 
 
 def settled(result: Any) -> Outcome:
@@ -86,11 +82,8 @@ def settled(result: Any) -> Outcome:
     if result.ready():
         return outcome_of(lambda: result.get(timeout=5))
     # get() raises the error of a task that came before in the chain, too.
-    failed = next(
-        (node for node in reversed(list(result._parents())) if not isinstance(node, GroupResult) and node.failed()),
-        None,
-    )
-    return outcome_of(failed.get) if failed is not None else NEVER
+    before = [node for node in result._parents() if isinstance(node, AsyncResult) and node.failed()]
+    return outcome_of(before[-1].get) if before else NEVER
 
 
 def _sorted(value: Any) -> Any:

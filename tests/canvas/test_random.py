@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -66,7 +67,7 @@ def compared(module_cluster: Cluster) -> list[Compared]:
 
     runs = [ours.engine.submit(build(recipe, ours.app)) for recipe in recipes]
     results = [_submitted(build(recipe, plain.app)) for recipe in recipes]
-    eagerly = [eager(lambda recipe=recipe: build(recipe, local.app)) for recipe in recipes]
+    eagerly = [eager(partial(build, recipe, local.app)) for recipe in recipes]
     workers[1].wait_for_log(" ready", timeout=60)
     for run in runs:
         run.wait(timeout=300)
@@ -75,9 +76,7 @@ def compared(module_cluster: Cluster) -> list[Compared]:
         return [
             Compared(
                 recipe,
-                byrd=_heard(
-                    outcome_of(lambda run=runs[index]: run.get(timeout=10)), recipe, _noted(redis, ours, index)
-                ),
+                byrd=_heard(outcome_of(partial(runs[index].get, timeout=10)), recipe, _noted(redis, ours, index)),
                 worker=_heard(settled(results[index]), recipe, _noted(redis, plain, index)),
                 eager=_heard(eagerly[index], recipe, local.log[str(index)]),
             )
@@ -150,7 +149,7 @@ def _noted(redis: Redis, module: ModuleType, index: int) -> list[list[Any]]:
 
 
 def _wait_until_idle(redis: Redis) -> None:
-    """Wait until plain Celery has nothing to do: with late acknowledgement, a message is there until its task is done."""
+    """Wait until plain Celery has nothing to do: acknowledging late, it keeps a message until its task is done."""
     idle = 0
 
     def still() -> bool:

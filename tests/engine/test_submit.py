@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from celery import Celery, chain, chord, group
 from celery.exceptions import TimeoutError as CeleryTimeoutError
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, event, text
 from sqlalchemy.orm import Session
 
 import byrd
@@ -124,6 +125,66 @@ def test_submit_joins_an_orm_session(app: Any, worker: None, own_engine: Any) ->
             app.engine.get(run.id)
         session.commit()
     assert app.engine.get(run.id).get(timeout=30) == 3
+
+
+@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize("comings", [1, 3])
+def test_a_run_that_had_the_key_and_went_away(
+    app: Any, cluster: Cluster, own_engine: Any, joined: bool, comings: int
+) -> None:
+    """Another run has the key when ours is inserted, and is gone when ours looks who has it."""
+    other: list[str] = []
+
+    def come(_conn: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if statement.startswith("INSERT INTO byrd.runs") and len(other) < comings:
+            other.append(str(uuid.uuid4()))
+            cluster.rows("INSERT INTO byrd.runs (id, key, output) VALUES (%s, 'k', 0)", other[-1])
+
+    def go(_conn: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if statement.startswith("INSERT INTO byrd.runs"):
+            cluster.rows("DELETE FROM byrd.runs WHERE id = ANY(%s::uuid[])", other)
+
+    engine = own_engine if joined else app.engine.runtime.store.engine
+    event.listen(engine, "before_cursor_execute", come)
+    event.listen(engine, "after_cursor_execute", go)
+    with own_engine.begin() as conn:
+        if comings < 3:
+            run = app.engine.submit(app.add.s(1, 2), key="k", connection=conn if joined else None)
+            assert run.id not in other
+        else:
+            with pytest.raises(errors.SubmitError, match="came and went three times"):
+                app.engine.submit(app.add.s(1, 2), key="k", connection=conn if joined else None)
+    assert len(other) == comings
+    assert rows_written(cluster) == (2 if comings < 3 else 0)
+
+
+def test_a_command_whose_answer_is_lost_is_given_once(app: Any, cluster: Cluster) -> None:
+    run = app.engine.submit(app.add.s(1, 2))
+    engine = app.engine.runtime.store.engine
+    lost: list[int] = []
+    given = 0
+
+    def lose_answer(conn: Any) -> None:
+        """Commit, and cut the connection before SQLAlchemy hears of it."""
+        if len(lost) == given:
+            return
+        raw = conn.connection.dbapi_connection
+        raw.commit()
+        with raw.cursor() as cursor:
+            cursor.execute("SELECT pg_backend_pid()")
+            lost.append(cursor.fetchone()[0])
+        cluster.rows("SELECT pg_terminate_backend(%s, 5000)", lost[-1])
+
+    event.listen(engine, "commit", lose_answer)
+    for command, status in ((run.pause, "paused"), (run.resume, "running"), (run.cancel, "cancelled")):
+        given += 1
+        command()
+        assert run.status == status
+    run.retry()
+    assert len(lost) == 3
+    assert [e["event"] for e in run.history() if e["step_no"] is None] == [
+        "submitted", "paused", "resumed", "cancel_requested", "cancelled", "retried",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

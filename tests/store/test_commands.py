@@ -109,20 +109,21 @@ def explain(world: World, **wanted: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "index"),
+    ("wanted", "indexes"),
     [
-        ({}, "runs_created"),
-        ({"workflow": "rare"}, "runs_workflow"),
-        ({"statuses": ["failed"]}, "runs_status"),
-        ({"statuses": ["failed", "cancelled"]}, "runs_status"),
-        ({"statuses": ["failed"], "workflow": "rare"}, "runs_"),
+        ({}, ["runs_created"]),
+        ({"workflow": "rare"}, ["runs_workflow"]),
+        ({"statuses": ["failed"]}, ["runs_status"]),
+        ({"statuses": ["failed", "cancelled"]}, ["runs_status", "runs_status"]),
+        ({"statuses": ["failed"], "workflow": "rare"}, ["runs_status", "runs_workflow"]),
     ],
 )
-def test_the_newest_runs_are_found_by_an_index(world: World, wanted: dict[str, Any], index: str) -> None:
+def test_the_newest_runs_are_found_by_an_index(world: World, wanted: dict[str, Any], indexes: list[str]) -> None:
     world.sql(
         """INSERT INTO byrd.runs (id, workflow, output, status, created_at, finished_at, error)
            SELECT gen_random_uuid(), CASE WHEN n %% 5000 = 0 THEN 'rare' ELSE 'often' END, 0,
-                  CASE WHEN n %% 4000 = 0 THEN 'failed' ELSE 'succeeded' END, now() - n * interval '1 second', now(), '{}'
+                  CASE WHEN n %% 4000 = 0 THEN 'failed' ELSE 'succeeded' END, now() - n * interval '1 second',
+                  now(), '{}'
              FROM generate_series(1, 20000) n"""
     )
     world.sql("ANALYZE byrd.runs")
@@ -132,9 +133,7 @@ def test_the_newest_runs_are_found_by_an_index(world: World, wanted: dict[str, A
         world.sql("DELETE FROM byrd.runs")
         world.sql("ANALYZE byrd.runs")
     assert not any(node["Node Type"] == "Seq Scan" for node in nodes)
-    scans = [node["Index Name"] for node in nodes if "Index Name" in node]
-    assert len(scans) == len(wanted.get("statuses", [1]))
-    assert all(scan.startswith(index) for scan in scans)
+    assert sorted(node["Index Name"] for node in nodes if "Index Name" in node) == indexes
 
 
 def test_the_newest_runs_come_first_whatever_their_status(world: World) -> None:

@@ -1,4 +1,4 @@
-"""What becomes of errbacks that are canvases: never called after Ignore, called anew from their beginning by a retry."""
+"""What becomes of errbacks that are canvases: never called after Ignore, called anew once their run is retried."""
 
 from __future__ import annotations
 

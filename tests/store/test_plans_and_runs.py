@@ -732,9 +732,9 @@ def test_an_outcome_stays_recorded_when_the_step_has_gone_on(world: World) -> No
 def test_a_claim_whose_answer_was_lost_is_found_again(world: World) -> None:
     run = world.submit(sig("a"))
     step, token = world.step(run, "a"), str(uuid.uuid4())
-    first = world.do(steps.claim, step.id, 0, worker_id=world.worker_id, pid=1, token=token)
+    first = world.do(steps.claim, step.id, 0, task="a", worker_id=world.worker_id, pid=1, token=token)
     assert first is not None
-    assert world.do(steps.claim, step.id, 0, worker_id=world.worker_id, pid=1, token=token) == first
+    assert world.do(steps.claim, step.id, 0, task="a", worker_id=world.worker_id, pid=1, token=token) == first
     assert world.try_claim(step.id, 0) is None
     assert world.try_claim(step.id, 1) is None
 

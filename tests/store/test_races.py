@@ -158,7 +158,7 @@ def claim_of(world: World, run: str, name: str, *, worker_id: str | None = None)
     worker = worker_id or world.worker_id
 
     def statement(conn: Connection) -> Claim | None:
-        return steps.claim(conn, step.id, step.attempt, worker_id=worker, pid=1, token=str(uuid.uuid4()))
+        return steps.claim(conn, step.id, step.attempt, task=name, worker_id=worker, pid=1, token=str(uuid.uuid4()))
 
     return statement
 

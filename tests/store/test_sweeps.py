@@ -293,7 +293,7 @@ def test_no_sweep_reads_what_is_finished(old_store: Store) -> None:
         "running_pids": lambda conn: sweeps.running_pids(conn, world.worker_id),
         "list_workers": sweeps.list_workers,
         "claim": lambda conn: steps.claim(
-            conn, world.step(other, "y").id, 0, worker_id=world.worker_id, pid=1, token=a.id
+            conn, world.step(other, "y").id, 0, task="y", worker_id=world.worker_id, pid=1, token=a.id
         ),
         "fail": lambda conn: steps.fail(conn, x.id, x.attempt, ERROR),
         "end_overdue_runs": lambda conn: sweeps.end_overdue_runs(conn, ERROR),

@@ -166,7 +166,13 @@ def new_plan() -> Any:
 
 
 def claim_it(case: Case) -> None:
-    case.do(steps.claim, worker_id=case.world.worker_id, pid=1, token=str(uuid.uuid4()))
+    case.do(steps.claim, task="x", worker_id=case.world.worker_id, pid=1, token=str(uuid.uuid4()))
+
+
+def expire_it(case: Case) -> None:
+    # Only a step that has never started expires.
+    case.world.sql("UPDATE byrd.steps SET attempt = 0 WHERE id = %(id)s AND status = 'ready'", id=case.step_id)
+    case.world.do(steps.expire, case.step_id)
 
 
 def finish_join(case: Case) -> None:
@@ -193,7 +199,7 @@ STEP_DRIVERS: dict[str, list[StepDriver]] = {
     "revoke": [(in_chain, lambda c: c.world.do(steps.revoke, c.step_id, "revoked", attempt=c.attempt))],
     "abandon": [(in_cancelled_run, lambda c: c.do(steps.abandon))],
     "ignore": [(in_chain, lambda c: c.do(steps.ignore, ERROR))],
-    "expire": [(in_chain, lambda c: c.world.do(steps.expire, c.step_id))],
+    "expire": [(in_chain, expire_it)],
     "finish_join": [(as_join("succeeded"), finish_join), (as_join("failed"), finish_join), (as_replaced, finish_join)],
     "fail_body": [(as_body, lambda c: c.world.do(flow._fail_bodies, c.run_id, 2))],
     "skip": [
