@@ -36,6 +36,8 @@ _MAPS = frozenset({"celery.map", "celery.starmap"})
 _CHUNKS = "celery.chunks"
 _DELAYS = frozenset({"countdown", "eta"})
 _TIMES = _DELAYS | {"expires"}
+#: How deep canvases may be nested: well below Python's own limit, which would strike anywhere.
+_MAX_DEPTH = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,13 +151,17 @@ def compile_canvas(
         given = _Given(args=tuple(args), kwargs=dict(kwargs or {}), outermost=not inner, inner=inner)
         output = builder.visit(canvas, given)
     except RecursionError:
-        raise CanvasError("the canvas is nested too deeply to compile; flatten it, or split it in workflows") from None
+        raise CanvasError(_TOO_DEEP) from None
     return Plan(tuple(builder.steps), output)
+
+
+_TOO_DEEP = f"the canvas is nested too deeply (more than {_MAX_DEPTH} levels); flatten it, or split it in workflows"
 
 
 class _Builder:
     def __init__(self, app: Celery) -> None:
         self.app = app
+        self.depth = 0
         self.steps: list[Step] = []
         self.ids: set[str] = set()
 
@@ -193,7 +199,15 @@ class _Builder:
 
     def visit(self, canvas: Any, given: _Given) -> int:
         """Add the steps of a canvas; return the number of the step whose value is the canvas's."""
-        sig = self.signature(canvas)
+        if self.depth > _MAX_DEPTH:
+            raise CanvasError(_TOO_DEEP)
+        self.depth += 1
+        try:
+            return self.part(self.signature(canvas), given)
+        finally:
+            self.depth -= 1
+
+    def part(self, sig: Signature, given: _Given) -> int:
         if isinstance(sig, _chain):
             return self.chain(sig, given)
         if isinstance(sig, group):

@@ -34,9 +34,10 @@ def add_to(group: click.Group) -> None:
         """Run everything in the Procfile until Ctrl-C.
 
         Where BYRD_DATABASE_URL or BYRD_BROKER_URL is not set, an embedded Postgres or Valkey is started; its data is
-        kept in .byrd/ for the next time.  The database is migrated first.  When a process ends, all do.
+        kept in .byrd/ for the next time.  The database is migrated first.  When a process ends, all do.  Without a
+        Procfile, a worker of the app that -A names is run.
         """
-        entries = chosen(read_procfile(path), [name.strip() for name in (only or "").split(",") if name.strip()])
+        entries = chosen(_entries(session, path), [name.strip() for name in (only or "").split(",") if name.strip()])
         printer = _Printer([entry.name for entry in entries], as_json=as_json)
         with contextlib.ExitStack() as stack:
             env = stack.enter_context(_servers(printer))
@@ -55,6 +56,13 @@ def add_to(group: click.Group) -> None:
         printer.note("Everything has ended.")
         if status:
             raise click.exceptions.Exit(status)
+
+
+def _entries(session: Session, path: Path) -> list[Entry]:
+    app = session.app_name or os.environ.get("BYRD_APP")
+    if app and not path.exists() and path == Path("Procfile"):
+        return [Entry("worker", f"celery -A {shlex.quote(app)} worker --loglevel INFO -E")]
+    return read_procfile(path)
 
 
 @contextlib.contextmanager

@@ -169,7 +169,8 @@ def _add_list(group: click.Group) -> None:
             return
         table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), pad_edge=False)
         table.add_column("run", no_wrap=True)
-        table.add_column("workflow", overflow="ellipsis", no_wrap=True)
+        # A long title gives way to the facts, which are of no use when they are cut.
+        table.add_column("workflow", overflow="ellipsis", no_wrap=True, max_width=max(12, console().width - 75))
         table.add_column("status", no_wrap=True)
         table.add_column("steps", justify="right", no_wrap=True)
         table.add_column("submitted", no_wrap=True)

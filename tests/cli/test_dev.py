@@ -65,8 +65,9 @@ def start(folder: Path) -> Iterator[Start]:
     """Start `byrd dev` with a Procfile; what is left at the end is killed."""
     started: list[Dev] = []
 
-    def dev(procfile: str, *options: str, **env: str) -> Dev:
-        (folder / "Procfile").write_text(procfile)
+    def dev(procfile: str | None, *options: str, **env: str) -> Dev:
+        if procfile is not None:
+            (folder / "Procfile").write_text(procfile)
         plain = {name: value for name, value in os.environ.items() if not name.startswith("BYRD_")}
         path = os.pathsep.join([str(ROOT), str(folder)])
         started.append(Dev(folder, {**plain, "PYTHONPATH": path, **env}, *options))
@@ -86,8 +87,8 @@ def start(folder: Path) -> Iterator[Start]:
 @pytest.fixture
 def on_servers(start: Start, database_url: str, broker_url: str) -> Start:
     """The same on servers that are there."""
-    return lambda procfile, *options: start(
-        procfile, *options, BYRD_DATABASE_URL=database_url, BYRD_BROKER_URL=broker_url
+    return lambda procfile, *options, **env: start(
+        procfile, *options, BYRD_DATABASE_URL=database_url, BYRD_BROKER_URL=broker_url, **env
     )
 
 
@@ -151,6 +152,12 @@ def test_one_end_for_all_children_included(on_servers: Start) -> None:
     assert not any(map(gone, pids))
     assert dev.interrupt() == 0
     wait_until(lambda: all(map(gone, pids)), what="the end of all children")
+
+
+def test_without_a_procfile_it_runs_a_worker_of_the_app(on_servers: Start) -> None:
+    dev = on_servers(None, BYRD_APP="tests.apps.basic")
+    dev.wait_for(r"^worker │ .* ready\.")
+    assert dev.interrupt() == 0
 
 
 def test_the_exit_status_of_the_one_that_died(on_servers: Start) -> None:
