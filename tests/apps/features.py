@@ -227,7 +227,7 @@ def slow_killer(path: str, seconds: float) -> str:
     """Kill its own pool process after a while, unless the file says that it did so before."""
     if not Path(path).exists():
         time.sleep(seconds)
-    return child_killer.run(path)
+    return str(child_killer.run(path))
 
 
 @app.task
