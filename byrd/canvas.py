@@ -2,11 +2,11 @@
 
 The plan is a forest.  Each step has at most one predecessor (``after``); a group has a *join*, a step
 without a task whose value is the list of its members' values.  What follows a group comes after the join,
-so a group of 1,000 followed by a group of 1,000 has 2,001 edges, not a million.
+so a group of 1,000 followed by a group of 1,000 has 3,001 edges, not a million.
 
 What each construct means was read in Celery 5.7's ``canvas.py`` and ``app/trace.py`` and is compared with
-Celery itself, eager and on a worker, by ``tests/canvas``.  Where the two differ from one another the plan
-follows the eager one for nested values, the worker for errors.
+Celery itself, eager and on a worker, by ``tests/canvas``.  Where the two differ from one another the plan is
+with one of them; ``docs/canvas.md`` says with which.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ import pytest
 import redis
 from celery import Celery
 from celery import _state as celery_state
+from celery.backends.redis import RedisBackend
 
 from tests.servers import Server, execute, url_of
 
@@ -96,10 +97,10 @@ class Worker:
         finally:
             os.close(reader)
 
-    def stop(self, timeout: float = 30.0) -> int:
-        """Stop it warmly (SIGTERM): what runs is finished or handed back; return the exit status."""
+    def stop(self, timeout: float = 30.0, *, signal: signal.Signals = signal.SIGTERM) -> int:
+        """Stop it, warmly by default: what runs is finished or handed back; return the exit status."""
         assert self._popen is not None
-        self._popen.terminate()
+        self._popen.send_signal(signal)
         status = self._popen.wait(timeout)
         self._end_group()
         return status
@@ -243,6 +244,7 @@ class Cluster:
             if (engine := getattr(module, "engine", None)) is not None:
                 engine.close()
             if (app := getattr(module, "app", None)) is not None:
+                _disconnect_results(app)
                 app.close()
 
     @contextmanager
@@ -254,6 +256,14 @@ class Cluster:
 
 
 ClusterFactory = Callable[..., Cluster]
+
+
+def _disconnect_results(app: Celery) -> None:
+    """Close what a result backend in Redis leaves open."""
+    if isinstance(app.backend, RedisBackend):
+        app.backend.result_consumer.stop()
+        app.backend.result_consumer._pubsub = None  # or results that are collected later would connect anew
+        app.backend.client.connection_pool.disconnect()
 
 
 @contextmanager

@@ -405,6 +405,16 @@ def test_options_of_a_group_are_its_members(three_ways: ThreeWays) -> None:
     assert [step.queue for step in run.steps()] == ["other", "other", None]
 
 
+def test_options_of_a_chord(three_ways: ThreeWays) -> None:
+    tasks = three_ways.byrd.tasks
+    run = three_ways.engine.submit(chord([tasks.call.s(1)], tasks.call.s()).set(queue="other", countdown=0.2))
+    assert run.get(timeout=30) == [None, [[None, 1]]]
+    header, _, body = run.steps()
+    assert (header.queue, body.queue) == ("other", "other")
+    rows = three_ways.cluster.rows("SELECT no, countdown FROM byrd.steps WHERE run_id = %s ORDER BY no", run.id)
+    assert rows == [(header.no, 0.2), (1, None), (body.no, None)]
+
+
 def test_retry_options_are_no_part_of_the_plan(three_ways: ThreeWays) -> None:
     three_ways.give(lambda t: t.call.s(1).set(retry=True, retry_policy={"max_retries": 3}), [None, 1])
 
@@ -448,6 +458,7 @@ def _task(*args: Any) -> dict[str, Any]:
     return {"kind": "task", "args": list(args)}
 
 
+_NOTHING = {"kind": "group", "members": []}
 _GROUP = {"kind": "group", "members": [_task(1), _task(2)]}
 _CHORD = {"kind": "chord", "header": [_task(1), _task(2)], "body": _task("b")}
 _REPLACED = [
@@ -455,6 +466,9 @@ _REPLACED = [
     pytest.param({"kind": "chain", "parts": [_task(1), _task(2)], "how": "|"}, [None, [None, 1], 2], id="chain"),
     pytest.param(_GROUP, [[None, 1], [None, 2]], id="group"),
     pytest.param(_CHORD, [None, [[None, 1], [None, 2]], "b"], id="chord"),
+    pytest.param(
+        {"kind": "chain", "parts": [_task(1), _NOTHING], "how": "raw"}, [], id="chain that ends in an empty group"
+    ),
     pytest.param({"kind": "swap", "to": _GROUP}, [[None, 1], [None, 2]], id="replaced again"),
 ]
 
