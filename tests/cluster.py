@@ -39,7 +39,7 @@ START_SECONDS = 60.0
 _TAIL_LINES = 60
 _ENV = ("BYRD_DATABASE_URL", "BYRD_BROKER_URL")
 #: Ends a worker's group when the tests are gone without having ended it: the pipe breaks, or says that all is well.
-_GUARD = 'read -r _ || kill -KILL -- "-$1"'
+_GUARD = 'read -r _ || kill -KILL "-$1"'
 
 T = TypeVar("T")
 

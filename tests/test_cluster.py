@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.cluster import Cluster, wait_until
+from tests.cluster import ROOT, Cluster, wait_until
 
 APP = "tests.apps.basic"
 
@@ -36,3 +39,23 @@ def test_a_worker_may_have_another_pool(cluster: Cluster, pool: str) -> None:
     basic = cluster.app(APP)
     cluster.worker(APP, pool=pool, loglevel="WARNING")
     assert basic.engine.submit(basic.add.s(1, 2)).get(timeout=30) == 3
+
+
+def test_workers_end_with_the_tests_even_if_those_are_killed(tmp_path: Path) -> None:
+    script = """
+import os, signal, sys
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from tests.cluster import Worker
+
+worker = Worker("orphan", ["sleep", "600"], os.environ, Path(sys.argv[1]))
+worker.start()
+print(worker.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "log")]
+    killed = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    wait_until(lambda: not psutil.pid_exists(int(killed.stdout)), what="end of the worker")
