@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,7 +48,13 @@ class ThreeWays:
         result = make(self.plain.tasks).apply_async()
         run = self.engine.submit(make(self.byrd.tasks))
         assert outcome_of(lambda: run.get(timeout=60)) == expected
-        theirs = outcome_of(lambda: result.get(timeout=60))
+        theirs = outcome_of(lambda: result.get(timeout=20))
+        for _ in range(2):
+            if theirs.kind != "TimeoutError":
+                break
+            # Plain Celery loses a message or a result now and then, on a busy machine: that is what Byrd is for.
+            again = make(self.plain.tasks).apply_async()
+            theirs = outcome_of(partial(again.get, timeout=40))
         # Of several failures in a group, a worker's get() raises the one that comes first in time.
         assert (theirs.value, theirs.kind) == (_expected(worker, expected).value, _expected(worker, expected).kind)
         assert eager(lambda: make(self.local.tasks)) == _expected(eagerly, expected)
