@@ -259,11 +259,12 @@ ClusterFactory = Callable[..., Cluster]
 
 
 def _disconnect_results(app: Celery) -> None:
-    """Close what a result backend in Redis leaves open."""
-    if isinstance(app.backend, RedisBackend):
-        app.backend.result_consumer.stop()
-        app.backend.result_consumer._pubsub = None  # or results that are collected later would connect anew
-        app.backend.client.connection_pool.disconnect()
+    """Close what a result backend in Redis leaves open; one that was never used is not made for it."""
+    backend = app._backend
+    if isinstance(backend, RedisBackend):
+        backend.result_consumer.stop()
+        backend.result_consumer._pubsub = None  # or results that are collected later would connect anew
+        backend.client.connection_pool.disconnect()
 
 
 @contextmanager
