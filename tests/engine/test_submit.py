@@ -368,3 +368,8 @@ def test_a_broker_that_is_away_loses_nothing(cluster: Cluster, monkeypatch: pyte
     assert run.steps()[0].status == "ready"
     cluster.worker(APP)
     assert run.get(timeout=30) == 3
+
+
+def test_a_naive_eta_is_utc_as_in_celery(app: Any, cluster: Cluster) -> None:
+    run = app.engine.submit(app.add.s(1, 1).set(eta="2040-01-02T03:04:05"))
+    assert run.steps()[0].run_at == datetime(2040, 1, 2, 3, 4, 5, tzinfo=UTC)
