@@ -1,0 +1,100 @@
+"""Small workflows whose every boundary a test can afford to be killed at; effects go to the table ``effects``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from celery import Celery, Task
+from sqlalchemy import Connection, text
+
+import byrd
+
+app = Celery("crash")
+engine = byrd.Byrd(app)
+
+
+@app.task
+def add(x: Any, y: Any) -> Any:
+    """x + y."""
+    return x + y
+
+
+@app.task
+def total(values: list[Any]) -> Any:
+    """The sum of a list."""
+    return sum(values)
+
+
+@app.task
+def fail(*_: Any) -> None:
+    """Raise ValueError."""
+    raise ValueError("no")
+
+
+@app.task(bind=True, max_retries=3)
+def flaky(self: Task, failures: int, value: Any) -> Any:
+    """Ask for so many retries, then return the value."""
+    if self.request.retries < failures:
+        raise self.retry(countdown=0)
+    return value
+
+
+@app.task(bind=True)
+def expand(self: Task, n: int) -> Any:
+    """Let a canvas take the task's place."""
+    raise self.replace(add.s(n, 1) | add.s(10))
+
+
+@app.task(bind=True, base=byrd.CheckpointTask)
+def count_up(self: byrd.CheckpointTask, name: str, most: int) -> int:
+    """Write the numbers below ``most`` to a table, in the transactions that commit the checkpoints."""
+
+    def save(conn: Connection, outcomes: list[byrd.Outcome]) -> None:
+        rows = [{"name": name, "n": outcome.item} for outcome in outcomes]
+        conn.execute(text("INSERT INTO effects (name, n) VALUES (:name, :n)"), rows)
+
+    def numbers(cursor: int | None) -> Iterator[tuple[int, int]]:
+        return ((n, n) for n in range(0 if cursor is None else cursor + 1, most))
+
+    first = self.step("first", lambda: 7)
+    done = self.iterate(numbers, lambda n: n, save=save, batch_size=2)
+    with self.transaction() as conn:
+        conn.execute(text("INSERT INTO effects (name, n) VALUES (:name, -1)"), {"name": name})
+    return int(done.completed) + int(first)
+
+
+@app.task(bind=True)
+def cancel_itself(self: Task) -> str:
+    """Cancel the run that it is a step of, as a person may at this very moment."""
+    run = engine.get(self.request.root_id)
+    if run.status == "running":
+        run.cancel(compensate=True)
+    return "cancelled"
+
+
+@app.task(base=byrd.SagaTask)
+def reserve(what: str) -> str:
+    """Do what can be undone."""
+    return what.upper()
+
+
+@reserve.compensation
+def release(reservation: str, what: str) -> None:
+    """Undo it: safe to repeat, as each compensation must be."""
+    note(reservation, what)
+
+
+def note(reservation: str, what: str) -> None:
+    """Leave a trace, once."""
+    with engine.runtime.user_store.engine.begin() as conn:
+        conn.execute(
+            text("INSERT INTO effects (name, n) VALUES (:name, 1) ON CONFLICT DO NOTHING"),
+            {"name": f"{reservation} {what}"},
+        )
+
+
+@engine.workflow("crash.order")
+def order(start: int) -> Any:
+    """A workflow with a name."""
+    return add.s(start, 1) | add.s(1)
