@@ -13,11 +13,14 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3 python;
 # Tests mostly wait, for processes to start and leases to end: more of them at once than a small machine has cores.
 JOBS ?= 4
 
+# How long `make soak` injects faults.
+SOAK ?= 10m
+
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONHOME PYTHONPATH VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dev test check lint types imports format bench lock build clean
+.PHONY: help demo dev test check lint types imports format bench soak lock build clean
 
 help: ## Show this list
 	@printf '\n  \033[1mByrd\033[0m: durable workflows for Celery\n\n'
@@ -51,6 +54,9 @@ format: $(READY) ## Format the code, and fix what can be fixed safely
 
 bench: $(READY) ## Compare with plain Celery, as ratios in one run
 	@$(BIN)/python -m benchmarks
+
+soak: $(READY) ## Ten minutes of faults under full load, then an audit; SOAK=1h is longer
+	@$(BIN)/byrd chaos --embedded --for $(SOAK) --report build/soak.json
 
 lock: $(READY) ## Resolve the dependencies anew into constraints.txt
 	@$(BIN)/python -m pip install --quiet uv

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import time
-from datetime import UTC, datetime
-from typing import Any
+from datetime import UTC, datetime, timedelta
+from typing import Any, ClassVar
 
 import django
 from celery import schedules
@@ -37,6 +37,7 @@ from django_celery_beat.utils import NEVER_CHECK_TIMEOUT
 
 from beat import SUBMIT_TASK
 from beat.calls import check_signature, read_call
+from beat.clock import DatabaseClock, ask
 from beat.timetable import DueTimes, due_times_of
 from byrd.errors import ByrdError, ConfigurationError, NotLiveError
 
@@ -45,11 +46,14 @@ logger = get_logger(__name__)
 _RETRY_SECONDS = 5.0
 _LONGEST_RETRY_SECONDS = 30.0
 _LONG_AGO = datetime.min.replace(tzinfo=UTC)
+#: A schedule that was fired so much later than now was fired by a wrong clock, or written to by one.
+_AHEAD = timedelta(seconds=1)
 
 
 class ByrdEntry(ModelEntry):
     """A periodic task in memory.  Of a schedule it says when to look; what to do then is up to the row."""
 
+    clock: ClassVar[DatabaseClock] = DatabaseClock()
     due_times: DueTimes | None = None  # None: an ordinary periodic task
     not_before = 0.0  # on the monotonic clock
     failures = 0
@@ -72,8 +76,8 @@ class ByrdEntry(ModelEntry):
             return schedules.schedstate(is_due=False, next=wait)
         if not self.model.enabled:
             return schedules.schedstate(is_due=False, next=_RETRY_SECONDS)
-        now = datetime.now(UTC)
-        if self.due_times.due(now) is not None or _expired(self.model, now):
+        now = self.clock.now()
+        if self.due_times.due(now) is not None or _expired(self.model, now) or _fired_later(self.due_times, now):
             return schedules.schedstate(is_due=True, next=0)  # then it is asked again, and answers from the new row
         following = self.due_times.following(now)
         wait = NEVER_CHECK_TIMEOUT if following is None else (following - now).total_seconds()
@@ -119,6 +123,9 @@ class ByrdScheduler(DatabaseScheduler):
 
     def tick(self, *args: Any, **kwargs: Any) -> float:
         try:
+            if ByrdEntry.clock.set(router.db_for_write(self.Model)):
+                logger.warning("Postgres's clock was stepped: all schedules are looked at again")
+                self._heap = None
             wait: float = super().tick(*args, **kwargs)
         except (OperationalError, InterfaceError) as error:
             logger.warning("Postgres does not answer, trying again in %.0f s: %s", _RETRY_SECONDS, _line(error))
@@ -126,6 +133,10 @@ class ByrdScheduler(DatabaseScheduler):
             close_old_connections()
             return _RETRY_SECONDS
         return wait
+
+    def _when(self, entry: Any, next_time_to_run: float, *_: Any) -> float:
+        # Celery's heap goes by the time of day: once that is set back, nothing would be looked at until it caught up.
+        return time.monotonic() + (self.adjust(next_time_to_run) or 0)
 
     def schedule_changed(self) -> bool:
         known = self._last_timestamp
@@ -158,9 +169,9 @@ class ByrdScheduler(DatabaseScheduler):
         one-off fires for one beat.  Killed after the submission and before the record, the due time is submitted again
         under its key, which changes nothing.
         """
-        now = datetime.now(UTC)
         database = router.db_for_write(self.Model)
         with transaction.atomic(using=database):
+            now = ask(database)
             rows = self.Model.objects.using(database).filter(pk=entry.model.pk)
             locked = rows.select_related("interval", "crontab", "solar", "clocked")
             row = locked.select_for_update(skip_locked=True, of=("self",)).first()
@@ -181,7 +192,15 @@ class ByrdScheduler(DatabaseScheduler):
         if _expired(row, now):
             logger.info("Schedule %s has expired", row.name)
             return paused
-        due = due_times_of(row).due(now)
+        due_times = due_times_of(row)
+        if _fired_later(due_times, now):
+            logger.warning(
+                "Schedule %s was fired at %s, which is yet to come: a clock was wrong. It goes on from now.",
+                row.name,
+                due_times.fired.isoformat(),
+            )
+            return {"last_run_at": now}
+        due = due_times.due(now)
         if due is None:
             return {}
         run = self._submit(row, due)
@@ -205,6 +224,11 @@ def due_key(row: Any, due: datetime) -> str:
 
 def _due_times(row: Any) -> DueTimes | None:
     return due_times_of(row) if row.task == SUBMIT_TASK else None
+
+
+def _fired_later(due_times: DueTimes, now: datetime) -> bool:
+    """Whether no due time of the near future would be fired, for they are done with by a clock that was wrong."""
+    return due_times.fired > now + _AHEAD
 
 
 def _expired(row: Any, now: datetime) -> bool:

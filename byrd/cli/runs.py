@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import getpass
 import json
+import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -17,8 +20,9 @@ from byrd.cli.draw import drawing, status_text
 from byrd.cli.session import Session, command, console, print_json, say
 from byrd.cli.shapes import run_shape, snapshot_shape
 from byrd.engine import Byrd, Run
+from byrd.engine.why_schedule import explain_schedule
 from byrd.engine.words import error_text, moment, shortened, span
-from byrd.errors import ArgumentError, UnknownWorkflowError
+from byrd.errors import ArgumentError, RunNotFoundError, UnknownWorkflowError
 from byrd.model import RunStatus
 from byrd.store import runs as run_store
 from byrd.store.insight import Snapshot, Tally, snapshot, tallies
@@ -256,14 +260,23 @@ def _run_with_tally(engine: Byrd, run_id: str) -> dict[str, Any]:
 
 def _add_why(group: click.Group) -> None:
     @command(group, "why", short_help="Say what a run waits for, or how it ended.")
-    @click.argument("run_id", metavar="RUN")
-    def why(session: Session, *, run_id: str, as_json: bool) -> None:
-        """Say in a sentence each what the RUN waits for, or how it ended."""
+    @click.argument("name", metavar="RUN|SCHEDULE")
+    def why(session: Session, *, name: str, as_json: bool) -> None:
+        """Say in a sentence each what a run waits for, or how it ended; or why a schedule submits none."""
         engine = session.engine(of_app=False)
-        run = engine.get(run_id)
-        reasons = run.why()
+        shape: dict[str, Any]
+        try:
+            run = engine.get(name)
+        except RunNotFoundError:
+            found = explain_schedule(engine, name)
+            if found is None:
+                raise
+            reasons, shape = found, {"schedule": name}
+        else:
+            reasons = run.why()
+            shape = {"run": run.id, "status": str(run.status)}
         if as_json:
-            print_json({"run": run.id, "status": str(run.status), "reasons": reasons})
+            print_json({**shape, "reasons": reasons})
             return
         for reason in reasons:
             say("• " if len(reasons) > 1 else "", reason)
@@ -278,31 +291,37 @@ def _add_operations(group: click.Group) -> None:
     @click.option("--compensate", is_flag=True, help="Then undo its completed saga steps.")
     def cancel(session: Session, *, run_ids: tuple[str, ...], compensate: bool, as_json: bool) -> None:
         """Stop each RUN: what has not started never will, what runs stops at its next checkpoint."""
-        _operate(session, run_ids, lambda run: run.cancel(compensate=compensate), _after_cancel, as_json=as_json)
+        _operate(
+            session,
+            run_ids,
+            lambda run, by: run.cancel(compensate=compensate, by=by),
+            _after_cancel,
+            as_json=as_json,
+        )
 
     @command(group, "pause", short_help="Let nothing more of a run start.")
     @click.argument("run_ids", metavar="RUN...", nargs=-1, required=True)
     def pause(session: Session, *, run_ids: tuple[str, ...], as_json: bool) -> None:
         """Pause each RUN: nothing more of it starts, checkpointed steps stop at their next checkpoint."""
-        _operate(session, run_ids, Run.pause, _after_pause, as_json=as_json)
+        _operate(session, run_ids, lambda run, by: run.pause(by=by), _after_pause, as_json=as_json)
 
     @command(group, "resume", short_help="Let a paused run go on.")
     @click.argument("run_ids", metavar="RUN...", nargs=-1, required=True)
     def resume(session: Session, *, run_ids: tuple[str, ...], as_json: bool) -> None:
         """Let each paused RUN go on."""
-        _operate(session, run_ids, Run.resume, _after_resume, as_json=as_json)
+        _operate(session, run_ids, lambda run, by: run.resume(by=by), _after_resume, as_json=as_json)
 
     @command(group, "retry", short_help="Try again what did not succeed.")
     @click.argument("run_ids", metavar="RUN...", nargs=-1, required=True)
     def retry(session: Session, *, run_ids: tuple[str, ...], as_json: bool) -> None:
         """Try each failed or cancelled RUN again, keeping what succeeded; or the compensation that is stuck."""
-        _operate(session, run_ids, Run.retry, _after_resume, as_json=as_json)
+        _operate(session, run_ids, lambda run, by: run.retry(by=by), _after_resume, as_json=as_json)
 
 
 def _operate(
     session: Session,
     run_ids: Sequence[str],
-    act: Callable[[Run], None],
+    act: Callable[[Run, str], None],
     tell: Callable[[str, RunStatus], str],
     *,
     as_json: bool,
@@ -311,7 +330,7 @@ def _operate(
     found = [engine.get(run_id) for run_id in run_ids]  # all of them, before anything happens to one
     done = []
     for run in found:
-        act(run)
+        act(run, _operator())
         status = run.status
         message = tell(run.id[:8], status)
         done.append({"run": run.id, "status": str(status), "message": message})
@@ -319,6 +338,15 @@ def _operate(
             say(message)
     if as_json:
         print_json({"runs": done})
+
+
+def _operator() -> str:
+    """Return who is at this command line, for the run's history."""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # a container's user id often has no name
+        user = str(os.getuid()) if hasattr(os, "getuid") else "somebody"
+    return f"{user}@{socket.gethostname()}"
 
 
 def _after_cancel(run: str, status: RunStatus) -> str:

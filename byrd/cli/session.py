@@ -214,8 +214,12 @@ def say(*parts: str | tuple[str, str]) -> None:
 
 def print_json(value: Any, *, lines: bool = False) -> None:
     """Print JSON; ``lines`` puts it on one line."""
-    text = json.dumps(value, default=_as_json, ensure_ascii=False, indent=None if lines else 2)
-    print(text, file=_stream(), flush=True)
+    print(json_text(value, lines=lines), file=_stream(), flush=True)
+
+
+def json_text(value: Any, *, lines: bool = False) -> str:
+    """Return a value as the JSON that commands print."""
+    return json.dumps(value, default=_as_json, ensure_ascii=False, indent=None if lines else 2)
 
 
 def _stream(*, stderr: bool = False) -> IO[str]:

@@ -106,26 +106,26 @@ class Run:
 
         return explain(self.engine, self.id)
 
-    # -- commands --------------------------------------------------------------------------------
+    # -- commands: ``by`` names who gives them, for the history and `byrd why` ---------------------
 
-    def cancel(self, *, compensate: bool = False) -> None:
+    def cancel(self, *, compensate: bool = False, by: str | None = None) -> None:
         """Stop the run: what has not started never will, what runs stops at its next checkpoint.
 
         ``compensate``: then undo its completed saga steps.
         """
-        self._publish(self._store.run(runs.cancel, self.id, compensate=compensate, token=_token()))
+        self._publish(self._store.run(runs.cancel, self.id, compensate=compensate, by=by, token=_token()))
 
-    def pause(self) -> None:
+    def pause(self, *, by: str | None = None) -> None:
         """Let nothing more start until :meth:`resume`."""
-        self._store.run(runs.pause, self.id, token=_token())
+        self._store.run(runs.pause, self.id, by=by, token=_token())
 
-    def resume(self) -> None:
+    def resume(self, *, by: str | None = None) -> None:
         """Go on after :meth:`pause`."""
-        self._publish(self._store.run(runs.resume, self.id, token=_token()))
+        self._publish(self._store.run(runs.resume, self.id, by=by, token=_token()))
 
-    def retry(self) -> None:
+    def retry(self, *, by: str | None = None) -> None:
         """Try again what did not succeed in a failed or cancelled run, or the compensation that is stuck."""
-        self._publish(self._store.run(runs.retry, self.id, token=_token()))
+        self._publish(self._store.run(runs.retry, self.id, by=by, token=_token()))
 
     @property
     def _store(self) -> Store:

@@ -25,11 +25,22 @@ _DEFAULTS: dict[str, Any] = {
     # Outages of the broker are waited out, at the start and later.
     "broker_connection_retry_on_startup": True,
     "broker_connection_max_retries": None,
+    # So is a broker that answers with refusals: a Redis without memory, or one that has become a replica.
+    "broker_channel_error_retry": True,
+    # Celery's own tables of results are made when they are needed first.  Steps need none, and one that is the first of
+    # its process would fail if Postgres went away just then.
+    "database_create_tables_at_setup": False,
     # A running step needs no broker; cancelling it would repeat its work.
     "worker_cancel_long_running_tasks_on_connection_loss": False,
 }
-#: Without them a publisher or consumer may wait for a frozen Redis for ever (socket_timeout is None by default).
-_REDIS_TIMEOUTS = {"socket_timeout": 5, "socket_connect_timeout": 5, "socket_keepalive": True}
+#: Without them a publisher or consumer may wait for a frozen Redis for ever (socket_timeout is None by default), or for
+#: one that it is cut off from (kombu looks each 25 s whether its connections are dead).
+_REDIS_TIMEOUTS = {
+    "socket_timeout": 5,
+    "socket_connect_timeout": 5,
+    "socket_keepalive": True,
+    "health_check_interval": 5,
+}
 _UNIQUE_VIOLATION = "23505"
 _NO_TABLES = ("42P01", "3F000")
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from byrd.engine.words import ago, count, error_text, moment, since, span
+from byrd.engine.words import ago, count, error_text, moment, shortened, since, span
 from byrd.model import RunStatus, StepKind
 from byrd.store import Store, insight
 from byrd.store.insight import OpenStep, Standing
+from byrd.worker.bootstep import settings_of
 
 if TYPE_CHECKING:
     from byrd.engine.engine import Byrd
@@ -19,6 +19,40 @@ if TYPE_CHECKING:
 _ONE_BY_ONE = 3
 #: A message that was published is usually taken at once; after this time it is worth a word.
 _TAKEN_SECONDS = 1.0
+#: A step that is due is published within a sweep; after this time something is wrong with it.
+_PUBLISHED_SECONDS = 5.0
+#: A step that lost its worker this often may be what kills it.
+_SUSPECT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """The run in question, and whom to ask about it."""
+
+    engine: Byrd
+    standing: Standing
+    _depths: dict[str, int | str | None] = field(default_factory=dict)
+
+    @property
+    def store(self) -> Store:
+        return self.engine.runtime.store
+
+    @property
+    def short(self) -> str:
+        return self.standing.run.id[:8]
+
+    def depth(self, queue: str) -> int | str | None:
+        """Return how many messages are in a queue, or how the broker fails to say; None where no broker is known."""
+        if not self.engine.app.conf.broker_url:
+            return None
+        if queue not in self._depths:
+            try:
+                self._depths[queue] = self.engine.runtime.publisher.count(queue)
+            except Exception as exc:  # noqa: BLE001 - each transport has errors of its own
+                with self.engine.app.connection_for_write() as connection:
+                    where = connection.as_uri()
+                self._depths[queue] = f"{where}, does not answer here ({shortened(str(exc), 100)})"
+        return self._depths[queue]
 
 
 def explain(engine: Byrd, run_id: str) -> list[str]:
@@ -26,24 +60,23 @@ def explain(engine: Byrd, run_id: str) -> list[str]:
 
     Raises :class:`RunNotFoundError` when there is no such run.
     """
-    store = engine.runtime.store
-    standing = store.run(insight.standing, run_id)
+    standing = engine.runtime.store.run(insight.standing, run_id)
+    case = _Case(engine, standing)
     if standing.run.finished_at is not None:
-        return _ended(store, standing)
+        return _ended(case)
     status = RunStatus(standing.run.status)
     if status is RunStatus.ROLLBACK_STUCK:
-        return [_stuck(store, standing)]
-    said = _of_run(store, standing, status)
-    sentences = [said] if said else []
+        return [_stuck(case)]
+    sentences = [said for said in (_overdue(case, status), _of_run(case, status)) if said]
     if status is RunStatus.PAUSED:
-        sentences += _told([_held(step, standing, paused=True) for step in standing.open_steps if _runs(step)])
+        sentences += _told([_held(case, step, paused=True) for step in standing.open_steps if _runs(step)])
         return sentences
-    reasons = [_reason(store, step, standing) for step in standing.open_steps]
+    reasons = [_reason(case, step) for step in standing.open_steps]
     sentences += _told(reasons, more=standing.open_count - len(standing.open_steps))
     if not reasons:
         sentences.append(
             f"None of its steps is ready or running, which should never be: please report it, with the output of "
-            f"`byrd show {_short(standing)} --json`."
+            f"`byrd show {case.short} --json`."
         )
     return sentences
 
@@ -51,59 +84,76 @@ def explain(engine: Byrd, run_id: str) -> list[str]:
 # -- the run ---------------------------------------------------------------------------------------
 
 
-def _ended(store: Store, standing: Standing) -> list[str]:
-    run, now = standing.run, standing.now
+def _ended(case: _Case) -> list[str]:
+    run, now, events = case.standing.run, case.standing.now, case.standing.events
     when = moment(run.finished_at, now)
     took = span(((run.finished_at or now) - run.created_at).total_seconds())
     if run.status == RunStatus.SUCCEEDED:
         return [f"It succeeded at {when}, {took} after it was submitted."]
-    undone, _ = store.run(insight.compensations, run.id)
+    undone, _ = case.store.run(insight.compensations, run.id)
     if run.status == RunStatus.CANCELLED:
-        first = f"It was cancelled at {when}."
-    elif run.outcome == "failed" and run.deadline is not None and "cancel_requested" in standing.events:
+        asked = events.get("cancel_requested")
+        first = f"It was cancelled at {when}{f' by {asked.by}' if asked and asked.by else ''}."
+    elif run.outcome == "failed" and run.deadline is not None and "cancel_requested" in events:
         first = f"It failed at {when}: its deadline, {moment(run.deadline, now)}, had passed, so it was stopped."
     else:
-        first = f"It failed at {when}: {_failure(store, standing)}."
+        first = f"It failed at {when}: {_failure(case)}."
     if undone:
         return [first, f"{count(undone, 'completed step was', 'completed steps were')} undone; submit it anew."]
-    return [first, f"`byrd retry {_short(standing)}` keeps what succeeded and tries the rest again."]
+    return [first, f"`byrd retry {case.short}` keeps what succeeded and tries the rest again."]
 
 
-def _failure(store: Store, standing: Standing) -> str:
-    failed = store.run(insight.failure_of, standing.run.id)
+def _failure(case: _Case) -> str:
+    run = case.standing.run
+    failed = case.store.run(insight.failure_of, run.id)
     if failed is None:
-        return error_text(standing.run.error)
+        return error_text(run.error)
     tries = f" in attempt {failed.attempt}" if failed.attempt > 1 else ""
     return f"step {failed.no} ({failed.task}) ended with {error_text(failed.error)}{tries}"
 
 
-def _stuck(store: Store, standing: Standing) -> str:
-    failed = store.run(insight.failure_of, standing.run.id, compensation=True)
-    done, total = store.run(insight.compensations, standing.run.id)
+def _stuck(case: _Case) -> str:
+    run, now = case.standing.run, case.standing.now
+    failed = case.store.run(insight.failure_of, run.id, compensation=True)
+    done, total = case.store.run(insight.compensations, run.id)
     if failed is None:  # retried by an operator between the two questions
         return f"Its rollback was stuck, and goes on now: {done} of {count(total, 'compensation')} done."
     return (
-        f"Its rollback is stuck since {moment(failed.finished_at, standing.now)} at step {failed.no} ({failed.task}), "
+        f"Its rollback is stuck since {moment(failed.finished_at, now)} at step {failed.no} ({failed.task}), "
         f"which undoes step {failed.compensates}: {error_text(failed.error)}, in attempt {failed.attempt}; "
-        f"{done} of {count(total, 'compensation')} done. Remove the cause, then `byrd retry {_short(standing)}`."
+        f"{done} of {count(total, 'compensation')} done. Remove the cause, then `byrd retry {case.short}`."
     )
 
 
-def _of_run(store: Store, standing: Standing, status: RunStatus) -> str | None:
+def _overdue(case: _Case, status: RunStatus) -> str | None:
+    """Say so when the run's deadline has passed, and nobody has stopped it yet."""
+    deadline, now = case.standing.run.deadline, case.standing.now
+    if deadline is None or deadline > now or status not in (RunStatus.RUNNING, RunStatus.PAUSED):
+        return None
+    helped = any(worker.alive for worker in case.standing.workers)
+    then = "recovery is about to stop it" if helped else "a worker, or `byrd relay`, stops it once one is started"
+    return f"Its deadline passed at {since(deadline, now)}: {then}."
+
+
+def _of_run(case: _Case, status: RunStatus) -> str | None:
     """Say what the status itself explains: a run that is simply running needs no word."""
 
     def when(event: str) -> str:
-        return since(standing.events[event], standing.now) if event in standing.events else "some time"
+        found = case.standing.events.get(event)
+        if found is None:
+            return "some time"
+        return since(found.at, case.standing.now) + (f", by {found.by}" if found.by else "")
 
     if status is RunStatus.PAUSED:
-        return f"It is paused since {when('paused')}: nothing more starts until `byrd resume {_short(standing)}`."
+        return f"It is paused since {when('paused')}: nothing more starts until `byrd resume {case.short}`."
     if status is RunStatus.CANCELLING:
+        late = " because its deadline had passed" if case.standing.run.outcome == "failed" else ""
         return (
-            f"It is being cancelled since {when('cancel_requested')}, and waits for what still runs to reach its next "
-            "checkpoint, or its end."
+            f"It is being cancelled since {when('cancel_requested')}{late}, and waits for what still runs to reach its "
+            "next checkpoint, or its end."
         )
     if status is RunStatus.COMPENSATING:
-        done, total = store.run(insight.compensations, standing.run.id)
+        done, total = case.store.run(insight.compensations, case.standing.run.id)
         return (
             f"It is being rolled back since {when('rollback_started')}: {done} of {count(total, 'compensation')} done."
         )
@@ -145,22 +195,22 @@ def _subject(step: OpenStep) -> str:
     return f"Step {step.no} ({step.task}{what})" + ("," if what else "")
 
 
-def _reason(store: Store, step: OpenStep, standing: Standing) -> _Reason:
+def _reason(case: _Case, step: OpenStep) -> _Reason:
     if _runs(step):
-        return _held(step, standing)
+        return _held(case, step)
     if not step.due:
-        return _delayed(step, standing)
-    return _due(store, step, standing)
+        return _delayed(case, step)
+    return _due(case, step)
 
 
 def _runs(step: OpenStep) -> bool:
     return step.status == "running"
 
 
-def _held(step: OpenStep, standing: Standing, *, paused: bool = False) -> _Reason:
-    now = standing.now
+def _held(case: _Case, step: OpenStep, *, paused: bool = False) -> _Reason:
+    now = case.standing.now
     if step.worker is None or step.lease_until is None or step.lease_until <= now:
-        return _lost(step, standing)
+        return _lost(case, step)
     progress = ""
     if step.checkpoint_at is not None:
         failed = f" and {step.failed:,} failed" if step.failed else ""
@@ -169,6 +219,7 @@ def _held(step: OpenStep, standing: Standing, *, paused: bool = False) -> _Reaso
         progress += "; the worker is shutting down, and gives it back at its next checkpoint unless it ends before"
     elif paused:
         progress += "; it stops at its next checkpoint, or goes on to its end"
+    progress += _suspect(case, step)
     started = since(step.started_at, now) if step.started_at else "a moment ago"
     attempt = f", attempt {step.attempt}" if step.attempt > 1 else ""
     until = moment(step.lease_until, now)
@@ -184,9 +235,25 @@ def _held(step: OpenStep, standing: Standing, *, paused: bool = False) -> _Reaso
     return _Reason(step, ("held", step.worker, step.stopping), text)
 
 
-def _lost(step: OpenStep, standing: Standing) -> _Reason:
-    ended = f" at {moment(step.lease_until, standing.now)}" if step.lease_until else ""
-    helped = any(worker.alive for worker in standing.workers)
+def _suspect(case: _Case, step: OpenStep) -> str:
+    """Say of a step that lost its worker again and again when it is given up: it may be what kills the worker."""
+    if step.preemptions < _SUSPECT:
+        return ""
+    left = settings_of(case.engine.app).max_preemptions + 1 - step.preemptions
+    again = "once more" if left <= 1 else f"{left} times more"
+    why = ""
+    if step.last_outcome == "preempted" and step.last_ended_at is not None:
+        why = f" (the last time at {moment(step.last_ended_at, case.standing.now)}: {_loss(step)})"
+    return f"; it lost its worker {step.preemptions} times{why}, and fails with StepLostError if it does {again}"
+
+
+def _loss(step: OpenStep) -> str:
+    return error_text(step.last_error).partition(": ")[2] or f"worker {step.last_worker} is gone"
+
+
+def _lost(case: _Case, step: OpenStep) -> _Reason:
+    ended = f" at {moment(step.lease_until, case.standing.now)}" if step.lease_until else ""
+    helped = any(worker.alive for worker in case.standing.workers)
     then = "recovery is about to make ready" if helped else "starting a worker, or `byrd relay`, will make ready"
     name = step.worker or "that is not registered any more"
     return _Reason(
@@ -199,10 +266,10 @@ def _lost(step: OpenStep, standing: Standing) -> _Reason:
     )
 
 
-def _delayed(step: OpenStep, standing: Standing) -> _Reason:
-    when = f"{moment(step.run_at, standing.now)}"
+def _delayed(case: _Case, step: OpenStep) -> _Reason:
+    when = f"{moment(step.run_at, case.standing.now)}"
     if step.run_at is not None and step.run_at.year < 9999:
-        when += f" ({ago(step.run_at, standing.now)})"
+        when += f" ({ago(step.run_at, case.standing.now)})"
     if step.retries and step.last_outcome == "retried":
         why = error_text(step.last_error) if step.last_error else "it asked for a retry"
         return _Reason(
@@ -218,43 +285,45 @@ def _delayed(step: OpenStep, standing: Standing) -> _Reason:
     )
 
 
-def _due(store: Store, step: OpenStep, standing: Standing) -> _Reason:
+def _due(case: _Case, step: OpenStep) -> _Reason:
     """A step whose time has come: is there a worker for it, a free slot, a message?"""
-    live = [worker for worker in standing.workers if worker.alive and not worker.stopping]
+    alive = [worker for worker in case.standing.workers if worker.alive]
+    live = [worker for worker in alive if not worker.stopping]
     there = [worker for worker in live if step.queue in worker.queues]
     able = [worker for worker in there if step.task.startswith("celery.") or step.task in worker.tasks]
     queue = f"queue {step.queue!r}"
     if not live:
-        alone = "but no worker is alive: start one with `celery -A <app> worker`"
-        return _ready(step, standing, ("no worker",), lambda: alone)
+        state = "every worker that is alive is shutting down" if alive else "no worker is alive"
+        alone = f"but {state}: start one with `celery -A <app> worker`"
+        return _ready(case, step, ("no worker",), lambda: alone)
     if not there:
         consumed = ", ".join(sorted({name for worker in live for name in worker.queues}))
         unheard = (
             f"in {queue}, which no live worker consumes (they consume {consumed}): start one with "
             f"`celery -A <app> worker -Q {step.queue}`"
         )
-        return _ready(step, standing, ("no consumer", step.queue), lambda: unheard)
+        return _ready(case, step, ("no consumer", step.queue), lambda: unheard)
     if not able:
         unknown = (
             f"but no live worker on {queue} has the task {step.task} registered: deploy the code that defines it, "
             "or import its module in the app"
         )
-        return _ready(step, standing, ("unknown task", step.queue), lambda: unknown)
+        return _ready(case, step, ("unknown task", step.queue), lambda: unknown)
     slots = sum(worker.concurrency for worker in able)
     if slots and sum(worker.running for worker in able) >= slots:
 
         def slot() -> str:
-            before = _before(store, step)
+            before = _before(case, step)
             return f"for a free slot in {queue}{', behind ' + before if before else ''}: {_all_busy(slots)}"
 
-        return _ready(step, standing, ("slot", step.queue), slot, verb="wait")
+        return _ready(case, step, ("slot", step.queue), slot, verb="wait")
     key = ("message", step.queue, step.sends > 1)
-    return _ready(step, standing, key, lambda: _message(step, standing.now, _before(store, step)))
+    return _ready(case, step, key, lambda: _message(case, step))
 
 
-def _before(store: Store, step: OpenStep) -> str:
+def _before(case: _Case, step: OpenStep) -> str:
     """Count the steps before it in its queue: a query, so it is asked for those steps only that are told of."""
-    found = store.run(insight.steps_before, step.queue, step.ready_at) if step.ready_at else 0
+    found = case.store.run(insight.steps_before, step.queue, step.ready_at) if step.ready_at else 0
     return count(found, "step") if found else ""
 
 
@@ -262,32 +331,49 @@ def _all_busy(slots: int) -> str:
     return f"all {slots:,} are busy" if slots > 1 else "the only one is busy"
 
 
-def _message(step: OpenStep, now: datetime, before: str) -> str:
-    behind = f"; {before} became ready before it" if before else ""
+def _message(case: _Case, step: OpenStep) -> str:
+    now, queue = case.standing.now, f"queue {step.queue!r}"
+    before = _before(case, step)
+    behind = (f"; {before} became ready before it" if before else "") + _rate(case, step)
+    waited = (now - step.ready_at).total_seconds() if step.ready_at else 0.0
+    fresh = step.sends == 1 and waited < _TAKEN_SECONDS
+    depth = None if fresh else case.depth(step.queue)
+    if isinstance(depth, str):
+        return f"but the broker, {depth}: its message is sent to {queue} once it does{behind}"
     if step.sends == 0 or step.wake_at is None:
-        return f"and about to be published to queue {step.queue!r}{behind}"
-    at = f"at {moment(step.wake_at, now)}" if step.wake_at > now else "now"
-    if step.sends == 1:
-        waited = (now - step.ready_at).total_seconds() if step.ready_at else 0.0
-        taken = "not taken yet" if waited >= _TAKEN_SECONDS else "about to be taken"
-        return f"and its message is in queue {step.queue!r}, {taken}; should it be lost, it is sent again {at}{behind}"
-    return (
-        f"and its message was sent {step.sends:,} times to queue {step.queue!r} without being taken: it was lost, or "
-        f"waits behind other messages; it is sent again {at}{behind}"
-    )
+        late = step.run_at is not None and (now - step.run_at).total_seconds() > _PUBLISHED_SECONDS
+        so = ", but late: see the workers' logs for what keeps their relay from it" if late else ""
+        return f"and about to be published to {queue}{so}{behind}"
+    again = f"it is sent again {'at ' + moment(step.wake_at, now) if step.wake_at > now else 'now'}{behind}"
+    sent = f"was sent {step.sends:,} times to" if step.sends > 1 else "was sent to"
+    if fresh:
+        return f"and its message {sent} {queue}, about to be taken; should it be lost, {again}"
+    if depth is None:
+        return f"and its message {sent} {queue} without being taken: should it be lost, {again}"
+    if depth == 0:
+        taken = "it was lost, or a worker that is busy or frozen took it"
+        return f"and its message {sent} {queue}, which is empty: {taken}; {again}"
+    held = count(depth, "message", "messages")
+    return f"and its message {sent} {queue}, where {held} {'is' if depth == 1 else 'are'} not taken yet; {again}"
+
+
+def _rate(case: _Case, step: OpenStep) -> str:
+    """Say whether a worker may be holding the message back: Celery's rate limits are in its memory only."""
+    app = case.engine.app
+    limit = getattr(app.tasks.get(step.task), "rate_limit", None) or app.conf.task_default_rate_limit
+    return f"; its task is limited to {limit}, so a worker may hold it back" if limit else ""
 
 
 def _ready(
-    step: OpenStep, standing: Standing, key: tuple[object, ...], why: Callable[[], str], *, verb: str = "be"
+    case: _Case, step: OpenStep, key: tuple[object, ...], why: Callable[[], str], *, verb: str = "be"
 ) -> _Reason:
-    now = standing.now
+    now = case.standing.now
     ready = f" since {since(step.ready_at, now)}" if step.ready_at else ""
-    after = ""
-    if step.last_outcome == "preempted" and step.last_ended_at is not None:
-        lost = error_text(step.last_error).partition(": ")[2] or f"worker {step.last_worker} is gone"
-        after = f"; it lost its worker at {moment(step.last_ended_at, now)} ({lost})"
+    after = _suspect(case, step)
+    if not after and step.last_outcome == "preempted" and step.last_ended_at is not None:
+        after = f"; it lost its worker at {moment(step.last_ended_at, now)} ({_loss(step)})"
     elif step.last_outcome == "retried" and step.last_error:
-        after = f"; its attempt {step.attempt} ended with {error_text(step.last_error)}"
+        after += f"; its attempt {step.attempt} ended with {error_text(step.last_error)}"
     if step.expires_at is not None:
         after += f"; it expires at {moment(step.expires_at, now)}"
 
@@ -299,7 +385,3 @@ def _ready(
         return start if many else start + after
 
     return _Reason(step, key, text)
-
-
-def _short(standing: Standing) -> str:
-    return standing.run.id[:8]

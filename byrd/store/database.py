@@ -7,10 +7,10 @@ import os
 import random
 import time
 from collections.abc import Callable
-from typing import Concatenate, Never, ParamSpec, TypeVar
+from typing import Any, Concatenate, Never, ParamSpec, TypeVar
 
 from psycopg2 import errors as pg_errors
-from sqlalchemy import Connection, create_engine
+from sqlalchemy import Connection, create_engine, event
 from sqlalchemy.engine import URL, Engine
 from sqlalchemy.exc import DBAPIError, NoSuchTableError, OperationalError, ProgrammingError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -39,18 +39,41 @@ _OUTAGES = (
 _CANCELED = "57014"
 _MISSING = (pg_errors.UndefinedTable, pg_errors.UndefinedColumn, pg_errors.InvalidSchemaName, NoSuchTableError)
 
+#: A peer that is silent for ten seconds is gone: a cable is cut, a host is off.  Linux would wait for a quarter of an
+#: hour, or for two.  Both ends look, for what a broken connection has locked stays locked until the server notices.
+_CONNECT = {
+    "connect_timeout": 5,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+}
+_SESSION = """
+SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 2; SET tcp_keepalives_count = 3; SET tcp_user_timeout = '10s'
+"""
+#: A process that is frozen between two statements holds its locks no longer than this, a stricter database apart.
+_OUR_SESSION = f"""{_SESSION};
+SELECT set_config('idle_in_transaction_session_timeout', '10s', false)
+ WHERE current_setting('idle_in_transaction_session_timeout') = '0'
+"""
+
 
 class Store:
     """A pool of connections to Byrd's database.
 
     ``patience``: for how many seconds a transaction is tried again while Postgres is away; after that it
     raises :class:`StoreUnavailableError`.  A worker passes infinity: what it has done must be recorded.
+    ``for_users``: its transactions hold statements of the user's own, so they may take long, and have the isolation
+    that the database gives them.
     """
 
-    def __init__(self, database_url: str | URL, *, patience: float = 10.0, pool_size: int = 5) -> None:
+    def __init__(
+        self, database_url: str | URL, *, patience: float = 10.0, pool_size: int = 5, for_users: bool = False
+    ) -> None:
         self.url = normalise_url(database_url)
         self.patience = patience
         self._pool_size = pool_size
+        self._for_users = for_users
         self._engine: Engine | None = None
         self._pid = 0
 
@@ -65,15 +88,12 @@ class Store:
                 pool_size=self._pool_size,
                 max_overflow=20,
                 pool_timeout=30,
-                connect_args={
-                    "connect_timeout": 5,
-                    "application_name": "byrd",
-                    "keepalives_idle": 5,
-                    "keepalives_interval": 2,
-                    "keepalives_count": 3,
-                    "options": "-c timezone=UTC",
-                },
+                connect_args={**_CONNECT, "application_name": "byrd", "options": "-c timezone=UTC"},
+                # Byrd's own statements look again after they have waited for a lock; at a higher level they would see
+                # the past.
+                **({} if self._for_users else {"isolation_level": "READ COMMITTED"}),
             )
+            event.listen(self._engine, "connect", self._prepare)
             self._pid = os.getpid()
         return self._engine
 
@@ -109,19 +129,32 @@ class Store:
                 f"Byrd's tables are at version {found}, this Byrd needs {wanted}; run `byrd migrate`"
             )
 
+    def _prepare(self, raw: Any, _record: object) -> None:
+        raw.autocommit = True
+        with raw.cursor() as cursor:
+            cursor.execute(_SESSION if self._for_users else _OUR_SESSION)
+        raw.autocommit = False
+
     def _wait_or_raise(self, exc: SQLAlchemyError, tries: int, deadline: float) -> None:
         cause = getattr(exc, "orig", None)
-        race = isinstance(cause, _RACES)
+        race = is_race(exc)
         if isinstance(cause, _MISSING) and isinstance(exc, ProgrammingError):
-            raise NotMigratedError(f"{_first_line(exc)}; run `byrd migrate`") from exc
+            raise NotMigratedError(f"{first_line(exc)}; run `byrd migrate`") from exc
         if not (race or is_outage(exc)):
             raise exc
+        if isinstance(cause, pg_errors.ReadOnlySqlTransaction):
+            self.engine.dispose()  # this server has become a standby, perhaps: connect anew to whoever is the primary
         if time.monotonic() > deadline:
             _unavailable(self.url, exc)
         if not race and (tries == 1 or tries % 20 == 0):
-            log.warning("Postgres does not answer (try %d): %s", tries, _first_line(exc))
+            log.warning("Postgres does not answer (try %d): %s", tries, first_line(exc))
         longest = 0.05 if race else 1.0
         time.sleep(random.uniform(0.01, min(longest, 0.02 * 2 ** min(tries, 8))))  # noqa: S311 - jitter
+
+
+def is_race(exc: BaseException) -> bool:
+    """Tell whether a transaction has lost against another: the same may be right a moment later."""
+    return isinstance(getattr(exc, "orig", None), _RACES)
 
 
 def is_outage(exc: BaseException) -> bool:
@@ -141,8 +174,9 @@ def is_outage(exc: BaseException) -> bool:
 
 def _unavailable(url: URL, exc: SQLAlchemyError) -> Never:
     where = f"{url.host or 'localhost'}:{url.port or 5432}"
-    raise StoreUnavailableError(f"Postgres at {where} does not answer: {_first_line(exc)}") from exc
+    raise StoreUnavailableError(f"Postgres at {where} does not answer: {first_line(exc)}") from exc
 
 
-def _first_line(exc: SQLAlchemyError) -> str:
+def first_line(exc: SQLAlchemyError) -> str:
+    """Return what the driver said, in one line, without the statement."""
     return (str(getattr(exc, "orig", exc)).strip().splitlines() or [""])[0]

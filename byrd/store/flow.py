@@ -16,6 +16,14 @@ RESEND_SECONDS = 2.0
 
 _NOW = "clock_timestamp()"
 
+#: When the step ``s`` was completed: after what it waited for, though the clock may have been set back since then, for
+#: compensations go by the order of completion.
+COMPLETED_AT = f"""greatest({_NOW}, (SELECT p.finished_at + interval '1 microsecond' FROM byrd.steps p
+    WHERE p.run_id = s.run_id AND p.no = s.after))"""
+
+#: The time to start by of a step that was revoked before it was ready: it will find that it is too late.
+REVOKED = "'epoch'::timestamptz"
+
 _DUE = f"coalesce(s.eta <= {_NOW}, coalesce(s.countdown, 0) <= 0)"
 # A step that is due is published by whoever commits this, so the relay looks again later; one that is not, at its time.
 _RELEASE = f"""
@@ -74,7 +82,7 @@ def _finish_empty_joins(conn: Connection, run_id: str, no: int, *, failed: bool)
     """pending → succeeded for the empty groups after step ``no``: there is nothing that they wait for."""
     rows = query(
         conn,
-        f"""UPDATE byrd.steps SET status = 'succeeded', result = '[]', finished_at = {_NOW}
+        f"""UPDATE byrd.steps s SET status = 'succeeded', result = '[]', finished_at = {COMPLETED_AT}
             WHERE run_id = %(run)s AND after = %(no)s AND on_failure = %(failed)s AND kind = 'join' AND waiting = 0
               AND status = 'pending' RETURNING no, join_no""",
         {"run": run_id, "no": no, "failed": failed},
@@ -140,8 +148,9 @@ def finish_join(conn: Connection, run_id: str, join: int, *, is_join: bool) -> t
         )
         done = query(
             conn,
-            f"""UPDATE byrd.steps SET status = 'succeeded', finished_at = {_NOW}, result =
-                  (SELECT {value} FROM byrd.steps m WHERE m.run_id = %(run)s AND m.join_no = %(join)s)
+            f"""UPDATE byrd.steps s SET status = 'succeeded', (finished_at, result) =
+                  (SELECT greatest({COMPLETED_AT}, max(m.finished_at)), {value} FROM byrd.steps m
+                    WHERE m.run_id = %(run)s AND m.join_no = %(join)s)
                 WHERE run_id = %(run)s AND no = %(join)s AND status = 'pending' RETURNING join_no""",
             params,
         ).one()

@@ -71,8 +71,15 @@ class Standing:
     open_steps: list[OpenStep]
     open_count: int
     workers: list[WorkerRow]
-    #: When each kind of event last happened to the run.
-    events: Mapping[str, datetime]
+    #: The last event of each kind.
+    events: Mapping[str, Event]
+
+
+class Event(NamedTuple):
+    """What happened to a run: when, and who asked for it, where that is known."""
+
+    at: datetime
+    by: str | None
 
 
 class Failure(NamedTuple):
@@ -104,6 +111,32 @@ class Tally(NamedTuple):
     done: int
     running: int
     failed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A periodic task of django-celery-beat that submits a workflow, and the run that it submitted last."""
+
+    name: str
+    now: datetime
+    enabled: bool
+    one_off: bool
+    args: str
+    kwargs: str
+    fired: int
+    date_changed: datetime
+    last_run_at: datetime | None
+    start_time: datetime | None
+    expires: datetime | None
+    #: Of these four one is there: minute, hour, day of month, month, day of week; number and unit; date; event.
+    crontab: list[str] | None
+    timezone: str | None
+    every: int | None
+    period: str | None
+    clocked: datetime | None
+    solar: str | None
+    run_id: str | None
+    run_status: str | None
 
 
 class ServerFacts(NamedTuple):
@@ -151,7 +184,10 @@ def standing(conn: Connection, run_id: str, *, limit: int = 2000) -> Standing:
         {"run": run_id},
     ).scalar_one()
     events = query(
-        conn, "SELECT event, max(at) AS at FROM byrd.events WHERE run_id = %(run)s GROUP BY event", {"run": run_id}
+        conn,
+        """SELECT DISTINCT ON (event) event, at, detail::json->>'by' AS by FROM byrd.events
+            WHERE run_id = %(run)s ORDER BY event, id DESC""",
+        {"run": run_id},
     )
     return Standing(
         run=run,
@@ -159,7 +195,7 @@ def standing(conn: Connection, run_id: str, *, limit: int = 2000) -> Standing:
         open_steps=[OpenStep(**row) for row in rows],
         open_count=int(count),
         workers=list(sweeps.list_workers(conn)),
-        events={row.event: row.at for row in events},
+        events={row.event: Event(row.at, row.by) for row in events},
     )
 
 
@@ -209,7 +245,7 @@ def steps_before(conn: Connection, queue: str, ready_at: datetime) -> int:
     """Return how many due steps became ready in a queue before ``ready_at``; no more than 10,000 are counted."""
     found = query(
         conn,
-        """SELECT count(*) FROM (SELECT 1 FROM byrd.steps WHERE status = 'ready' AND queue = %(queue)s
+        """SELECT count(*) FROM (SELECT 1 FROM byrd.steps WHERE status = 'ready' AND sends > 0 AND queue = %(queue)s
              AND run_at <= clock_timestamp() AND wake_at < 'infinity' AND ready_at < %(ready)s LIMIT %(far)s) before""",
         {"queue": queue, "ready": ready_at, "far": _FAR},
     )
@@ -229,6 +265,40 @@ def tallies(conn: Connection, run_ids: Sequence[str]) -> dict[str, Tally]:
         {"runs": list(run_ids)},
     )
     return {str(row.run_id): Tally(row.total, row.done, row.running, row.failed) for row in rows}
+
+
+# -- schedules: the tables of django-celery-beat, where they are in this database --------------------
+
+
+def schedule(conn: Connection, name: str, *, task: str) -> Schedule | None:
+    """Return the schedule of that name whose periodic task is ``task``; None when there is none, or no such table."""
+    for schema in ("beat.", ""):  # that of the project in beat/, and that of a Django project of the user's own
+        if query(conn, f"SELECT to_regclass('{schema}django_celery_beat_periodictask')").scalar() is None:
+            continue
+        row = query(conn, _SCHEDULE.format(schema=schema), {"name": name, "task": task}).mappings().first()
+        if row is not None:
+            return Schedule(**{**row, "run_id": row["run_id"] and str(row["run_id"])})
+    return None
+
+
+#: The scheduler notes when it has fired right after it has submitted the run, which bears the schedule's key.
+_SCHEDULE = """
+SELECT p.name, clock_timestamp() AS now, p.enabled, p.one_off, p.args, p.kwargs, p.total_run_count AS fired,
+       p.date_changed, p.last_run_at, p.start_time, p.expires,
+       CASE WHEN c.id IS NOT NULL
+            THEN ARRAY[c.minute, c.hour, c.day_of_month, c.month_of_year, c.day_of_week]::text[] END AS crontab,
+       c.timezone, i.every, i.period, k.clocked_time AS clocked, s.event AS solar, r.id AS run_id,
+       r.status AS run_status
+  FROM {schema}django_celery_beat_periodictask p
+  LEFT JOIN {schema}django_celery_beat_crontabschedule c ON c.id = p.crontab_id
+  LEFT JOIN {schema}django_celery_beat_intervalschedule i ON i.id = p.interval_id
+  LEFT JOIN {schema}django_celery_beat_clockedschedule k ON k.id = p.clocked_id
+  LEFT JOIN {schema}django_celery_beat_solarschedule s ON s.id = p.solar_id
+  LEFT JOIN LATERAL (SELECT id, status FROM byrd.runs r WHERE starts_with(r.key, 'schedule:' || p.id || ':')
+                        AND r.created_at BETWEEN p.last_run_at - interval '1 min' AND p.last_run_at + interval '1 min'
+                      ORDER BY r.created_at DESC LIMIT 1) r ON true
+ WHERE p.name = %(name)s AND p.task = %(task)s
+"""
 
 
 # -- the whole set-up ------------------------------------------------------------------------------

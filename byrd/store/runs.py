@@ -40,7 +40,7 @@ def record(
 # -- transitions -----------------------------------------------------------------------------------
 #
 # A command's ``token`` is the call's own: when the answer to its commit was lost, the event that it left is found by
-# it, and nothing is done again.
+# it, and nothing is done again.  ``by`` is who gave it, for the history.
 
 
 def advance(conn: Connection, run_id: str, no: int, join_no: int | None, *, succeeded: bool) -> list[Wakeup]:
@@ -90,7 +90,7 @@ def _is_open(conn: Connection, run_id: str) -> bool:
     return query(conn, waiting, {"run": run_id}).first() is not None
 
 
-def pause(conn: Connection, run_id: str, *, token: str | None = None) -> None:
+def pause(conn: Connection, run_id: str, *, by: str | None = None, token: str | None = None) -> None:
     """running → paused.  What runs goes on to its next checkpoint; nothing else starts."""
     if _done_before(conn, run_id, token):
         return
@@ -99,15 +99,15 @@ def pause(conn: Connection, run_id: str, *, token: str | None = None) -> None:
     query(
         conn, "UPDATE byrd.steps SET wake_at = 'infinity' WHERE run_id = %(run)s AND status = 'ready'", {"run": run_id}
     )
-    record(conn, run_id, "paused", token=token)
+    record(conn, run_id, "paused", _by(by), token=token)
 
 
-def resume(conn: Connection, run_id: str, *, token: str | None = None) -> list[Wakeup]:
+def resume(conn: Connection, run_id: str, *, by: str | None = None, token: str | None = None) -> list[Wakeup]:
     """paused → running."""
     if _done_before(conn, run_id, token):
         return []
     _move(conn, run_id, "resume", "running")
-    record(conn, run_id, "resumed", token=token)
+    record(conn, run_id, "resumed", _by(by), token=token)
     return _wake(conn, run_id) or finish_if_done(conn, run_id)
 
 
@@ -118,6 +118,7 @@ def cancel(
     compensate: bool = False,
     outcome: str = "cancelled",
     error: str | None = None,
+    by: str | None = None,
     token: str | None = None,
 ) -> list[Wakeup]:
     """running or paused → cancelling.  What has not started never will; what runs stops at its next checkpoint."""
@@ -135,7 +136,7 @@ def cancel(
             WHERE run_id = %(run)s AND status IN ('pending','ready')""",
         {"run": run_id, "error": error or flow.error_json("TaskRevokedError", "celery.exceptions", ["cancelled"])},
     )
-    record(conn, run_id, "cancel_requested", {"compensate": compensate, "outcome": outcome}, token=token)
+    record(conn, run_id, "cancel_requested", {"compensate": compensate, "outcome": outcome, **_by(by)}, token=token)
     return finish_if_done(conn, run_id)
 
 
@@ -150,7 +151,7 @@ def stick(conn: Connection, run_id: str, step_no: int) -> None:
         record(conn, run_id, "rollback_stuck", step_no=step_no)
 
 
-def retry(conn: Connection, run_id: str, *, token: str | None = None) -> list[Wakeup]:
+def retry(conn: Connection, run_id: str, *, by: str | None = None, token: str | None = None) -> list[Wakeup]:
     """failed or cancelled → running: what succeeded is kept, the rest runs again; a new failure calls errbacks anew.
 
     rollback_stuck → compensating: the compensation that failed is tried again.
@@ -161,7 +162,7 @@ def retry(conn: Connection, run_id: str, *, token: str | None = None) -> list[Wa
     if run.status == "rollback_stuck":
         _move(conn, run_id, "retry_rollback", "compensating")
         rows = _reopen(conn, run_id, "kind = 'compensation' AND status IN ('failed','cancelled')")
-        record(conn, run_id, "rollback_retried", token=token)
+        record(conn, run_id, "rollback_retried", _by(by), token=token)
         return flow.release(conn, run_id, rows)
     if run.status not in sources(RUN_TRANSITIONS, "retry_run"):
         raise _illegal(run_id, run.status, "retry_run")
@@ -179,7 +180,7 @@ def retry(conn: Connection, run_id: str, *, token: str | None = None) -> list[Wa
     )
     _recall_errbacks(conn, run_id)
     _reopen(conn, run_id, "status IN ('failed','skipped','cancelled')")
-    record(conn, run_id, "retried", token=token)
+    record(conn, run_id, "retried", _by(by), token=token)
     return _resume_pending(conn, run_id)
 
 
@@ -266,7 +267,8 @@ def _reopen(conn: Connection, run_id: str, which: str, params: Mapping[str, Any]
     rows = query(
         conn,
         f"""UPDATE byrd.steps SET status = 'pending', finished_at = NULL, result = NULL, error = NULL, cause = NULL,
-                   retries = 0, preemptions = 0, started_at = NULL, run_at = NULL, wake_at = NULL, ready_at = NULL
+                   retries = 0, preemptions = 0, started_at = NULL, run_at = NULL, wake_at = NULL, ready_at = NULL,
+                   expires_at = nullif(expires_at, {flow.REVOKED})
             WHERE run_id = %(run)s AND {which} RETURNING no""",
         {"run": run_id, **(params or {})},
     )
@@ -335,13 +337,19 @@ def _finish(conn: Connection, run_id: str, name: str, outcome: str) -> None:
         f"""UPDATE byrd.runs r SET status = %(outcome)s, finished_at = {_NOW}, error = coalesce(r.error, CASE
               WHEN %(outcome)s <> 'succeeded' THEN (SELECT coalesce(o.error, c.error, f.error) FROM byrd.steps o
                 LEFT JOIN byrd.steps c ON c.run_id = o.run_id AND c.no = o.cause
-                LEFT JOIN LATERAL (SELECT error FROM byrd.steps x WHERE x.run_id = o.run_id AND x.status = 'failed'
-                                   AND x.kind <> 'errback' ORDER BY x.finished_at LIMIT 1) f ON true
+                LEFT JOIN LATERAL (SELECT error FROM byrd.steps x WHERE x.run_id = o.run_id AND x.error IS NOT NULL
+                                   AND x.status IN ('failed','cancelled') AND x.kind <> 'errback'
+                                   ORDER BY x.status <> 'failed', x.finished_at LIMIT 1) f ON true
                 WHERE o.run_id = r.id AND o.no = r.output) END)
             WHERE r.id = %(run)s AND r.status = ANY(%(sources)s)""",
         {"run": run_id, "outcome": outcome, "sources": _sources(name)},
     )
     record(conn, run_id, outcome)
+
+
+def _by(name: str | None) -> dict[str, str]:
+    """The detail of a command's event: who gave the command, where that is known."""
+    return {"by": name} if name else {}
 
 
 def _done_before(conn: Connection, run_id: str, token: str | None) -> bool:

@@ -16,12 +16,14 @@ from byrd.canvas import Plan
 from byrd.errors import IllegalTransitionError, StaleAttempt, StepCancelled
 from byrd.model import Outcome, RunStatus, StepKind, StepStatus
 from byrd.store import flow, locks, plans, runs
-from byrd.store.flow import RESEND_SECONDS, error_json
+from byrd.store.flow import COMPLETED_AT, RESEND_SECONDS, error_json
 from byrd.store.locks import SHARE_RUN_OF_STEP, TRY_SHARE_RUN
 from byrd.store.rows import WAKEUP, Claim, Wakeup, query, wakeups_of
 
 #: A step that loses its worker more often than this is failed: it is probably what kills the worker.
 MAX_PREEMPTIONS = 5
+#: How long a step that may not run beside another on this worker waits until a worker is asked again.
+SUSPECT_SECONDS = 1.0
 
 _NOW = "clock_timestamp()"
 _UNCLAIMED = "worker_id = NULL, pid = NULL, claim = NULL"
@@ -33,7 +35,7 @@ UPDATE byrd.steps s
   FROM byrd.runs r, (SELECT lease_until, stopping FROM byrd.workers WHERE id = %(worker)s FOR KEY SHARE) w
  WHERE s.id = %(id)s AND s.status = 'ready' AND s.attempt = %(attempt)s AND s.wake_at < 'infinity'
    AND s.run_at <= {_NOW} AND (s.attempt > 0 OR s.expires_at IS NULL OR s.expires_at > {_NOW})
-   AND s.task = %(task)s AND r.id = s.run_id
+   AND s.task = %(task)s AND r.id = s.run_id AND (s.preemptions < %(suspect)s OR %(alone)s)
    AND r.status = CASE WHEN s.kind = 'compensation' THEN 'compensating' ELSE 'running' END
    AND w.lease_until > {_NOW} AND NOT w.stopping
 RETURNING s.id
@@ -57,7 +59,15 @@ SELECT s.id, s.run_id, s.no, s.kind, s.task, s.attempt, s.retries, s.preemptions
 
 
 def claim(
-    conn: Connection, step_id: str, attempt: int, *, task: str, worker_id: str, pid: int, token: str
+    conn: Connection,
+    step_id: str,
+    attempt: int,
+    *,
+    task: str,
+    worker_id: str,
+    pid: int,
+    token: str,
+    max_preemptions: int = MAX_PREEMPTIONS,
 ) -> Claim | None:
     """ready → running.  ``attempt``: the number of the last attempt, as the message says it.
 
@@ -65,12 +75,48 @@ def claim(
     or is over, a run that is paused or cancelled, a worker without a lease.  ``token`` is this call's own: a
     claim whose answer was lost is found again by it.
     """
-    params = {"id": step_id, "attempt": attempt, "task": task, "worker": worker_id, "pid": pid, "claim": token}
+    params = {
+        "id": step_id, "attempt": attempt, "task": task, "worker": worker_id, "pid": pid, "claim": token,
+        "suspect": suspect_after(max_preemptions), "alone": False,
+    }  # fmt: skip
     query(conn, _CLAIM, params)
     row = query(conn, _CLAIMED, params).mappings().first()
+    if row is None and _may_run_alone(conn, params):
+        query(conn, _CLAIM, {**params, "alone": True})
+        row = query(conn, _CLAIMED, params).mappings().first()
     if row is None:
         return None
     return Claim(**{**row, "run_id": str(row["run_id"])})
+
+
+def suspect_after(max_preemptions: int) -> int:
+    """Return how often a step must have lost its worker for it to be suspected of killing workers.
+
+    Steps that die together cannot be told apart, so no two suspects run on one worker at a time.  Then the one that
+    kills its worker does so alone among them, and those that merely ran beside it come to their end.
+    """
+    return max(1, (max_preemptions + 1) // 2)
+
+
+def _may_run_alone(conn: Connection, params: dict[str, Any]) -> bool:
+    """Tell whether the step is a suspect, ready, and the worker runs no other; if it runs one, send ours again later."""
+    suspect = """SELECT 1 FROM byrd.steps WHERE id = %(id)s AND status = 'ready' AND attempt = %(attempt)s
+                    AND preemptions >= %(suspect)s AND wake_at < 'infinity'"""
+    if not query(conn, suspect, params).first():
+        return False
+    # One suspect at a time claims here: what another has claimed is seen by the next statement.
+    query(conn, "SELECT 1 FROM byrd.workers WHERE id = %(worker)s FOR NO KEY UPDATE", params)
+    other = """SELECT 1 FROM byrd.steps WHERE worker_id = %(worker)s AND status = 'running'
+                  AND preemptions >= %(suspect)s"""
+    if not query(conn, other, params).first():
+        return True
+    query(
+        conn,
+        f"""UPDATE byrd.steps SET sends = 0, wake_at = {_NOW} + {SUSPECT_SECONDS} * interval '1 second'
+            WHERE id = %(id)s AND status = 'ready' AND attempt = %(attempt)s AND wake_at < 'infinity'""",
+        params,
+    )
+    return False
 
 
 def compensated_call(conn: Connection, run_id: str, no: int) -> tuple[str, str | None, str, str]:
@@ -86,7 +132,7 @@ def compensated_call(conn: Connection, run_id: str, no: int) -> tuple[str, str |
 
 
 _COMPLETE = f"""
-UPDATE byrd.steps s SET status = 'succeeded', result = %(result)s, finished_at = {_NOW}, {_UNCLAIMED}
+UPDATE byrd.steps s SET status = 'succeeded', result = %(result)s, finished_at = {COMPLETED_AT}, {_UNCLAIMED}
   FROM {SHARE_RUN_OF_STEP}
  WHERE s.id = %(id)s AND s.attempt = %(attempt)s AND s.status = 'running'
 RETURNING s.run_id, s.no, s.join_no
@@ -217,15 +263,31 @@ def revoke(
     return _after_failure(conn, row) if row is not None else []
 
 
+def revoke_waiting(conn: Connection, step_id: str) -> list[Wakeup]:
+    """ready → cancelled; a step that is pending is cancelled once it is ready.  What runs goes on, as in Celery."""
+    # First the one, then the other: a step that becomes ready in between is found by the second.
+    query(
+        conn,
+        f"""UPDATE byrd.steps SET expires_in = NULL, expires_at = {flow.REVOKED}
+            WHERE id = %(id)s AND status = 'pending' AND kind <> 'join'""",
+        {"id": step_id},
+    )
+    return revoke(conn, step_id, "revoked")
+
+
 def expire(conn: Connection, step_id: str) -> list[Wakeup]:
     """ready → cancelled when the step's time to start is over."""
     row = query(
         conn,
-        f"""UPDATE byrd.steps s SET status = 'cancelled', error = %(error)s, finished_at = {_NOW}
+        f"""UPDATE byrd.steps s SET status = 'cancelled', finished_at = {_NOW},
+                   error = CASE WHEN s.expires_at = {flow.REVOKED} THEN %(revoked)s ELSE %(expired)s END
             FROM {SHARE_RUN_OF_STEP}
             WHERE s.id = %(id)s AND s.status = 'ready' AND s.attempt = 0 AND s.expires_at <= {_NOW}
             RETURNING {_ENDED}""",
-        {"id": step_id, "error": error_json("TaskRevokedError", "celery.exceptions", ["expired"])},
+        {
+            "id": step_id,
+            **{why: error_json("TaskRevokedError", "celery.exceptions", [why]) for why in ("expired", "revoked")},
+        },
     ).first()
     return _after_failure(conn, row) if row is not None else []
 

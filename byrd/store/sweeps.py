@@ -15,13 +15,29 @@ from byrd.store.rows import WAKEUP, Wakeup, WorkerRow, query, wakeups_of
 _NOW = "clock_timestamp()"
 #: A step that nobody has claimed this long after it was published is published again, later at ever longer intervals.
 PATIENCE_SECONDS = 15.0
+#: After it was published again and again, a step is looked at this seldom; that Redis lost all is noticed otherwise.
+_LONGEST_PAUSE_SECONDS = 300.0
+#: The longest pause of a step whose messages come to workers that cannot run it.
+_PASS_ON_AT_MOST = 30.0
+#: How many steps one statement of the relay writes, so that none takes long; what is left is due at once.
+_BATCH = 100
+#: With more messages than this in a queue, it is not asked whether some of ours are missing; patience sees to these.
+_COUNTED = 2000
 _MOVING = "('running','compensating')"
+#: The queues that hold published steps, each with the time of its first: one look at the index per queue.
+_QUEUES = """
+    WITH RECURSIVE queues AS (
+      (SELECT queue, wake_at FROM byrd.steps WHERE status = 'ready' AND sends > 0 ORDER BY queue, wake_at LIMIT 1)
+      UNION ALL
+      SELECT following.queue, following.wake_at FROM queues q, LATERAL
+        (SELECT queue, wake_at FROM byrd.steps WHERE status = 'ready' AND sends > 0 AND queue > q.queue
+          ORDER BY queue, wake_at LIMIT 1) following)"""
 
 
 # -- the relay -------------------------------------------------------------------------------------
 
 
-def take_due(conn: Connection, *, limit: int = 200) -> list[Wakeup]:
+def take_due(conn: Connection, *, limit: int = _BATCH) -> list[Wakeup]:
     """Return ready steps that were never published and whose time has come; mark them as published."""
     if not locks.alone(conn, locks.RELAY):
         return []
@@ -41,34 +57,38 @@ def take_due(conn: Connection, *, limit: int = 200) -> list[Wakeup]:
 
 
 def overdue_queues(conn: Connection) -> dict[str, int]:
-    """Return, for each queue with published steps that nobody has claimed in time, how many of them (at most 1,000)."""
+    """Return, for each queue with published steps that nobody has claimed in time, how many of them (at most 100)."""
     rows = query(
         conn,
-        """SELECT d.queue, count(*) AS overdue FROM
-             (SELECT queue FROM byrd.steps WHERE status = 'ready' AND wake_at <= now() AND sends > 0
-               ORDER BY wake_at LIMIT 1000) d GROUP BY d.queue""",
+        f"""{_QUEUES}
+            SELECT q.queue, (SELECT count(*) FROM
+                (SELECT 1 FROM byrd.steps s WHERE s.status = 'ready' AND s.sends > 0 AND s.queue = q.queue
+                    AND s.wake_at <= now() LIMIT {_BATCH}) late) AS overdue
+              FROM queues q WHERE q.wake_at <= now()""",
     )
     return {row.queue: row.overdue for row in rows}
 
 
 def sent_and_waiting(conn: Connection, queue: str, *, at_most: int) -> int:
-    """Return how many published steps of a queue are still ready, counting no further than ``at_most``."""
+    """Return how many published steps of a queue are still ready, counting no further than ``at_most`` and 2,000."""
     found = query(
         conn,
         """SELECT count(*) FROM (SELECT 1 FROM byrd.steps WHERE status = 'ready' AND sends > 0 AND queue = %(queue)s
                                   AND wake_at < 'infinity' LIMIT %(most)s) waiting""",
-        {"queue": queue, "most": at_most},
+        {"queue": queue, "most": min(at_most, _COUNTED)},
     )
     return int(found.scalar_one())
 
 
-def take_overdue(conn: Connection, queue: str, *, resend: int, limit: int = 1000) -> list[Wakeup]:
+def take_overdue(conn: Connection, queue: str, *, resend: int, limit: int = _BATCH) -> list[Wakeup]:
     """Return overdue steps of a queue to publish again; look at the others again later.
 
-    Those are the first ``resend``, and each that has waited long since it was last published, whatever else is in the
-    queue: a queue that other messages fill, too, does not tell whether ours is among them.
-    The pause grows with each sending, so that a queue that nobody consumes costs little.  A run that is paused costs
-    nothing: 'infinity' takes its steps out of sight until it is resumed.
+    Those are the first ``resend``, those whose messages were lost for certain (:func:`doubt_all`), and each that has
+    waited long since it was last published, whatever else is in the queue: a queue that other messages fill, too, does
+    not tell whether ours is among them.
+    Pauses grow with each sending, and the number of sendings with the logarithm of a step's age, so that a queue that
+    nobody consumes costs little here and in the broker.  A run that is paused costs nothing: 'infinity' takes its steps
+    out of sight until it is resumed.
     """
     rows = query(
         conn,
@@ -77,14 +97,15 @@ def take_overdue(conn: Connection, queue: str, *, resend: int, limit: int = 1000
                WHERE status = 'ready' AND wake_at <= now() AND sends > 0 AND queue = %(queue)s
                ORDER BY wake_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED),
             ranked AS (
-              SELECT id, row_number() OVER (ORDER BY wake_at) <= %(resend)s
-                         OR ready_at + power(2, least(sends - 1, 8)) * {PATIENCE_SECONDS} * interval '1 second' < now()
+              SELECT id, row_number() OVER (ORDER BY wake_at) <= %(resend)s OR wake_at = ready_at
+                         OR ready_at + power(2, least(sends - 1, 30)) * {PATIENCE_SECONDS} * interval '1 second' < now()
                          AS again
                 FROM overdue)
             UPDATE byrd.steps s
                SET sends = s.sends + (o.again AND r.status IN {_MOVING})::int,
                    wake_at = CASE WHEN r.status NOT IN {_MOVING} THEN 'infinity'::timestamptz
-                     ELSE now() + interval '1 second' * least(30, {RESEND_SECONDS} * power(2, least(s.sends, 5))) END
+                     ELSE now() + interval '1 second'
+                       * least({_LONGEST_PAUSE_SECONDS}, {RESEND_SECONDS} * power(2, least(s.sends, 8))) END
               FROM ranked o, byrd.runs r WHERE s.id = o.id AND r.id = s.run_id
             RETURNING {WAKEUP}, o.again AND r.status IN {_MOVING} AS again""",
         {"queue": queue, "resend": resend, "limit": limit},
@@ -92,13 +113,44 @@ def take_overdue(conn: Connection, queue: str, *, resend: int, limit: int = 1000
     return wakeups_of(row for row in rows if row.again)
 
 
+def pass_on(conn: Connection, step_id: str, attempt: int) -> list[Wakeup]:
+    """Have a step sent again whose message came to a worker that cannot run it: soon, then less often as it ages.
+
+    There is nothing to publish yet: the relay does it in its time.
+    """
+    query(
+        conn,
+        f"""UPDATE byrd.steps SET sends = 0, wake_at = {_NOW} + least({_PASS_ON_AT_MOST} * interval '1 second',
+                   greatest(interval '1 second', ({_NOW} - ready_at) / 4))
+            WHERE id = %(id)s AND attempt = %(attempt)s AND status = 'ready' AND sends > 0 AND wake_at < 'infinity'""",
+        {"id": step_id, "attempt": attempt},
+    )
+    return []
+
+
+def doubt_all(conn: Connection) -> int:
+    """Have the relay look now at all steps that were published and not claimed: the broker has lost its messages.
+
+    Returns how many.  The oldest come first, for messages that were sent since then are there.
+    """
+    return query(
+        conn,
+        """WITH waiting AS MATERIALIZED (
+             SELECT id FROM byrd.steps WHERE status = 'ready' AND wake_at > now() AND wake_at < 'infinity' AND sends > 0
+              FOR UPDATE SKIP LOCKED)
+           UPDATE byrd.steps s SET wake_at = s.ready_at FROM waiting w WHERE s.id = w.id""",
+    ).rowcount
+
+
 def seconds_until_due(conn: Connection, *, at_most: float) -> float:
     """Return how long nothing is due, for the relay to sleep."""
     found = query(
         conn,
-        """SELECT extract(epoch FROM min(wake_at) - clock_timestamp()) FROM
-             (SELECT wake_at FROM byrd.steps WHERE status = 'ready' AND wake_at < 'infinity'
-               ORDER BY wake_at LIMIT 1) first""",
+        f"""{_QUEUES}
+            SELECT extract(epoch FROM least(
+                (SELECT wake_at FROM byrd.steps WHERE status = 'ready' AND sends = 0 AND wake_at < 'infinity'
+                  ORDER BY wake_at LIMIT 1),
+                (SELECT min(wake_at) FROM queues WHERE wake_at < 'infinity')) - clock_timestamp())""",
     ).scalar()
     return at_most if found is None else max(0.0, min(at_most, float(found)))
 
@@ -146,12 +198,14 @@ def stop_worker(conn: Connection, worker_id: str) -> None:
     query(conn, "UPDATE byrd.workers SET stopping = true WHERE id = %(id)s", {"id": worker_id})
 
 
-def release_worker(conn: Connection, worker_id: str, *, reason: str) -> list[Wakeup]:
+def release_worker(
+    conn: Connection, worker_id: str, *, reason: str, max_preemptions: int = steps.MAX_PREEMPTIONS
+) -> list[Wakeup]:
     """End a worker's lease; what it was running becomes ready at once."""
     # FOR UPDATE waits for the claims that are under way: what they claim is given back with the rest.
     query(conn, "SELECT 1 FROM byrd.workers WHERE id = %(id)s FOR UPDATE", {"id": worker_id})
     query(conn, f"UPDATE byrd.workers SET lease_until = {_NOW}, stopping = true WHERE id = %(id)s", {"id": worker_id})
-    wakeups = steps.preempt(conn, worker_id, reason=reason, limit=1000)
+    wakeups = steps.preempt(conn, worker_id, reason=reason, max_preemptions=max_preemptions, limit=1000)
     _forget_idle(conn, worker_id)
     return wakeups
 
@@ -195,13 +249,56 @@ def end_overdue_runs(conn: Connection, error: str) -> list[Wakeup]:
     rows = query(
         conn,
         """SELECT id FROM byrd.runs WHERE finished_at IS NULL AND deadline < now() AND status IN ('running','paused')
-           ORDER BY id LIMIT 100""",
+           ORDER BY deadline LIMIT 100""",
     ).all()
     wakeups: list[Wakeup] = []
     for row in rows:
         with suppress(IllegalTransitionError):  # it has ended meanwhile
             wakeups += runs.cancel(conn, str(row.id), compensate=True, outcome="failed", error=error)
     return wakeups
+
+
+def clock(conn: Connection) -> tuple[float, float, bool]:
+    """Return the time by Postgres's clock, when it was started by that clock, and whether a heartbeat is yet to come.
+
+    The times are seconds since 1970.  A heartbeat that is yet to come was written before the clock was set back.
+    """
+    row = query(
+        conn,
+        f"""SELECT extract(epoch FROM {_NOW}) AS now, extract(epoch FROM pg_postmaster_start_time()) AS started,
+                   EXISTS (SELECT 1 FROM byrd.workers WHERE heartbeat_at > {_NOW}) AS behind""",
+    ).one()
+    return float(row.now), float(row.started), row.behind
+
+
+def follow_clock_back(conn: Connection) -> bool:
+    """Set right what bears times to come, for Postgres's clock was set back: leases, and times to start by.
+
+    Else nobody could give up a dead worker, claim a step that was ready, or send it again, until the clock has caught
+    up.  A lease ends one lease from now, a delay is as long as it was; an eta, and a run's deadline, mean a time of day
+    and stay.  Returns False when another process is about to do it.
+    """
+    if not locks.alone(conn, locks.RECOVERY):
+        return False
+    query(
+        conn,
+        f"""UPDATE byrd.workers SET lease_until = {_NOW} + (lease_until - heartbeat_at), heartbeat_at = {_NOW}
+            WHERE heartbeat_at > {_NOW}""",
+    )
+    query(
+        conn,
+        """WITH due AS MATERIALIZED (
+             SELECT id, ready_at - now() AS ahead FROM byrd.steps
+              WHERE status = 'ready' AND sends = 0 AND wake_at > now() AND ready_at > now() FOR NO KEY UPDATE),
+           sent AS MATERIALIZED (
+             SELECT id, ready_at - now() AS ahead FROM byrd.steps
+              WHERE status = 'ready' AND sends > 0 AND wake_at > now() AND ready_at > now() FOR NO KEY UPDATE)
+           UPDATE byrd.steps s SET ready_at = now(),
+                  run_at = CASE WHEN s.run_at = s.eta THEN s.eta ELSE s.run_at - ahead END,
+                  wake_at = CASE WHEN s.wake_at IN (s.eta, 'infinity') THEN s.wake_at ELSE s.wake_at - ahead END
+             FROM (TABLE due UNION ALL TABLE sent) early WHERE s.id = early.id""",
+    )
+    return True
 
 
 def postgres_uptime(conn: Connection) -> float:

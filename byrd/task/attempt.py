@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from kombu.utils.json import dumps
 from byrd.errors import StaleAttempt
 from byrd.store import Claim, flow, steps
 from byrd.task.runtime import Runtime
+
+#: What the column can hold.
+_MOST_ATTEMPTS = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,7 @@ class Attempt:
         self.runtime = runtime
         self.claim = claim
         self.closed = False
+        self._pid = os.getpid()
         #: Set by ``self.retry``, for Celery's tracer to have it recorded.
         self.retry_with: RetryRequest | None = None
 
@@ -104,6 +109,8 @@ class Attempt:
     def _close(self, transition: Any, *args: Any, **kwargs: Any) -> None:
         if self.closed:
             raise StaleAttempt(f"step {self.step_id}: attempt {self.number} has recorded its outcome already")
+        if os.getpid() != self._pid:
+            raise StaleAttempt(f"step {self.step_id}: a fork of attempt {self.number}'s process may record no outcome")
         wakeups = self.runtime.patient_store.run(transition, self.step_id, self.number, *args, **kwargs)
         self.closed = True
         self.runtime.publisher.publish(wakeups)
@@ -112,9 +119,18 @@ class Attempt:
 def claim_step(runtime: Runtime, header: Mapping[str, Any], *, task: str, pid: int) -> Attempt | None:
     """Claim the step that a message names; None when there is nothing to claim."""
     token = str(uuid.uuid4())
-    step_id, attempt = str(header["step"]), int(header["attempt"])
+    step_id, attempt = header["step"], header["attempt"]
     store = runtime.patient_store
-    claim = store.run(steps.claim, step_id, attempt, task=task, worker_id=runtime.worker_id, pid=pid, token=token)
+    claim = store.run(
+        steps.claim,
+        step_id,
+        attempt,
+        task=task,
+        worker_id=runtime.worker_id,
+        pid=pid,
+        token=token,
+        max_preemptions=runtime.max_preemptions,
+    )
     if claim is None:
         runtime.publisher.publish(store.run(steps.expire, step_id))
         return None
@@ -129,8 +145,25 @@ def attempt_of(request: Any) -> Attempt | None:
 
 def header_of(request: Any) -> Mapping[str, Any] | None:
     """Return the step that a message names, in a worker's main process."""
-    found = getattr(request, "byrd", None)
-    return found if isinstance(found, Mapping) else None
+    return readable_header(getattr(request, "byrd", None))
+
+
+def readable_header(found: Any) -> Mapping[str, Any] | None:
+    """Return what a message says of its step; None for what no publisher of ours has written, for anybody may write."""
+    if not isinstance(found, Mapping):
+        return None
+    step, attempt = found.get("step"), found.get("attempt")
+    if not isinstance(step, str) or type(attempt) is not int or not 0 <= attempt < _MOST_ATTEMPTS:
+        return None
+    return found if _storable(step) else None
+
+
+def _storable(text: str) -> bool:
+    """Tell whether Postgres can be asked about it: neither a NUL nor half of a surrogate pair is text there."""
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def current_attempt() -> Attempt | None:
@@ -180,3 +213,11 @@ def to_json(value: Any) -> str:
     """Return ``value`` as JSON in Celery's dialect."""
     text: str = dumps(value)
     return text
+
+
+def text_of(exc: BaseException) -> str:
+    """Return an exception's text; its own ``__str__`` may raise."""
+    try:
+        return str(exc)
+    except Exception as bad:  # noqa: BLE001 - whatever it raises
+        return f"(its text cannot be had: {type(bad).__name__})"

@@ -25,9 +25,9 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from byrd.errors import CheckpointError, StepHandedBack
 from byrd.store import Counts, progress, steps
-from byrd.store.database import is_outage
+from byrd.store.database import is_outage, is_race
 from byrd.store.progress import FailedItem
-from byrd.task.attempt import Attempt, attempt_of, to_json
+from byrd.task.attempt import Attempt, attempt_of, text_of, to_json
 from byrd.task.durable import DurableTask
 
 T = TypeVar("T")
@@ -37,6 +37,8 @@ Enumerator = Callable[[Cursor], Iterable[tuple[Cursor, Item]]]
 
 #: While a task waits (for its interval, for an item's next try) it looks this often whether it should stop.
 _LOOK_SECONDS = 0.5
+#: Of an item's error, which is for people to read.
+_MOST_ERROR_CHARACTERS = 10_000
 #: Not an item's failure but the whole task's business.
 _NOT_AN_ITEMS = (SoftTimeLimitExceeded, Retry, Ignore, Reject)
 
@@ -147,12 +149,7 @@ class CheckpointTask(DurableTask):
         key = f"step:{name}"
         found = store.run(progress.remembered, attempt.step_id, key)
         if found is None:
-            try:
-                found = to_json(fn(*args, **kwargs))
-            except TypeError as exc:
-                if "JSON" not in str(exc):
-                    raise
-                raise CheckpointError(f"sub-step {name!r} of step {attempt.step_id}: {exc}") from exc
+            found = _encoded(attempt, fn(*args, **kwargs), f"the value of sub-step {name!r}")
             store.run(progress.remember, attempt.step_id, attempt.number, key, found)
         value: T = loads(found)
         return value
@@ -165,7 +162,7 @@ class CheckpointTask(DurableTask):
         Raises what stops the step here, when its run is cancelled or paused, or its worker shuts down.
         """
         attempt = self._attempt()
-        counts = Counts(_encoded(cursor, "the cursor"), completed, failed, False)
+        counts = Counts(_encoded(attempt, cursor, "the cursor"), completed, failed, False)
         open_one = _transaction.get()
         if open_one is not None:
             open_one.checkpoints[name] = counts
@@ -190,8 +187,9 @@ class CheckpointTask(DurableTask):
     def transaction(self) -> Iterator[Connection]:
         """Open a fenced transaction on Byrd's database: its writes count only if this attempt owns the step.
 
-        A :meth:`checkpoint` in it commits with it.  If Postgres goes away in the middle, nothing is committed or
-        all is, and the step goes on from its last checkpoint.
+        A :meth:`checkpoint` in it commits with it.  If Postgres goes away in the middle, or the transaction loses
+        against another (a deadlock, a serialization error), nothing is committed or all is, and the step goes on from
+        its last checkpoint.
         """
         attempt = self._attempt()
         if _transaction.get() is not None:
@@ -211,6 +209,8 @@ class CheckpointTask(DurableTask):
         except (DBAPIError, PoolTimeoutError) as exc:
             if is_outage(exc):
                 raise StepHandedBack(f"step {attempt.step_id}: Postgres went away in a transaction") from exc
+            if is_race(exc):
+                raise StepHandedBack(f"step {attempt.step_id}: its transaction lost against another") from exc
             raise
         if current.checkpoints:
             _stop_if_asked(attempt)
@@ -232,7 +232,7 @@ class CheckpointTask(DurableTask):
         for batch in _batches(enumerator(cursor), settings.batch_size):
             pool.keep_interval(attempt)
             done, failed = pool.run([_Try(cursor, item, 1) for cursor, item in batch])
-            last = _encoded(batch[-1][0], "the cursor")
+            last = _encoded(attempt, batch[-1][0], "the cursor")
             counts = self._commit(attempt, settings, counts, counts._replace(cursor=last), done, failed)
         return counts
 
@@ -258,7 +258,7 @@ class CheckpointTask(DurableTask):
         failed: list[tuple[_Try, BaseException]],
     ) -> Counts:
         """Save one batch: counts, failed items and the user's own writes, in one transaction."""
-        items = [_failed_item(settings, tried, exc) for tried, exc in failed]
+        items = [_failed_item(attempt, settings, tried, exc) for tried, exc in failed]
         after = after._replace(
             completed=before.completed + len(done), failed=before.failed + sum(item.quarantined for item in items)
         )
@@ -353,12 +353,12 @@ def _caught(process: Callable[[Item], Any], item: Item) -> tuple[bool, Any]:
         return False, exc
 
 
-def _failed_item(settings: _Iteration, tried: _Try, exc: BaseException) -> FailedItem:
+def _failed_item(attempt: Attempt, settings: _Iteration, tried: _Try, exc: BaseException) -> FailedItem:
     return FailedItem(
         cursor=to_json(tried.cursor),
-        item=_encoded(tried.item, "a failed item"),
+        item=_encoded(attempt, tried.item, "a failed item"),
         tries=tried.tries,
-        error=_storable(f"{type(exc).__name__}: {exc}"),
+        error=_storable(f"{type(exc).__name__}: {text_of(exc)}")[:_MOST_ERROR_CHARACTERS],
         quarantined=tried.tries > settings.item_retries,
         retry_in=settings.item_retry_delay * 2 ** (tried.tries - 1),
     )
@@ -396,11 +396,15 @@ def _progress(counts: Counts) -> Progress:
     )
 
 
-def _encoded(value: Any, what: str) -> str:
+def _encoded(attempt: Attempt, value: Any, what: str) -> str:
     try:
         text = to_json(value)
-    except (TypeError, ValueError) as exc:
-        raise CheckpointError(f"{what} must be a JSON value, for it is saved: {exc}") from exc
+    except (TypeError, ValueError, OverflowError, RecursionError) as exc:
+        raise CheckpointError(
+            f"step {attempt.step_id}: {what} must be a JSON value, for it is saved: {text_of(exc)}"
+        ) from exc
+    if too_large := attempt.runtime.too_large(len(text)):
+        raise CheckpointError(f"step {attempt.step_id}: {what} is {too_large}")
     return text
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import sys
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from billiard import common as billiard_common
 from billiard.einfo import ExceptionInfo
@@ -25,11 +26,19 @@ from celery.exceptions import Ignore, ImproperlyConfigured, Reject
 from celery.result import AsyncResult
 from kombu.utils.json import loads
 
-from byrd.errors import ControlFlow, StepCancelled, StepHandedBack, TaskOverrideError
+from byrd.errors import ArgumentError, ControlFlow, StepCancelled, StepHandedBack, TaskOverrideError
 from byrd.model import PROTOCOL_VERSION, StepKind
-from byrd.store import steps
-from byrd.task import results
-from byrd.task.attempt import Attempt, RetryRequest, attempt_of, claim_step, execution_request, to_json
+from byrd.store import steps, sweeps
+from byrd.task import control, results
+from byrd.task.attempt import (
+    Attempt,
+    RetryRequest,
+    attempt_of,
+    claim_step,
+    execution_request,
+    readable_header,
+    to_json,
+)
 from byrd.task.runtime import runtime_of
 
 log = logging.getLogger(__name__)
@@ -117,19 +126,30 @@ def _trace(
     task: Task, tracer: Tracer, uuid: str, args: Any, kwargs: Any, request: Mapping[str, Any] | None = None
 ) -> Any:
     """Run one message: a step's through its claim, any other as Celery does."""
-    header = (request or {}).get("byrd")
-    if header is None:
+    named = (request or {}).get("byrd")
+    if named is None:
         return tracer(uuid, args, kwargs, request or {})
+    return _without_frames(_trace_step(task, tracer, uuid, named, request or {}))
+
+
+def _trace_step(task: Task, tracer: Tracer, uuid: str, named: Any, request: Mapping[str, Any]) -> Any:
+    header = readable_header(named)
+    if header is None:
+        return _nothing(f"a message of {task.name} whose header names no step: {named!r:.200}")
     if header.get("v") != PROTOCOL_VERSION:
+        runtime_of(task.app).patient_store.run(sweeps.pass_on, header["step"], header["attempt"])
         return _nothing(f"a message of protocol version {header.get('v')}, this worker knows {PROTOCOL_VERSION}")
-    attempt = claim_step(runtime_of(task.app), header, task=task.name, pid=os.getpid())
+    pid = os.getpid()
+    attempt = claim_step(runtime_of(task.app), header, task=task.name, pid=pid)
     if attempt is None:
         return _nothing(f"step {header.get('step')} is not ready for attempt {header.get('attempt')}")
     try:
-        call_args, call_kwargs = _arguments(task, attempt)
-        outcome = tracer(
-            uuid, call_args, call_kwargs, execution_request(attempt, request or {}, call_args, call_kwargs)
-        )
+        try:
+            call_args, call_kwargs = _arguments(task, attempt)
+        except (ValueError, RecursionError) as exc:  # JSON that could be written, but is too deep to be read
+            attempt.fail(attempt.runtime.app.backend.encoded_error(exc))
+            return _nothing(f"its arguments cannot be read: {exc!r}")
+        outcome = tracer(uuid, call_args, call_kwargs, execution_request(attempt, request, call_args, call_kwargs))
         return _settle(attempt, outcome)
     except ControlFlow as flow:
         return _stop(attempt, flow)
@@ -139,7 +159,13 @@ def _trace(
     except BaseException as exc:
         if isinstance(exc, SystemExit) and _terminated():
             raise  # the pool process was told to end, and its worker gives the step back
+        if _is_greenlet_exit(exc):
+            _give_back(attempt, "its greenlet was killed")  # unless whoever did it has seen to the step
+            raise
         return _broken(attempt, exc)
+    finally:
+        if os.getpid() != pid:
+            _end_fork(attempt)
 
 
 def _arguments(task: Task, attempt: Attempt) -> tuple[list[Any], dict[str, Any]]:
@@ -222,6 +248,46 @@ def _broken(attempt: Attempt, exc: BaseException) -> Any:
         return trace_ok_t(ExceptionInfo(), TraceInfo(states.FAILURE, broken), 0.0, None)
 
 
+def _without_frames(outcome: Any) -> Any:
+    """Cut the outcome's exceptions off from the frames that they went through, which hold the outcome in their turn.
+
+    Such a circle, 175 KB for a retry, lives until Python's collector is due for its last generation: after hundreds of
+    failures.  What is told of them, by the pool to the main process, is text by now.
+    """
+    info = getattr(outcome, "info", None)
+    einfo = getattr(outcome, "retval", None)
+    todo = [getattr(info, "retval", None), getattr(getattr(einfo, "exception", None), "exc", None)]
+    while todo:
+        exc = todo.pop()
+        if isinstance(exc, BaseException) and exc.__traceback__ is not None:
+            exc.__traceback__ = None
+            todo += [exc.__cause__, exc.__context__, getattr(exc, "exc", None)]
+    return outcome
+
+
+def _give_back(attempt: Attempt, reason: str) -> None:
+    """Have the main process, which is this one in a pool of greenlets, make the step ready again."""
+    runtime, step = attempt.runtime, (attempt.step_id, attempt.number)
+    runtime.later(steps.preempt, runtime.worker_id, step=step, reason=reason, max_preemptions=runtime.max_preemptions)
+
+
+def _end_fork(attempt: Attempt) -> NoReturn:
+    """End a process that the task has forked, and that came back from it: the pool's own goes on, and records."""
+    log.critical(
+        "step %s, attempt %d: process %d, which the task has forked, came back from it, and is ended; "
+        "let it end in the task, by os._exit()",
+        attempt.step_id,
+        attempt.number,
+        os.getpid(),
+    )
+    os._exit(70)  # not sys.exit(): nothing of the pool's own, which it has inherited, may run in it
+
+
+def _is_greenlet_exit(exc: BaseException) -> bool:
+    greenlet = sys.modules.get("greenlet")
+    return greenlet is not None and isinstance(exc, greenlet.GreenletExit)
+
+
 def _terminated() -> bool:
     """Tell whether this pool process was sent a signal that ends it: billiard raises SystemExit then, in the task."""
     told: list[bool] = getattr(billiard_common, "_should_have_exited", [False])
@@ -273,14 +339,18 @@ def _remember_retry(
         queue, merged = attempt.runtime.route(attempt.claim.task, merged, None)
         queue = queue if {"queue", "exchange", "routing_key"} & changed.keys() else None
         options = to_json(merged)
+    new = (to_json(list(sig.args)), to_json(dict(sig.kwargs))) if new_args else (None, None)
+    if new_args and (too_large := attempt.runtime.too_large(sum(len(text) for text in new if text))):
+        raise ArgumentError(f"step {attempt.step_id}: its new arguments are {too_large}")
     attempt.retry_with = RetryRequest(
         countdown=0.0 if countdown is None else float(countdown),
         eta=eta if isinstance(eta, datetime) and countdown is None else None,
-        args=to_json(list(sig.args)) if new_args else None,
-        kwargs=to_json(dict(sig.kwargs)) if new_args else None,
+        args=new[0],
+        kwargs=new[1],
         queue=queue,
         options=options,
     )
+    vars(sig).pop("apply_async", None)  # this very call, which holds the signature: no circle for the collector
 
 
 # -- adoption --------------------------------------------------------------------------------------
@@ -312,8 +382,9 @@ def adopt_task(task: Any) -> None:
 
 
 def adopt_app(app: Celery) -> None:
-    """Adopt the tasks that the app has, and those that it will have, and its result backend."""
+    """Adopt the tasks that the app has, and those that it will have, its result backend, and its remote control."""
     results.install(app)
+    control.install(app)
     app._tasks.__class__ = DurableRegistry
     for task in list(app._tasks.values()):
         adopt_task(task)

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from celery import Celery
+from kombu.exceptions import OperationalError
 
 from byrd.model import PROTOCOL_VERSION
 from byrd.store import Wakeup
@@ -19,13 +20,21 @@ log = logging.getLogger(__name__)
 #: Options of a step that are not properties of its message.
 _NOT_SENT = frozenset({"retry", "retry_policy", "ignore_result", "serializer", "immutable", "task_type", "route_name"})
 
+#: In place of keyword arguments.  A worker without Byrd must not run the task, whatever arguments that one takes:
+#: Celery refuses a call whose keyword arguments are no mapping.
+_NO_CALL = "byrd_step: this message names a step of a run, and is no call of the task"
+
+#: For so long after a failure nobody tries to publish: a broker that hangs costs five seconds each time, and whoever
+#: submits much meanwhile, beat say, would fall behind.
+_AWAY_SECONDS = 1.0
+
 
 class Publisher:
     """Sends wake-ups to the queues that Celery's router chose for their steps."""
 
     def __init__(self, app: Celery) -> None:
         self.app = app
-        self._complained = 0.0
+        self._complained = self._away_until = 0.0
 
     def publish(self, wakeups: Iterable[Wakeup]) -> bool:
         """Publish the wake-ups that are due; tell whether all went out.
@@ -35,34 +44,59 @@ class Publisher:
         due = [wakeup for wakeup in wakeups if wakeup.due]
         if not due:
             return True
+        if time.monotonic() < self._away_until:
+            return False
         try:
             with self.app.producer_pool.acquire(block=True, timeout=5) as producer, _batch(producer, len(due)):
+                # Else kombu would try for six seconds to reach a broker that refuses.
+                producer.connection.ensure_connection(max_retries=0, timeout=5)
                 failed = [wakeup for wakeup in due if not self._sent(producer, wakeup)]
         except Exception as exc:  # noqa: BLE001 - each transport has errors of its own, and none of them loses work
             self._complain("the broker does not take wake-ups now (%r); the relay will send them again", exc)
+            self._away_until = time.monotonic() + _AWAY_SECONDS
             return False
         return not failed
 
     def depth(self, queue: str) -> int | None:
         """Return how many messages wait in a queue of the broker; None when it does not say."""
         try:
-            with self.app.connection_for_write() as connection:
-                connection.ensure_connection(max_retries=0, timeout=5)
-                channel = connection.default_channel
-                try:
-                    return int(channel.queue_declare(queue=queue, passive=True).message_count)
-                except connection.channel_errors:
-                    return 0  # a queue that was never declared holds nothing
+            return self.count(queue)
         except Exception as exc:  # noqa: BLE001 - each transport has errors of its own
             self._complain("the broker does not answer (%r); the relay will ask again", exc)
             return None
+
+    def count(self, queue: str) -> int:
+        """Return how many messages wait in a queue of the broker; raise the transport's error when it is away."""
+        with self.app.connection_for_write() as connection:
+            connection.ensure_connection(max_retries=0, timeout=5)
+            channel = connection.default_channel
+            try:
+                return int(channel.queue_declare(queue=queue, passive=True).message_count)
+            except connection.channel_errors:
+                return 0  # a queue that was never declared holds nothing
+
+    def was_emptied(self, mark: str) -> bool:
+        """Tell whether the broker has lost a mark that is left in it: it was flushed, or came back without its data.
+
+        Only Redis can hold one.  Of all who ask, one is told.
+        """
+        try:
+            with self.app.producer_pool.acquire(block=True, timeout=5) as producer:
+                channel = producer.connection.default_channel
+                if producer.connection.transport.driver_type != "redis":
+                    return False
+                return bool(channel.client.set(mark, "1", nx=True))
+        except Exception as exc:  # noqa: BLE001 - each transport has errors of its own
+            self._complain("the broker does not answer (%r); the relay will ask again", exc)
+            return False
 
     def _sent(self, producer: Any, wakeup: Wakeup) -> bool:
         """Send one wake-up; one that can never be sent (its queue is unknown, say) must not hold up the others."""
         try:
             self._send(producer, wakeup)
         except Exception as exc:  # whatever a router, a queue or a signal's receiver raises
-            broker_errors = (*producer.connection.connection_errors, *producer.connection.channel_errors)
+            connection = producer.connection
+            broker_errors = (*connection.connection_errors, *connection.channel_errors, OperationalError)
             # kombu counts KeyError among Redis' connection errors, but here it is a queue that nobody has configured.
             if isinstance(exc, broker_errors) and not isinstance(exc, KeyError):
                 raise
@@ -91,8 +125,7 @@ class Publisher:
             wakeup.id,
             wakeup.task,
             args=(),
-            # A worker without Byrd must not run the task: it does not know this argument, and fails at once.
-            kwargs={"byrd_step": wakeup.id},
+            kwargs={},
             group_id=wakeup.group_id,
             group_index=wakeup.join_pos,
             retries=wakeup.retries,
@@ -107,6 +140,8 @@ class Publisher:
             create_sent_event=self.app.conf.task_send_sent_event,
             **{name: options.pop(name) for name in stamped if name in options},
         )
+        _, _, embedded = message.body
+        message = message._replace(body=((), _NO_CALL, embedded))
         target: dict[str, Any] = {"queue": wakeup.queue}
         if "exchange" in options:
             target = {k: options.pop(k) for k in ("exchange", "routing_key", "exchange_type") if k in options}

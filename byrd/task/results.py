@@ -14,10 +14,12 @@ from celery import Celery, states
 from celery.exceptions import TimeoutError as CeleryTimeoutError
 from kombu.exceptions import EncodeError
 from kombu.utils.json import dumps, loads
+from sqlalchemy.exc import DBAPIError
 
 from byrd.errors import NotLiveError
 from byrd.store import StepRow, Store, runs, steps
-from byrd.task.attempt import attempt_of, header_of
+from byrd.store.database import first_line
+from byrd.task.attempt import attempt_of, header_of, text_of
 from byrd.task.runtime import runtime_of
 
 _STATES = {
@@ -29,6 +31,9 @@ _STATES = {
     "skipped": states.FAILURE,
     "cancelled": states.REVOKED,
 }
+
+#: An error is for people to read; what is longer is shortened.
+_MOST_ERROR_BYTES = 2**20
 
 
 class DurableResults:
@@ -46,7 +51,11 @@ class DurableResults:
         elif attempt.retry_with is not None:  # self.retry(throw=False): the retry counts, not the value
             attempt.retry(None)
         else:
-            attempt.complete(self._encoded(result))
+            try:
+                attempt.complete(self._encoded(result))
+            except DBAPIError as exc:
+                # What Postgres refuses for good: with this result, a group's are together larger than it can hold, say.
+                raise EncodeError(f"the result cannot be recorded: {first_line(exc)}") from exc
 
     def mark_as_failure(
         self, task_id: str, exc: BaseException, traceback: Any = None, request: Any = None, **kwargs: Any
@@ -79,9 +88,9 @@ class DurableResults:
             return
         runtime = runtime_of(self.app)
         # Only a terminated process was running the step; a message that is revoked may be a duplicate.
-        attempt = int(header["attempt"]) + 1 if reason == "terminated" else None
+        attempt = header["attempt"] + 1 if reason == "terminated" else None
         owner = runtime.worker_id
-        runtime.later(steps.revoke, str(header["step"]), str(reason), attempt=attempt, owner=owner)
+        runtime.later(steps.revoke, header["step"], str(reason), attempt=attempt, owner=owner)
 
     def store_result(self, task_id: str, result: Any, state: str, *args: Any, **kwargs: Any) -> Any:
         """Store a state.  That a step has started is known already; a state of the user's own goes to the backend."""
@@ -92,20 +101,30 @@ class DurableResults:
     def _in_main_process(self, transition: Any, header: Any, *args: Any) -> None:
         """Have an outcome recorded for a pool process that cannot: it was killed by a time limit, say."""
         runtime = runtime_of(self.app)
-        runtime.later(transition, str(header["step"]), int(header["attempt"]) + 1, *args, owner=runtime.worker_id)
+        runtime.later(transition, header["step"], header["attempt"] + 1, *args, owner=runtime.worker_id)
 
     def _encoded(self, result: Any) -> str:
         try:
             text: str = dumps(self.prepare_value(result))  # type: ignore[attr-defined]
-        except (TypeError, ValueError, OverflowError, RecursionError) as exc:
-            raise EncodeError(f"the result cannot be held by JSON: {exc}") from exc
+        except Exception as exc:
+            # Whatever: a __json__() of the user's own, too, may raise it.
+            raise EncodeError(f"the result cannot be held by JSON: {text_of(exc)}") from exc
+        if too_large := runtime_of(self.app).too_large(len(text)):
+            raise EncodeError(f"the result is {too_large}")
         return text
 
     def encoded_error(self, exc: BaseException, traceback: Any = None) -> str:
         """Return an exception as JSON: its type, its arguments, its traceback."""
-        found = dict(self.prepare_exception(exc, "json"))  # type: ignore[attr-defined]
-        found["traceback"] = str(traceback) if traceback else None
-        text: str = dumps(found)
+        try:
+            found = dict(self.prepare_exception(exc, "json"))  # type: ignore[attr-defined]
+            found["traceback"] = str(traceback) if traceback else None
+            text: str = dumps(found)
+        except Exception as bad:  # noqa: BLE001 - the error's own methods may raise anything
+            text = _short_error(
+                exc, f"{_shortened(text_of(exc))} (it cannot be held by JSON: {text_of(bad)})", traceback
+            )
+        if len(text) > _MOST_ERROR_BYTES:
+            text = _short_error(exc, _shortened(text_of(exc)), traceback)
         return text
 
     # -- reading ---------------------------------------------------------------------------------
@@ -171,6 +190,20 @@ class DurableResults:
             return None, None
         found = loads(error)
         return self.exception_to_python(found), found.get("traceback")  # type: ignore[attr-defined]
+
+
+def _short_error(exc: BaseException, message: str, traceback: Any) -> str:
+    kind = type(exc)
+    found = {"exc_type": kind.__name__, "exc_message": [message], "exc_module": kind.__module__}
+    text: str = dumps({**found, "traceback": _shortened(str(traceback)) if traceback else None})
+    return text
+
+
+def _shortened(text: str) -> str:
+    """Return a text of which the middle is left out when it is very long."""
+    half = _MOST_ERROR_BYTES // 32
+    left_out = len(text) - 2 * half
+    return text if left_out <= 0 else f"{text[:half]} [... {left_out:,} characters ...] {text[-half:]}"
 
 
 def install(app: Celery) -> None:

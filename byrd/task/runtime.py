@@ -18,12 +18,17 @@ from sqlalchemy.engine import URL
 from byrd.canvas import Plan, Step, compile_canvas
 from byrd.errors import ArgumentError, ConfigurationError, UnknownTaskError
 from byrd.model import StepKind
-from byrd.store import Store, Wakeup
+from byrd.store import Store, Wakeup, steps
 from byrd.task.publisher import Publisher
 
 #: Children of a pool that is spawned rather than forked learn their worker's id from here.
 _WORKER_ID = "BYRD_WORKER_ID"
 _RUNTIME = "_byrd_runtime"
+
+#: Seven times as much memory is needed to send a value to Postgres.
+MAX_VALUE_BYTES = 128 * 2**20
+#: Postgres takes no statement, and holds no text, of 1 GB; quotes count twice.
+MOST_VALUE_BYTES = 256 * 2**20
 
 
 class Runtime:
@@ -36,7 +41,7 @@ class Runtime:
         #: For running steps: what was done must be recorded, so it waits for Postgres as long as it takes.
         self.patient_store = Store(database_url, patience=math.inf)
         #: For transactions of the user's own, which may take long: they take no connection from the two above.
-        self.user_store = Store(database_url, patience=math.inf)
+        self.user_store = Store(database_url, patience=math.inf, for_users=True)
         self.publisher = Publisher(app)
         #: What a worker's main process has to record: its event loop must not wait for Postgres or the broker, so
         #: its keeper does it, in this order.
@@ -55,6 +60,29 @@ class Runtime:
                 "this process is not a Byrd worker: create byrd.Byrd(app) in the module that `celery -A` names"
             )
         return found
+
+    @property
+    def max_preemptions(self) -> int:
+        """How often a step may lose its worker before it is failed."""
+        return int(self.app.conf.get("byrd_max_preemptions", steps.MAX_PREEMPTIONS))
+
+    @property
+    def max_value_bytes(self) -> int:
+        """How large the JSON of one result, cursor or memoised value may be, and that of all arguments of one plan."""
+        found = int(self.app.conf.get("byrd_max_value_bytes", MAX_VALUE_BYTES))
+        if not 0 < found <= MOST_VALUE_BYTES:
+            raise ConfigurationError(f"byrd_max_value_bytes={found} must be more than 0, at most {MOST_VALUE_BYTES}")
+        return found
+
+    def too_large(self, size: int) -> str | None:
+        """Return what to say of JSON of this size that Postgres should not have to hold; None when it may."""
+        most = self.max_value_bytes
+        if size <= most:
+            return None
+        return (
+            f"{size:,} bytes of JSON, more than byrd_max_value_bytes={most:,}: keep what is large in a file or an "
+            "object store, and hand on its address"
+        )
 
     def become_worker(self, worker_id: str) -> None:
         """Take the identity of a worker, for this process and those that its pool starts."""
@@ -81,6 +109,8 @@ class Runtime:
     ) -> Plan:
         """Compile a canvas, and freeze what only the app knows: queues, task options, compensations."""
         plan = compile_canvas(canvas, self.app, args=args, kwargs=kwargs, inner=inner)
+        if too_large := self.too_large(sum(len(step.args) + len(step.kwargs) for step in plan.steps)):
+            raise ArgumentError(f"the arguments of {len(plan.steps):,} steps are together {too_large}")
         return Plan(tuple(self._frozen(step) for step in plan.steps), plan.output)
 
     def _frozen(self, step: Step) -> Step:

@@ -161,7 +161,7 @@ class _Series:
                 continue
             tried += 1
             if len(found.lives) > 1:
-                recoveries.setdefault(frozenset(found.lives[1]), name)
+                recoveries.setdefault(_commits(found.lives[1]), name)
         pairs = self._pairs(plain, list(recoveries.values()))
         chosen = _spread(pairs, self.options.pairs)
         second = sum(self._killed_at(plain, *pair) is not None for pair in chosen)
@@ -232,7 +232,7 @@ class _Series:
         try:
             self._submit(processes, folder, kill)
             patient = survey or then is not None
-            self._work(processes, folder, since, [kill, then], patient=patient)
+            self._work(processes, folder, since, [kill, then], survey=survey)
             kills = sum((folder / f"spent{n}").exists() for n in (1, 2))
             return self._checked(folder, since, kills, strict=not patient)
         finally:
@@ -260,9 +260,10 @@ class _Series:
         ]  # fmt: skip
 
     def _work(
-        self, processes: list[Forked], folder: Path, since: datetime, kills: list[str | None], *, patient: bool
+        self, processes: list[Forked], folder: Path, since: datetime, kills: list[str | None], *, survey: bool
     ) -> None:
         """Start workers, one after the other's death, until all runs are at rest."""
+        patient = survey or kills[1] is not None
         deadline = time.monotonic() + self.options.timeout
         queues = sorted({*self.engine.app.amqp.queues, *self.store.run(_queues, since)})
         for life in count(1):
@@ -283,31 +284,29 @@ class _Series:
             worker = Forked(work, orders=orders, log=folder / f"worker{life}.log")
             processes.append(worker)
             armed = None if kill is None or spent.exists() else spent
-            linger = _LINGER_SECONDS if kills == [None, None] or armed is not None else 0.0
-            if self._watch(worker, since, deadline, armed, linger):
+            faultless = kills == [None, None]
+            whole = faultless or armed is not None or (survey and life == 2)
+            if self._watch(worker, since, deadline, armed, orders.record if whole else None):
                 return
             if not worker.killed or not spent.exists():
                 raise AssertionError(f"the worker ended by itself ({worker.poll()}):\n{worker.tail()}")
             self._pass_time(worker.pid, recover=not (patient and life == 1))
 
-    def _watch(self, worker: Forked, since: datetime, deadline: float, armed: Path | None, linger: float) -> bool:
-        """Wait until all runs are at rest (True) or the worker is dead (False)."""
-        rested: float | None = None
+    def _watch(self, worker: Forked, since: datetime, deadline: float, armed: Path | None, record: Path | None) -> bool:
+        """Wait until all runs are at rest (True) or the worker is dead (False).
+
+        ``record``: where the worker writes its boundaries, if it is to reach those that come after the end, too.
+        """
         while True:
-            if worker.poll() is not None:
-                return rested is not None and self.store.run(_open_runs, since) == []
+            dead = worker.poll() is not None
             if armed is not None and armed.exists():
                 armed = None  # a pool process died, and the worker lives
                 self._pass_time(None, recover=False)
             waiting = self.store.run(_open_runs, since)
-            if waiting:
-                rested = None
-                if time.monotonic() > deadline:
-                    raise AssertionError(self._stuck(waiting, worker))
-            elif rested is None:
-                rested = time.monotonic()
-            if rested is not None and time.monotonic() >= rested + linger:
-                return True
+            if dead or (not waiting and (record is None or _quiet(record))):
+                return not waiting
+            if waiting and time.monotonic() > deadline:
+                raise AssertionError(self._stuck(waiting, worker))
             time.sleep(0.02)
 
     def _stuck(self, waiting: list[str], worker: Forked) -> str:
@@ -377,6 +376,19 @@ def _difference(wanted: Iterable[Any], found: Iterable[Any]) -> str:
 
 def _lines(path: Path) -> tuple[str, ...]:
     return tuple(path.read_text().splitlines()) if path.exists() else ()
+
+
+def _quiet(record: Path) -> bool:
+    """Tell whether the worker has been at its boundaries, and reaches no new one any more."""
+    try:
+        return time.time() - record.stat().st_mtime > _LINGER_SECONDS
+    except FileNotFoundError:
+        return False
+
+
+def _commits(names: Iterable[str]) -> frozenset[str]:
+    """Return what a worker had committed: what tells one recovery from another."""
+    return frozenset(name for name in names if "sweeper" not in name and "keeper" not in name and "commit" in name)
 
 
 def _spread(pairs: list[tuple[str, str]], wanted: int) -> Iterator[tuple[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import logging
@@ -36,6 +37,7 @@ class Forked:
         with warnings.catch_warnings():
             # Python 3.12 warns of forking beside other threads, pytest-xdist's say; none of them is needed there.
             warnings.simplefilter("ignore", DeprecationWarning)
+            gc.freeze()  # or the child's first collection would copy all of the parent's memory
             self.pid = os.fork()
         if self.pid == 0:
             os.close(reader)

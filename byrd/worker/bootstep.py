@@ -7,12 +7,12 @@ import uuid
 from typing import Any
 
 from celery import Celery, bootsteps
-from celery.signals import worker_init, worker_shutdown
+from celery.signals import worker_init, worker_shutdown, worker_shutting_down
 
 from byrd.errors import ConfigurationError
 from byrd.task.runtime import runtime_of
-from byrd.worker import broker
-from byrd.worker.keeper import Keeper, Settings, Sweeper
+from byrd.worker import broker, messages
+from byrd.worker.keeper import CHILD_SECONDS, Keeper, Settings, Sweeper, has_exited
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +26,7 @@ class LeaseStep(bootsteps.StartStopStep):
         super().__init__(worker, **options)
         self.keeper: Keeper | None = None
         self.sweeper: Sweeper | None = None
+        self._reaping: Any = None
 
     def start(self, worker: Any) -> None:
         """Take the lease; refuse to work on a database that is not migrated."""
@@ -33,6 +34,7 @@ class LeaseStep(bootsteps.StartStopStep):
         runtime = runtime_of(app)
         settings = settings_of(app)
         runtime.patient_store.check_live()  # a Postgres that is away is waited for
+        self.sweeper = Sweeper(runtime, settings)
         self.keeper = Keeper(
             runtime,
             settings,
@@ -42,12 +44,29 @@ class LeaseStep(bootsteps.StartStopStep):
             concurrency=int(worker.concurrency or 0),
             queues=lambda: sorted(app.amqp.queues.consume_from),
             children=lambda: _children(worker),
+            publish_soon=self.sweeper.wake,
         )
         self.keeper.heartbeat()
         self.keeper.start()
-        self.sweeper = Sweeper(runtime, settings)
         self.sweeper.start()
+        worker_shutting_down.connect(self._told_to_stop, sender=worker.hostname, weak=False)
         worker_shutdown.connect(self._shut_down, sender=worker, weak=False)
+
+    def register_with_event_loop(self, worker: Any, hub: Any) -> None:
+        """Have the pool replace a process that has died at once; called again after each loss of the broker.
+
+        The pool watches a pipe of each process, which the kernel closes a moment before the process can be waited for:
+        a pool that is quicker than that finds nobody dead, and looks again five seconds later.
+        """
+        if self._reaping is not None:
+            self._reaping.cancel()
+
+        def reap() -> None:
+            if any(has_exited(pid) for pid in _children(worker)):
+                worker.pool.maintain_pool()
+
+        if hasattr(worker.pool, "maintain_pool"):
+            self._reaping = hub.call_repeatedly(CHILD_SECONDS, reap)
 
     def stop(self, worker: Any) -> None:
         """The worker stops: its pool drains while the lease is kept."""
@@ -57,6 +76,11 @@ class LeaseStep(bootsteps.StartStopStep):
     def terminate(self, worker: Any) -> None:
         """The worker stops at once."""
         self.stop(worker)
+
+    def _told_to_stop(self, **_: Any) -> None:
+        # In a signal handler, at once: the main thread of a solo pool goes on with its step for as long as that takes.
+        if self.keeper is not None:
+            self.keeper.told_to_stop = True
 
     def _shut_down(self, **_: Any) -> None:
         if self.sweeper is not None:
@@ -69,6 +93,7 @@ class LeaseStep(bootsteps.StartStopStep):
 def prepare_worker(app: Celery) -> None:
     """Have workers of this app take part: called once, by the engine."""
     app.steps["worker"].add(LeaseStep)
+    app.steps["consumer"].add(messages.CarefulStep)
 
     def init(sender: Any = None, **_: Any) -> None:
         if sender is None or sender.app is not app:
@@ -76,6 +101,8 @@ def prepare_worker(app: Celery) -> None:
         # Before the pool starts, so that its processes are born knowing whose they are.
         runtime_of(app).become_worker(str(uuid.uuid4()))
         broker.tolerate_outages()
+        messages.survive_garbage()
+        broker.reconnect_soon(app)
         broker.cooperate_with_gevent()
 
     worker_init.connect(init, weak=False)

@@ -1,31 +1,56 @@
-"""Two repairs below Celery, so that a worker outlives an outage of Redis and a gevent worker does not block."""
+"""Repairs below Celery: a worker outlives an outage of its broker, comes back soon, and does not block under gevent."""
 
 from __future__ import annotations
 
 import logging
 import sys
+import time
 from typing import Any
+
+from celery import Celery
+from kombu.transport import virtual
 
 log = logging.getLogger(__name__)
 
+#: The pauses between tries to reach a broker that is away: each a little longer than the one before, up to a limit.
+_RECONNECT = {"interval_start": 0.5, "interval_step": 0.5, "interval_max": 2.0}
+#: How often a worker complains of the same thing.
+_COMPLAIN_SECONDS = 10.0
+
 
 def tolerate_outages() -> None:
-    """Keep a worker alive whose Redis goes away while it holds a message that it has not acknowledged.
+    """Keep a worker alive whose Redis goes away, or refuses to write, while it holds or takes a message.
 
     With Celery and kombu 5.7.0 such a worker exits with code 1: closing the lost channel restores or
     acknowledges the message on it, which fails.  The message is left to the broker's visibility time-out; a
     step's message is only a wake-up, sent again by the relay.
+
+    A Redis that is out of memory still hands out messages, and then refuses to note who has them.  The message is
+    in nobody's hands but the worker's by then, so it is run; and that is what makes room in Redis.
     """
     try:
         from kombu.transport import redis as transport
     except ImportError:
         return
-    plain = transport.Channel.QoS
-    if getattr(plain, "byrd_tolerant", False):
-        return
+    if not getattr(transport.Channel.QoS, "byrd_tolerant", False):
+        transport.Channel.QoS = _tolerant(transport.Channel.QoS)
 
-    class TolerantQoS(plain):  # type: ignore[misc, valid-type]
+
+def _tolerant(plain: Any) -> Any:
+    """Return kombu's book of unacknowledged messages, made to bear that it cannot be written."""
+
+    class TolerantQoS(plain):
         byrd_tolerant = True
+        complained = -_COMPLAIN_SECONDS
+
+        def append(self, message: Any, delivery_tag: Any) -> None:
+            try:
+                super().append(message, delivery_tag)
+            except Exception as exc:  # noqa: BLE001 - whatever Redis refuses with
+                if time.monotonic() - self.complained > _COMPLAIN_SECONDS:
+                    self.complained = time.monotonic()
+                    log.warning("the broker does not note which messages this worker has taken: %r", exc)
+                virtual.QoS.append(self, message, delivery_tag)
 
         def restore_unacked(self, client: Any = None) -> None:
             try:
@@ -50,7 +75,22 @@ def tolerate_outages() -> None:
             log.warning("message %s stays unacknowledged in the broker: %r", delivery_tag, exc)
             self._quick_ack(delivery_tag)
 
-    transport.Channel.QoS = TolerantQoS
+    return TolerantQoS
+
+
+def reconnect_soon(app: Celery) -> None:
+    """Have a worker look each two seconds whether its broker is back.
+
+    Celery's consumer has no setting for it: its pauses grow to 30 s, so after an outage of half a minute it may be
+    another ten seconds until it takes messages again.
+    """
+    plain = app.amqp.Connection
+
+    class PromptConnection(plain):  # type: ignore[misc, valid-type]
+        def ensure_connection(self, *args: Any, **kwargs: Any) -> Any:
+            return super().ensure_connection(*args, **{**(_RECONNECT if len(args) <= 2 else {}), **kwargs})
+
+    app.amqp.Connection = PromptConnection
 
 
 def cooperate_with_gevent() -> None:

@@ -6,10 +6,12 @@ Two, because a broker that hangs must not cost the lease.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
 import select
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -24,11 +26,12 @@ from byrd.errors import NotLiveError, StaleAttempt
 from byrd.store import Store, Wakeup, steps, sweeps
 from byrd.store.rows import CHANNEL
 from byrd.task.runtime import Runtime
+from byrd.worker.clock import ServerClock
 
 log = logging.getLogger(__name__)
 
 #: How often a worker looks whether one of its pool processes has died.
-_CHILD_SECONDS = 0.25
+CHILD_SECONDS = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +108,11 @@ class Keeper(_Loop):
         concurrency: int,
         queues: Callable[[], Sequence[str]],
         children: Callable[[], Sequence[int]] = lambda: (),
+        publish_soon: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__("byrd-keeper")
+        #: Set by a signal handler, which must not wait for Postgres.
+        self.told_to_stop = False
         self.runtime, self.settings, self.worker_id = runtime, settings, worker_id
         self._identity: dict[str, Any] = {
             "hostname": hostname,
@@ -115,7 +121,7 @@ class Keeper(_Loop):
             "concurrency": concurrency,
             "version": version("byrd"),
         }
-        self._queues, self._children = queues, children
+        self._queues, self._children, self._publish_soon = queues, children, publish_soon
         self._next_heartbeat = 0.0
 
     def heartbeat(self) -> None:
@@ -130,16 +136,21 @@ class Keeper(_Loop):
         )
 
     def tick(self) -> float:
-        exited = [pid for pid in self._children() if _exited(pid)]
+        if self.told_to_stop:
+            self.runtime.store.run(sweeps.stop_worker, self.worker_id)
+            self.told_to_stop = False
+        exited = [pid for pid in self._children() if has_exited(pid)]
         if time.monotonic() >= self._next_heartbeat:
             self._next_heartbeat = time.monotonic() + self.settings.heartbeat_seconds
             self.heartbeat()
-            exited += [pid for pid in self.runtime.store.run(sweeps.running_pids, self.worker_id) if _exited(pid)]
+            exited += [pid for pid in self.runtime.store.run(sweeps.running_pids, self.worker_id) if has_exited(pid)]
         # First what is known of a step, that it ran into its time limit, say; then that its process is gone.
         self._do_chores()
         for pid in set(exited):
             self._give_back(pid)
-        return _CHILD_SECONDS
+        if self.runtime.outbox:
+            self._publish_soon()
+        return CHILD_SECONDS
 
     def stopping(self) -> None:
         """Let the checkpoints of this worker's steps hand back; keep the lease while the pool drains."""
@@ -150,8 +161,10 @@ class Keeper(_Loop):
         self.stop()
         with contextlib.suppress(NotLiveError, DBAPIError):
             self._do_chores()
-        wakeups = self._try(sweeps.release_worker, self.worker_id, reason=reason) or []
-        self.runtime.publisher.publish([*self.runtime.outbox, *wakeups])
+        wakeups = self._try(
+            sweeps.release_worker, self.worker_id, reason=reason, max_preemptions=self.settings.max_preemptions
+        )
+        self.runtime.publisher.publish([*self.runtime.outbox, *(wakeups or [])])
 
     def _give_back(self, pid: int) -> None:
         """Make the steps of a pool process that has died ready again: Celery tells of it later, or not at all."""
@@ -197,8 +210,15 @@ class Sweeper(_Loop):
         # Without patience: this one has to notice each outage, however short, before it gives anybody up.
         self.store = Store(runtime.store.url, patience=0.0, pool_size=2)
         self._listening: Connection | None = None
+        self._bell, self._rope = socket.socketpair()
+        self._rope.setblocking(False)
         self._well_since = self._last_tick = time.monotonic()
-        self._last_recovery = 0.0
+        self._last_recovery = self._last_look = 0.0
+        self._clock = ServerClock()
+        self._clock_went_back = True  # nobody may have been there to see it
+        # Several databases may share a Redis.
+        where = f"{self.store.url.host}:{self.store.url.port}/{self.store.url.database}"
+        self._mark = f"byrd.relay.{hashlib.sha256(where.encode()).hexdigest()[:16]}"
 
     def tick(self) -> float:
         now, before = time.monotonic(), self._last_tick
@@ -209,6 +229,7 @@ class Sweeper(_Loop):
             self._listen()
             self.recover()
             self.relay()
+            self._last_tick = time.monotonic()  # a broker that hangs is no frozen process
             return self.store.run(sweeps.seconds_until_due, at_most=self.settings.sweep_seconds)
         except (NotLiveError, DBAPIError):
             # The others could not reach Postgres either, perhaps: give them time for a heartbeat.
@@ -223,22 +244,33 @@ class Sweeper(_Loop):
             return
         raw: Any = connection.connection.driver_connection
         try:
-            if select.select([raw], [], [], seconds)[0]:
+            heard = select.select([raw, self._bell], [], [], seconds)[0]
+            if raw in heard:
                 raw.poll()
                 raw.notifies.clear()
+            if self._bell in heard:
+                self._bell.recv(4096)
         except Exception:  # noqa: BLE001 - a broken connection: the next round finds out
             self._unlisten()
             super().rest(0.1)
 
+    def wake(self) -> None:
+        """Begin the next round now: there is something to publish."""
+        with contextlib.suppress(OSError):  # it has been rung often enough, or the worker is gone
+            self._rope.send(b"!")
+
     def stop(self, timeout: float = 5.0) -> None:
         super().stop(timeout)
         self._unlisten()
+        self._bell.close()
+        self._rope.close()
         self.store.close()
 
     def relay(self) -> int:
         """Publish what is due; return how many wake-ups went out."""
         store, publisher = self.store, self.runtime.publisher
         outbox = self.runtime.outbox
+        self._look_for_losses()
         publisher.publish([outbox.popleft() for _ in range(len(outbox))])
         due = store.run(sweeps.take_due)
         publisher.publish(due)
@@ -247,12 +279,21 @@ class Sweeper(_Loop):
             # Each wake-up in the broker will find one of the ready steps; only what is missing there was lost.
             depth = publisher.depth(queue)
             if depth is None:
-                continue
+                break  # the broker is away: it would be for the other queues, too
             waiting = store.run(sweeps.sent_and_waiting, queue, at_most=depth + overdue)
-            lost: list[Wakeup] = store.run(sweeps.take_overdue, queue, resend=max(0, waiting - depth))
+            # No more than were counted: what is overdue only since then would be put off, as if its message were there.
+            lost: list[Wakeup] = store.run(sweeps.take_overdue, queue, resend=max(0, waiting - depth), limit=overdue)
             publisher.publish(lost)
             sent += len(lost)
         return sent
+
+    def _look_for_losses(self) -> None:
+        """Notice that Redis lost everything: else each step would wait until it is looked at again, up to 5 min."""
+        if time.monotonic() - self._last_look < self.settings.sweep_seconds:
+            return
+        self._last_look = time.monotonic()
+        if self.runtime.publisher.was_emptied(self._mark) and (lost := self.store.run(sweeps.doubt_all)):
+            log.warning("the broker has lost its messages; %d steps that wait are looked at again", lost)
 
     def recover(self) -> None:
         """Give the steps of workers whose lease is over to others, and end runs whose deadline has passed."""
@@ -260,8 +301,9 @@ class Sweeper(_Loop):
         if time.monotonic() - self._last_recovery < min(1.0, lease / 4):
             return
         self._last_recovery = time.monotonic()
+        self._look_at_the_clock()
         # While Postgres was away nobody could prolong a lease: that alone makes no worker dead.
-        if time.monotonic() - self._well_since < lease or store.run(sweeps.postgres_uptime) < lease:
+        if time.monotonic() - self._well_since < lease:
             return
         lost, wakeups = store.run(sweeps.recover, max_preemptions=self.settings.max_preemptions)
         for hostname in lost:
@@ -269,6 +311,17 @@ class Sweeper(_Loop):
         error = json.dumps({"exc_type": "RunTimeoutError", "exc_module": "byrd.errors", "exc_message": [_DEADLINE]})
         wakeups += store.run(sweeps.end_overdue_runs, error)
         self.runtime.publisher.publish(wakeups)
+
+    def _look_at_the_clock(self) -> None:
+        """Leases go by Postgres's clock.  Once it was stepped, or restarted, everybody gets time for a heartbeat."""
+        change = self._clock.look(lambda: self.store.run(sweeps.clock))
+        if change.stepped:
+            log.warning("Postgres's clock was stepped by %+.0f s; leases and delays follow it", change.stepped)
+        if change.stepped or change.restarted:
+            self._well_since = time.monotonic()
+        self._clock_went_back |= change.behind
+        if self._clock_went_back and self.store.run(sweeps.follow_clock_back):
+            self._clock_went_back = False
 
     def _listen(self) -> None:
         if self._listening is not None or _is_green():
@@ -287,7 +340,7 @@ class Sweeper(_Loop):
 _DEADLINE = "the run did not end before its deadline"
 
 
-def _exited(pid: int) -> bool:
+def has_exited(pid: int) -> bool:
     """Tell whether a process of this worker is gone; one that waits to be reaped by its pool is."""
     if pid == os.getpid():
         return False

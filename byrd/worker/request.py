@@ -6,12 +6,14 @@ import logging
 from typing import Any
 
 from billiard.exceptions import WorkerLostError
-from celery.exceptions import Ignore, Retry
+from celery.exceptions import Ignore, InvalidTaskError, Retry
 from celery.worker import state
 from celery.worker.request import Request
 
 from byrd.store import steps
+from byrd.task.attempt import readable_header
 from byrd.task.runtime import runtime_of
+from byrd.worker.messages import check_request
 
 log = logging.getLogger(__name__)
 
@@ -21,10 +23,19 @@ class DurableRequest(Request):
     Postgres, and a message that waited for its acknowledgement would only come back as a duplicate.
     """
 
+    def __init__(self, message: Any, *args: Any, headers: Any = None, **options: Any) -> None:
+        check_request(message.headers if headers is None else headers)
+        try:
+            super().__init__(message, *args, headers=headers, **options)
+        except (TypeError, ValueError) as exc:  # its body is no list of three, say
+            raise InvalidTaskError(f"the message of a task cannot be read: {exc!r}") from exc
+        if self.durable:  # when a step may start, Postgres knows; no message of ours says it
+            self._eta = self._expires = None
+
     @property
     def durable(self) -> bool:
         """True when the message names a step of a run."""
-        return "byrd" in self._request_dict
+        return self._request_dict.get("byrd") is not None
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
         """A pool process has taken the message."""
@@ -39,35 +50,50 @@ class DurableRequest(Request):
         return super().execute(loglevel, logfile)
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:  # noqa: FBT001, FBT002 - Celery's
-        """End the pool process because the worker stops and cannot wait; a step is handed back, to be retried."""
-        super().cancel(pool, signal, emit_retry=emit_retry or self.durable)
+        """End the task because the worker stops and does not want to wait; a step is handed back, to be retried.
+
+        Nobody can end what runs in a thread: that is waited for.  Without this, Celery's refusal to try would end the
+        worker with its other steps, or be raised in the very task, in a solo pool.
+        """
+        try:
+            super().cancel(pool, signal, emit_retry=emit_retry or self.durable)
+        except NotImplementedError:
+            log.warning("%s[%s] cannot be ended in this pool, so the worker waits for it", self.name, self.id)
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:  # noqa: FBT001, FBT002
         """The task raised, or its pool process is gone: then its steps become ready again at once."""
         exc = exc_info.exception
         exc = getattr(exc, "exc", exc) if type(exc).__name__ == "ExceptionWithTraceback" else exc
-        lost = isinstance(exc, WorkerLostError | SystemExit | KeyboardInterrupt)
-        if not (self.durable and lost):
-            super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
-            if self.durable and not isinstance(exc, Ignore | Retry):
-                self._give_back_unless_recorded()
+        if self.durable and isinstance(exc, WorkerLostError | SystemExit | KeyboardInterrupt):
+            self._done()
+            log.warning("the pool process %s is gone while it ran %s[%s]: %s", self.worker_pid, self.name, self.id, exc)
+            self._give_back(f"pool process {self.worker_pid}: {exc}")
+            if send_failed_event:
+                self.send_event("task-retried", exception=repr(exc), traceback="")
             return
+        if self.durable and isinstance(exc, MemoryError):
+            self._done()  # Celery would end the whole worker, with the steps that run beside this one
+            if send_failed_event:
+                self.send_event("task-failed", exception=repr(exc), traceback=exc_info.traceback)
+        else:
+            super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
+        if self.durable and not isinstance(exc, Ignore | Retry):
+            # A failure is recorded by the pool process, before this: if even that failed, the step would run for ever.
+            self._give_back("its outcome could not be recorded")
+
+    def _done(self) -> None:
         state.task_ready(self)
         self.acknowledge()
-        log.warning("the pool process %s is gone while it ran %s[%s]: %s", self.worker_pid, self.name, self.id, exc)
-        if self.worker_pid is not None:
-            runtime = runtime_of(self._app)
-            reason = f"pool process {self.worker_pid}: {exc}"
-            runtime.later(steps.preempt, runtime.worker_id, pid=self.worker_pid, reason=reason)
-        if send_failed_event:
-            self.send_event("task-retried", exception=repr(exc), traceback="")
 
-    def _give_back_unless_recorded(self) -> None:
-        """A failure is recorded by the pool process, before this: if even that failed, the step would run for ever."""
-        runtime, header = runtime_of(self._app), self._request_dict["byrd"]
-        runtime.later(
-            steps.preempt,
-            runtime.worker_id,
-            step=(str(header["step"]), int(header["attempt"]) + 1),
-            reason="its outcome could not be recorded",
-        )
+    def _give_back(self, reason: str) -> None:
+        """Have this attempt given back, unless it is recorded; in a pool of threads, others run in the same process."""
+        runtime, header = runtime_of(self._app), readable_header(self._request_dict.get("byrd"))
+        if header is not None:
+            attempt = (header["step"], header["attempt"] + 1)
+            runtime.later(
+                steps.preempt,
+                runtime.worker_id,
+                step=attempt,
+                reason=reason,
+                max_preemptions=runtime.max_preemptions,
+            )

@@ -59,8 +59,10 @@ def count_up(self: byrd.CheckpointTask, name: str, most: int) -> int:
 
     first = self.step("first", lambda: 7)
     done = self.iterate(numbers, lambda n: n, save=save, batch_size=2)
-    with self.transaction() as conn:
-        conn.execute(text("INSERT INTO effects (name, n) VALUES (:name, -1)"), {"name": name})
+    if self.progress("tail") is None:
+        with self.transaction() as conn:
+            conn.execute(text("INSERT INTO effects (name, n) VALUES (:name, -1)"), {"name": name})
+            self.checkpoint(name="tail", cursor="done")
     return int(done.completed) + int(first)
 
 

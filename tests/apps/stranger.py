@@ -16,3 +16,16 @@ def note(path: str, text: str) -> str:
     with Path(path).open("a", encoding="utf-8") as file:
         file.write(f"{text}\n")
     return text
+
+
+@app.task(name="tests.apps.delivery.note")
+def note_with_seconds(path: str, text: str, seconds: float = 0.0) -> str:
+    """Append a line to a file."""
+    return str(note.run(path, text))
+
+
+@app.task(name="tests.apps.delivery.anything")
+def anything(*args: object, path: str = "", **kwargs: object) -> None:
+    """Take whatever it is given, and append it to a file."""
+    with Path(path or os.environ["TEST_NOTES"]).open("a", encoding="utf-8") as file:
+        file.write(f"{args} {kwargs}\n")

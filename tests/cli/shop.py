@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,22 @@ def hold(path: str, value: Any = None) -> Any:
     """Run until the file is there."""
     while not Path(path).exists():
         time.sleep(0.02)
+    return value
+
+
+@app.task(bind=True)
+def kill_twice_and_hold(self: Task, folder: str) -> int:
+    """Kill the process that runs it, in the first two attempts; then run until the file is there."""
+    number: int = self.request.byrd.number
+    if number < 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    hold(f"{folder}/go")
+    return number
+
+
+@app.task(rate_limit="1/h")
+def slow_down(value: int) -> int:
+    """A task that Celery lets start once an hour."""
     return value
 
 

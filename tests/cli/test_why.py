@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import getpass
+import os
 import re
+import signal
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from byrd.embedded import EmbeddedPostgres, EmbeddedValkey
 from byrd.engine.words import span
 from byrd.worker import Settings, Sweeper
-from tests.cli.conftest import APP, Cli
-from tests.cluster import Cluster, wait_until
+from tests.cli.conftest import APP, Cli, cli_on
+from tests.cluster import Cluster, ClusterFactory, wait_until
 
 TIME = r"\d\d:\d\d:\d\d"
 SINCE = rf"{TIME} \([^)]+ ago\)"
@@ -42,10 +47,34 @@ def test_without_workers_it_waits_for_one(cluster: Cluster, shop: Any, byrd_cli:
     run.pause()
     becomes(run, rf"It is paused since {SINCE}: nothing more starts until `byrd resume {run.id[:8]}`\.")
     assert byrd_cli("why", run.id).out.startswith("It is paused since")
+    late = shop.engine.submit("shop.late", "never")
+    becomes(late, rf"Its deadline passed at {SINCE}: a worker, or `byrd relay`, stops it once one is started\.")
     found = byrd_cli("why", many.id, "--json").json
     assert (found["run"], found["status"], len(found["reasons"])) == (many.id, "running", 1)
     run.cancel()
     becomes(run, rf"It was cancelled at {TIME}\.")
+
+
+def test_it_names_who_gave_a_command(shop: Any, byrd_cli: Cli) -> None:
+    run = shop.engine.submit(shop.price.s(1))
+    byrd_cli("pause", run.id)
+    me = re.escape(f"{getpass.getuser()}@{socket.gethostname()}")
+    becomes(run, rf"It is paused since {SINCE}, by {me}: nothing more starts until `byrd resume {run.id[:8]}`\.")
+    run.resume(by="the night shift")
+    run.pause(by="Anna")
+    becomes(run, rf"It is paused since {SINCE}, by Anna: .*")
+    run.cancel(by="Bert")
+    becomes(run, rf"It was cancelled at {TIME} by Bert\.")
+    run.retry(by="Anna")
+    told = [(event["event"], (event["detail"] or {}).get("by")) for event in run.history() if event["attempt"] is None]
+    assert told[1:] == [
+        ("paused", f"{getpass.getuser()}@{socket.gethostname()}"),
+        ("resumed", "the night shift"),
+        ("paused", "Anna"),
+        ("cancel_requested", "Bert"),
+        ("cancelled", None),
+        ("retried", "Anna"),
+    ]
 
 
 def test_a_busy_worker_a_missing_task_a_missing_queue_and_a_lost_worker(
@@ -95,17 +124,88 @@ def test_a_message_that_is_not_taken(cluster: Cluster, shop: Any, monkeypatch: p
     run = shop.engine.submit(shop.price.s(1))
     becomes(
         run,
-        rf"Step 0 \(.*\) is ready since {SINCE} and its message is in queue 'celery', not taken yet; should it be "
-        rf"lost, it is sent again (at {TIME}|now)\.",
+        rf"Step 0 \(.*\) is ready since {SINCE} and its message was sent to queue 'celery', which is empty: it was "
+        rf"lost, or a worker that is busy or frozen took it; it is sent again (at {TIME}|now)\.",
     )
+    other = shop.engine.submit(shop.price.s(1))
+    becomes(other, r"Step 0 .* was sent to queue 'celery', where 1 message is not taken yet; it is sent again .*")
     with cluster.redis() as redis:
         redis.flushdb()
+    becomes(other, r"Step 0 .* was sent to queue 'celery', which is empty: it was lost, .*; 1 step became ready .*")
     sweeper = Sweeper(shop.engine.runtime, Settings())
     wait_until(sweeper.relay, what="a message sent again")
-    becomes(run, r"Step 0 .* and its message was sent 2 times to queue 'celery' without being taken: .*")
+    becomes(run, r"Step 0 .* was sent 2 times to queue 'celery', where [12] messages? (is|are) not taken yet; .*")
     worker.sigcont()
     assert run.get(timeout=30) == 2
     becomes(run, rf"It succeeded at {TIME}, .* after it was submitted\.")
+
+
+@pytest.fixture
+def own(cluster_on: ClusterFactory, own_postgres: EmbeddedPostgres, own_broker: EmbeddedValkey) -> Cluster:
+    return cluster_on(database_url=own_postgres.url, broker_url=own_broker.url)
+
+
+def test_a_broker_or_a_database_that_is_away(
+    own: Cluster,
+    own_postgres: EmbeddedPostgres,
+    own_broker: EmbeddedValkey,
+    elsewhere: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shop, byrd_cli = own.app(APP), cli_on(own, monkeypatch)
+    own.worker(APP)
+    own_broker.kill()
+    run = shop.engine.submit(shop.price.s(1))
+    becomes(
+        run,
+        rf"Step 0 \(.*\) is ready since {SINCE} but the broker, redis://:\*\*@127.0.0.1:\d+/0, does not answer here "
+        r"\(.*refused.*\): its message is sent to queue 'celery' once it does\.",
+    )
+    assert "does not answer here" in byrd_cli("why", run.id).out
+    own_postgres.kill()
+    answer = byrd_cli("why", run.id)
+    assert (answer.status, answer.out) == (1, "")
+    assert re.match(r"Error: Postgres at 127\.0\.0\.1:\d+ does not answer: .*", answer.err)
+    own_postgres.start()
+    own_broker.start()
+    assert run.get(timeout=60) == 2
+
+
+def test_a_step_that_kills_its_worker_is_suspected(cluster: Cluster, shop: Any, tmp_path: Path) -> None:
+    cluster.worker(APP, concurrency=1)
+    run = shop.engine.submit(shop.kill_twice_and_hold.s(str(tmp_path)))
+    becomes(
+        run,
+        rf"Step 0 \(.*\) is held by worker worker1@localhost \(process \d+\) since {SINCE}, attempt 3, lease until "
+        rf"{TIME}; it lost its worker 2 times \(the last time at {TIME}: pool process \d+.*\), and fails with "
+        r"StepLostError if it does 4 times more\.",
+    )
+    (tmp_path / "go").touch()
+    assert run.get(timeout=30) == 3
+
+
+def test_a_task_with_a_rate_limit(cluster: Cluster, shop: Any) -> None:
+    cluster.worker(APP)
+    runs = [shop.engine.submit(shop.slow_down.s(n)) for n in range(3)]
+    [first] = wait_until(lambda: [run for run in runs if run.status == "succeeded"])
+    other = next(run for run in runs if run != first)
+    becomes(other, r"Step 0 .* is ready since .*; its task is limited to 1/h, so a worker may hold it back\.")
+
+
+def test_a_worker_that_shuts_down(cluster: Cluster, shop: Any, tmp_path: Path) -> None:
+    worker = cluster.worker(APP, concurrency=1)
+    held = shop.engine.submit(shop.hold.s(str(tmp_path / "go"), 7))
+    becomes(held, r"Step 0 .* is held by worker .*")
+    os.kill(worker.pid, signal.SIGTERM)
+    becomes(
+        held,
+        r"Step 0 .* is held by worker .*; the worker is shutting down, and gives it back at its next checkpoint unless "
+        r"it ends before\.",
+    )
+    run = shop.engine.submit(shop.price.s(1))
+    becomes(run, rf"Step 0 \(.*\) is ready since {SINCE} but every worker that is alive is shutting down: start one .*")
+    (tmp_path / "go").touch()
+    assert held.get(timeout=30) == 7
 
 
 def test_retries_rollbacks_and_ends(cluster: Cluster, shop: Any, tmp_path: Path, byrd_cli: Cli) -> None:
@@ -124,7 +224,9 @@ def test_retries_rollbacks_and_ends(cluster: Cluster, shop: Any, tmp_path: Path,
     )
     assert failed.why()[1] == f"`byrd retry {failed.id[:8]}` keeps what succeeded and tries the rest again."
     late = shop.engine.submit("shop.late", str(tmp_path / "never"))
-    becomes(late, rf"It is being cancelled since {SINCE}, and waits for what still runs .*")
+    becomes(
+        late, rf"It is being cancelled since {SINCE} because its deadline had passed, and waits for what still runs .*"
+    )
     (tmp_path / "never").touch()
     becomes(late, rf"It failed at {TIME}: its deadline, {TIME}, had passed, so it was stopped\.")
 

@@ -55,14 +55,14 @@ def test_a_wakeup_that_nobody_answers_is_sent_again_and_again_less_often(world: 
     run = world.submit(sig("a"))
     assert world.do(sweeps.overdue_queues) == {}
     pauses = []
-    for _ in range(7):
+    for _ in range(10):
         pass_time(world, 1000)
         assert world.do(sweeps.overdue_queues) == {"work": 1}
         assert world.do(sweeps.sent_and_waiting, "work", at_most=10) == 1
         [wakeup] = world.do(sweeps.take_overdue, "work", resend=1)
         assert (wakeup.task, wakeup.attempt) == ("a", 0)
         pauses.append(round(world.do(sweeps.seconds_until_due, at_most=1000.0)))
-    assert pauses == [round(min(30, RESEND_SECONDS * 2**n)) for n in (1, 2, 3, 4, 5, 5, 5)]
+    assert pauses == [round(min(300, RESEND_SECONDS * 2**n)) for n in range(1, 11)]
     assert world.drive(run).status == "succeeded"
 
 
@@ -73,6 +73,34 @@ def test_only_what_the_broker_lost_is_sent_again_the_rest_is_looked_at_later(wor
     assert len(world.do(sweeps.take_overdue, "work", resend=2)) == 2
     assert sorted(sent(world, run).values()) == [1, 1, 1, 2, 2]
     assert world.do(sweeps.overdue_queues) == {}
+
+
+def test_what_is_overdue_only_since_it_was_counted_is_left_for_the_next_look(world: World) -> None:
+    run = world.submit(group(*[sig(f"t{n}") for n in range(5)]))
+    pass_time(world, 1000)
+    assert len(world.do(sweeps.take_overdue, "work", resend=2, limit=2)) == 2
+    assert world.do(sweeps.overdue_queues) == {"work": 3}
+    assert len(world.do(sweeps.take_overdue, "work", resend=3, limit=3)) == 3
+    assert sorted(sent(world, run).values()) == [2] * 5
+
+
+def test_after_the_broker_lost_all_each_message_is_sent_again_however_full_the_queue_is(world: World) -> None:
+    run = world.submit(group(*[sig(f"t{n}") for n in range(5)]))
+    assert world.do(sweeps.overdue_queues) == {}
+    assert world.do(sweeps.doubt_all) == 5
+    assert len(world.do(sweeps.take_overdue, "work", resend=0, limit=2)) == 2
+    assert world.do(sweeps.overdue_queues) == {"work": 3}
+    assert len(world.do(sweeps.take_overdue, "work", resend=0)) == 3
+    assert sorted(sent(world, run).values()) == [2] * 5
+
+
+def test_how_often_a_step_is_sent_grows_with_the_logarithm_of_its_age(world: World) -> None:
+    run = world.submit(sig("a"))
+    world.sql("UPDATE byrd.steps SET ready_at = ready_at - interval '30 days' RETURNING 1")
+    for _ in range(50):
+        pass_time(world, 1000)
+        world.do(sweeps.take_overdue, "work", resend=0)
+    assert sent(world, run) == {"a": 19}  # 15 s * 2 ** 17 is less than 30 days
 
 
 def test_queues_are_counted_apart(world: World) -> None:

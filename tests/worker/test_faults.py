@@ -170,7 +170,7 @@ def test_a_worker_without_byrd_runs_no_step(cluster: Cluster, tmp_path: Path) ->
     stranger = cluster.worker("tests.apps.stranger")
     path = tmp_path / "notes"
     run = app.engine.submit(app.note.s(str(path), "mine"))
-    stranger.wait_for_log("byrd_step|unexpected keyword")
+    stranger.wait_for_log("keyword arguments is not a mapping")
     assert not path.exists()
     stranger.kill()
     cluster.worker(APP)

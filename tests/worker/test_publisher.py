@@ -13,6 +13,7 @@ from celery import Celery
 from byrd.embedded import EmbeddedValkey
 from byrd.store import Wakeup
 from byrd.task.publisher import Publisher
+from tests.cluster import wait_until
 
 
 @pytest.fixture
@@ -64,6 +65,6 @@ def test_a_dead_broker_is_told_not_raised_and_served_again_once_it_is_back(
     own_broker.start()
     with redis.Redis.from_url(own_broker.url) as client:
         client.delete("celery")
-    assert publisher.publish(_wakeup(no) for no in range(count))
+    wait_until(lambda: publisher.publish(_wakeup(no) for no in range(count)), timeout=10)  # it is not asked at once
     assert _sent(own_broker.url) == list(range(count))
     app.close()

@@ -135,7 +135,9 @@ def _steps() -> None:
     op.execute("CREATE INDEX steps_after ON byrd.steps (run_id, after) WHERE after IS NOT NULL")
     op.execute("CREATE INDEX steps_join ON byrd.steps (run_id, join_no) WHERE join_no IS NOT NULL")
     op.execute("CREATE INDEX steps_open ON byrd.steps (run_id) WHERE status IN ('pending','ready','running')")
-    op.execute("CREATE INDEX steps_wake ON byrd.steps (wake_at) WHERE status = 'ready'")
+    # A ready step is in one of these two: to be published when its time comes, or published and not yet taken.
+    op.execute("CREATE INDEX steps_due ON byrd.steps (wake_at) WHERE status = 'ready' AND sends = 0")
+    op.execute("CREATE INDEX steps_sent ON byrd.steps (queue, wake_at) WHERE status = 'ready' AND sends > 0")
     op.execute("CREATE INDEX steps_running ON byrd.steps (worker_id) WHERE status = 'running'")
 
 
