@@ -1,4 +1,4 @@
-"""The app whose steps the faults of :mod:`benchmarks.recovery_servers` strike."""
+"""The app whose steps are struck by the faults of ``benchmarks.recovery_servers`` and ``benchmarks.recovery_workers``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,17 @@ def hold(go: str) -> int:
     """Run until a file exists."""
     while not Path(go).exists():
         time.sleep(0.01)
+    return 0
+
+
+@app.task(bind=True, base=byrd.CheckpointTask)
+def hold_in_steps(self: byrd.CheckpointTask, go: str) -> int:
+    """Run until a file exists, with a checkpoint every tenth of a second."""
+    done = 0
+    while not Path(go).exists():
+        time.sleep(0.1)
+        done += 1
+        self.checkpoint(cursor=done, completed=done)
     return 0
 
 

@@ -80,7 +80,7 @@ def measure(faults: Sequence[str], *, trials: int, progress: Callable[[str], Non
         stack.callback(recovery_app.app.close)
         stack.callback(recovery_app.engine.close)
         log = folder / "worker.log"
-        worker = stack.enter_context(_worker(log))
+        worker = stack.enter_context(start_worker(log))
         found: dict[str, list[Trial]] = {fault: [] for fault in faults}
         for fault in faults:
             for number in range(trials):
@@ -95,7 +95,7 @@ def measure(faults: Sequence[str], *, trials: int, progress: Callable[[str], Non
 def _trial(load: Any, fault: Callable[[Servers], object], servers: Servers, go: Path) -> Trial:
     engine = load.engine
     runs = [engine.submit(load.hold.s(str(go)) | load.add_one.s()) for _ in range(_HELD)]
-    _wait_until(lambda: all(run.steps()[0].status == "running" for run in runs))
+    wait_until(lambda: all(run.steps()[0].status == "running" for run in runs))
     for number in range(_QUEUED):
         canvas = load.add_one.s(number)
         for _ in range(_CHAIN - 1):
@@ -124,17 +124,18 @@ def _starts(conn: Any, answers: float) -> Trial:
 
 
 @contextmanager
-def _worker(log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def start_worker(log: Path, name: str = "recovery@bench") -> Iterator[subprocess.Popen[bytes]]:
+    """Have a worker of the app, with the settings that Byrd gives it."""
     command = [
         sys.executable, "-m", "celery", "-A", "benchmarks.recovery_app", "worker",
-        "-P", "prefork", "-c", "2", "-l", "INFO",
+        "-n", name, "-P", "prefork", "-c", "2", "-l", "INFO",
     ]  # fmt: skip
     with log.open("wb") as output:
         worker = subprocess.Popen(
             command, cwd=_ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
     try:
-        _wait_until(lambda: b" ready." in log.read_bytes())
+        wait_until(lambda: b" ready." in log.read_bytes())
         yield worker
     finally:
         worker.terminate()
@@ -145,7 +146,8 @@ def _worker(log: Path) -> Iterator[subprocess.Popen[bytes]]:
             worker.wait()
 
 
-def _wait_until(condition: Callable[[], T]) -> T:
+def wait_until(condition: Callable[[], T | None]) -> T:
+    """Call ``condition`` until it returns something true, and return that."""
     deadline = time.monotonic() + _WAIT_SECONDS
     while not (found := condition()):
         if time.monotonic() > deadline:

@@ -99,7 +99,7 @@ def suspect_after(max_preemptions: int) -> int:
 
 
 def _may_run_alone(conn: Connection, params: dict[str, Any]) -> bool:
-    """Tell whether the step is a suspect, ready, and the worker runs no other; if it runs one, send ours again later."""
+    """Tell whether the step is a suspect, ready, and the worker runs no other; if it does, send ours again later."""
     suspect = """SELECT 1 FROM byrd.steps WHERE id = %(id)s AND status = 'ready' AND attempt = %(attempt)s
                     AND preemptions >= %(suspect)s AND wake_at < 'infinity'"""
     if not query(conn, suspect, params).first():

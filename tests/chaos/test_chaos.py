@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ from byrd.chaos.tasks import QUEUE
 from byrd.embedded import EmbeddedValkey
 from byrd.errors import ConfigurationError
 from tests.cli.conftest import call
-from tests.cluster import ROOT, Cluster, ClusterFactory, Worker
+from tests.cluster import ROOT, Cluster, ClusterFactory, Worker, wait_until
 from tests.invariants import check_database
 
 APP = "tests.apps.basic"
@@ -61,7 +62,9 @@ def assert_clean(status: int, report: dict[str, Any], told: str) -> None:
 
 def test_a_minute_of_every_fault(tmp_path: Path) -> None:
     file = tmp_path / "reports" / "chaos.json"
-    status, report, told = chaos("--embedded", "--for", "60s", "--every", "1s", "--report", str(file))
+    mark = f"CHAOS_TEST={secrets.token_hex(8)}"
+    env = {**os.environ, **dict([mark.split("=")])}
+    status, report, told = chaos("--embedded", "--for", "60s", "--every", "1s", "--report", str(file), env=env)
     assert_clean(status, report, told)
     assert set(report["faults"]) == set(Kind), told
     assert json.loads(file.read_text()) == report
@@ -71,12 +74,16 @@ def test_a_minute_of_every_fault(tmp_path: Path) -> None:
         if found["steps"]:
             assert 0 <= found["p50"] <= found["p95"] <= found["max"]
     assert report["recovery"][Kind.POSTGRES_RESTARTED]["steps"] >= 1
-    assert not [process for process in psutil.process_iter() if _is_of(process, "byrd.chaos.app")]
+    wait_until(
+        lambda: not [process for process in psutil.process_iter() if _has(process, mark)], what="end of them all"
+    )
 
 
-def _is_of(process: psutil.Process, word: str) -> bool:
+def _has(process: psutil.Process, variable: str) -> bool:
+    """Tell whether a process was started by the session, which gave it its environment."""
+    name, _, value = variable.partition("=")
     try:
-        return any(word in part for part in process.cmdline())
+        return bool(process.environ().get(name) == value)
     except psutil.Error:
         return False
 

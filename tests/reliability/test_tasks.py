@@ -213,7 +213,7 @@ def test_values_that_are_too_large(app: Any) -> None:
     assert run.wait(timeout=100) == "failed"
     assert "the result is 314,572,802 bytes of JSON, more than byrd_max_value_bytes=134,217,728" in run.why()[0]
     assert run.steps()[0].attempt == 1
-    with pytest.raises(ArgumentError, match="together 314,572,8.. bytes of JSON, more than byrd_max_value_bytes"):
+    with pytest.raises(ArgumentError, match=r"together 314,572,8.. bytes of JSON, more than byrd_max_value_bytes"):
         app.engine.submit(app.size.s("x" * 300 * _MB))
     with pytest.raises(ArgumentError, match="the arguments of 3 steps are together"):
         app.engine.submit(group(app.size.s("x" * 100 * _MB), app.size.s("x" * 100 * _MB)))
@@ -258,7 +258,7 @@ def test_a_task_that_takes_the_signals(app: Any, module_cluster: Cluster, worker
 
 def test_a_task_that_closes_all_files(cluster: Cluster, tmp_path: Path) -> None:
     app = cluster.app(APP)
-    worker = cluster.worker(APP, concurrency=2)
+    cluster.worker(APP, concurrency=2)
     beside = bystander(app, tmp_path / "go")
     run = app.engine.submit(app.closes_files.s() | app.echo.s())
     pid = run.get(timeout=60)
@@ -304,12 +304,7 @@ def test_a_task_that_half_of_the_workers_do_not_have(cluster: Cluster) -> None:
     assert "but no live worker on queue 'celery' has the task tests.apps.rough.brand_new registered" in first.why()[0]
     cluster.worker(APP)
     runs = [app.engine.submit(app.brand_new.s(n) | app.echo.s()) for n in range(1, 20)]
-    began = time.monotonic()
-    took = []
     for n, run in enumerate([*runs, first], 1):
         assert run.get(timeout=120) == n % 20
-        took.append(time.monotonic() - began)
-    print("took", took)
     assert old.running
     check_database(cluster.database_url)
-    assert 0
