@@ -1,4 +1,4 @@
-"""The app whose steps are struck by the faults of ``benchmarks.recovery_servers`` and ``benchmarks.recovery_workers``."""
+"""The app whose steps the faults of ``recovery_servers`` and ``recovery_workers`` strike."""
 
 from __future__ import annotations
 

@@ -38,6 +38,7 @@ class Fault:
     task: str
     strike: Strike
     to_reach: float
+    ends_worker: bool = True
 
 
 def _kill_all(main: psutil.Process, _child: int) -> None:
@@ -46,7 +47,7 @@ def _kill_all(main: psutil.Process, _child: int) -> None:
 
 
 FAULTS: dict[str, Fault] = {
-    "pool child killed": Fault("hold", lambda _main, child: os.kill(child, signal.SIGKILL), 1.0),
+    "pool child killed": Fault("hold", lambda _main, child: os.kill(child, signal.SIGKILL), 1.0, ends_worker=False),
     "worker SIGTERM": Fault("hold_in_steps", lambda main, _child: main.terminate(), 2.0),
     "worker SIGKILL": Fault("hold", _kill_all, 10.0),
 }
@@ -70,6 +71,8 @@ def measure(faults: Sequence[str], *, trials: int, progress: Callable[[str], Non
                 progress(f"{fault}: {number + 1} of {trials}")
                 name = f"{fault}-{number}".replace(" ", "-")
                 found[fault].append(_trial(recovery_app, FAULTS[fault], folder / name))
+                if FAULTS[fault].ends_worker:  # one that stops warmly takes a moment longer than its step
+                    wait_until(lambda: any(worker.poll() is not None for worker in workers))
                 for n, worker in enumerate(workers):
                     if worker.poll() is not None:
                         log = folder / f"{name}-{n}.log"
