@@ -128,6 +128,12 @@ def pass_on(conn: Connection, step_id: str, attempt: int) -> list[Wakeup]:
     return []
 
 
+def know_broker(conn: Connection, mark: str) -> bool:
+    """Note that the broker holds this mark; return False when that was not known before."""
+    rows = query(conn, "INSERT INTO byrd.brokers (mark) VALUES (%(mark)s) ON CONFLICT DO NOTHING", {"mark": mark})
+    return rows.rowcount == 0
+
+
 def doubt_all(conn: Connection) -> int:
     """Have the relay look now at all steps that were published and not claimed: the broker has lost its messages.
 

@@ -129,7 +129,10 @@ def _trace(
     named = (request or {}).get("byrd")
     if named is None:
         return tracer(uuid, args, kwargs, request or {})
-    return _without_frames(_trace_step(task, tracer, uuid, named, request or {}))
+    outcome = _without_frames(_trace_step(task, tracer, uuid, named, request or {}))
+    if runtime_of(task.app).orphaned:
+        _end_orphan()
+    return outcome
 
 
 def _trace_step(task: Task, tracer: Tracer, uuid: str, named: Any, request: Mapping[str, Any]) -> Any:
@@ -281,6 +284,17 @@ def _end_fork(attempt: Attempt) -> NoReturn:
         os.getpid(),
     )
     os._exit(70)  # not sys.exit(): nothing of the pool's own, which it has inherited, may run in it
+
+
+def _end_orphan() -> NoReturn:
+    """End a pool process whose main process is gone: nobody would give it another task.
+
+    On Linux the kernel does so at once, unless a task has asked it not to.  Elsewhere, and then, the processes of a
+    pool would wait for each other for ever: each holds an end of the pipes from which the others read their tasks.
+    """
+    log.warning("the worker's main process is gone, and with it ends its pool process %d", os.getpid())
+    logging.shutdown()
+    os._exit(70)
 
 
 def _is_greenlet_exit(exc: BaseException) -> bool:

@@ -75,20 +75,21 @@ class Publisher:
             except connection.channel_errors:
                 return 0  # a queue that was never declared holds nothing
 
-    def was_emptied(self, mark: str) -> bool:
-        """Tell whether the broker has lost a mark that is left in it: it was flushed, or came back without its data.
+    def was_unmarked(self, mark: str) -> bool | None:
+        """Leave a mark in the broker; tell whether there was none, or None when it does not say.
 
-        Only Redis can hold one.  Of all who ask, one is told.
+        A broker that has lost its mark was flushed, or came back without its data.  Only Redis can hold one.  Of all
+        who ask, one is told.
         """
         try:
             with self.app.producer_pool.acquire(block=True, timeout=5) as producer:
                 channel = producer.connection.default_channel
                 if producer.connection.transport.driver_type != "redis":
-                    return False
+                    return None
                 return bool(channel.client.set(mark, "1", nx=True))
         except Exception as exc:  # noqa: BLE001 - each transport has errors of its own
             self._complain("the broker does not answer (%r); the relay will ask again", exc)
-            return False
+            return None
 
     def _sent(self, producer: Any, wakeup: Wakeup) -> bool:
         """Send one wake-up; one that can never be sent (its queue is unknown, say) must not hold up the others."""

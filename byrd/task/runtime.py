@@ -49,6 +49,7 @@ class Runtime:
         #: What it has to publish: the sweeper does it.
         self.outbox: deque[Wakeup] = deque()
         self._worker_id: str | None = None
+        self._main_pid: int | None = None
         setattr(app, _RUNTIME, self)
 
     @property
@@ -87,6 +88,12 @@ class Runtime:
     def become_worker(self, worker_id: str) -> None:
         """Take the identity of a worker, for this process and those that its pool starts."""
         self._worker_id = os.environ[_WORKER_ID] = worker_id
+        self._main_pid = os.getpid()
+
+    @property
+    def orphaned(self) -> bool:
+        """True in a pool process that was forked from a worker's main process which is gone."""
+        return self._main_pid is not None and self._main_pid not in (os.getpid(), os.getppid())
 
     def later(self, transition: Callable[..., list[Wakeup]], *args: Any, **kwargs: Any) -> None:
         """Have the keeper of this worker run a transition of the store, soon."""

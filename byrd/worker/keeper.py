@@ -216,6 +216,7 @@ class Sweeper(_Loop):
         self._last_recovery = self._last_look = 0.0
         self._clock = ServerClock()
         self._clock_went_back = True  # nobody may have been there to see it
+        self._broker_is_new = True
         # Several databases may share a Redis.
         where = f"{self.store.url.host}:{self.store.url.port}/{self.store.url.database}"
         self._mark = f"byrd.relay.{hashlib.sha256(where.encode()).hexdigest()[:16]}"
@@ -292,7 +293,13 @@ class Sweeper(_Loop):
         if time.monotonic() - self._last_look < self.settings.sweep_seconds:
             return
         self._last_look = time.monotonic()
-        if self.runtime.publisher.was_emptied(self._mark) and (lost := self.store.run(sweeps.doubt_all)):
+        unmarked = self.runtime.publisher.was_unmarked(self._mark)
+        if unmarked is None or not (unmarked or self._broker_is_new):
+            return
+        # One that is asked for the first time ever has no mark, and has lost nothing.
+        known = self.store.run(sweeps.know_broker, self._mark)
+        self._broker_is_new = False
+        if unmarked and known and (lost := self.store.run(sweeps.doubt_all)):
             log.warning("the broker has lost its messages; %d steps that wait are looked at again", lost)
 
     def recover(self) -> None:

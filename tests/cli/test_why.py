@@ -133,7 +133,10 @@ def test_a_message_that_is_not_taken(cluster: Cluster, shop: Any, monkeypatch: p
         redis.flushdb()
     becomes(other, r"Step 0 .* was sent to queue 'celery', which is empty: it was lost, .*; 1 step became ready .*")
     sweeper = Sweeper(shop.engine.runtime, Settings())
-    wait_until(sweeper.relay, what="a message sent again")
+    try:
+        wait_until(sweeper.relay, what="a message sent again")
+    finally:
+        sweeper.stop()
     becomes(run, r"Step 0 .* was sent 2 times to queue 'celery', where [12] messages? (is|are) not taken yet; .*")
     worker.sigcont()
     assert run.get(timeout=30) == 2

@@ -121,8 +121,7 @@ def test_orphans_finish_what_they_run_while_it_is_theirs(cluster: Cluster, tmp_p
     late.touch()
     assert [run.get(timeout=30) for run in (first, second)] == [2, 2]
     assert (history(cluster, first), history(cluster, second)) == ([], [(0, 1, "preempted")])
-    # They wait half a minute for somebody to read their results.
-    wait_until(lambda: not any(map(alive, orphans)), timeout=90, what="end of the orphans")
+    wait_until(lambda: not any(map(alive, orphans)), what="end of the orphans")
     wait_until(lambda: "attempt 1 may not write" in doomed.log_text() or "does not own" in doomed.log_text())
     check_database(cluster.database_url)
 

@@ -51,6 +51,10 @@ COMMANDS = {
 }  # fmt: skip
 ENDS = (*["complete"] * 4, *["fail"] * 3, "retry", "hand_back", "ignore", "revoke")
 READY = "SELECT id, attempt, task FROM byrd.steps WHERE status = 'ready' ORDER BY task, no, ready_at"
+#: Runs that go on, and that have done what can be undone.
+UNDOABLE = """SELECT DISTINCT r.id::text, r.created_at FROM byrd.runs r JOIN byrd.steps s ON s.run_id = r.id
+               WHERE r.status = 'running' AND s.status = 'succeeded' AND s.compensation IS NOT NULL
+               ORDER BY r.created_at"""
 #: Whether an operation is carried out at once, or statement by statement between those of others.
 WHOLE = st.sampled_from([True, True, False])
 REFUSALS = (StaleAttempt, StepCancelled, IllegalTransitionError)
@@ -368,6 +372,24 @@ class InterleavingMachine(RuleBasedStateMachine):
             if len(self.claims) == known or not self.free():
                 return
             self.end_one(self.claims[-1], "complete" if left else how, whole=whole or left > 0)
+
+    @precondition(lambda self: self.free() and self.model.runs)
+    @rule(data=st.data(), how=st.sampled_from(["fail", "fail", "complete", "retry"]), whole=WHOLE)
+    def roll_back(self, data: st.DataObject, how: str, whole: bool) -> None:
+        """Bring a rollback one step on: try again what is stuck, end a compensation, or give cause for one."""
+        stuck = self.pick(data, "SELECT id::text FROM byrd.runs WHERE status = 'rollback_stuck' ORDER BY created_at")
+        undo = self.pick(data, READY.replace("WHERE", "WHERE kind = 'compensation' AND"))
+        done = self.pick(data, UNDOABLE)
+        known = len(self.claims)
+        if stuck is not None:
+            self.start(Op("retry_run", lambda conn: runs.retry(conn, stuck.id)), whole=whole)
+        elif undo is not None:
+            self.claim_one(undo, 0, undo.attempt, whole=True)
+            if len(self.claims) > known and self.free():
+                self.end_one(self.claims[-1], how, whole=whole)
+        elif done is not None:
+            cause = Op("cancel", lambda conn: runs.cancel(conn, done.id, compensate=True))
+            self.start(cause, whole=whole)
 
     @precondition(lambda self: self.free() and self.claims)
     @rule(data=st.data(), whole=WHOLE)

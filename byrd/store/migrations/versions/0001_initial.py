@@ -1,4 +1,4 @@
-"""The tables of Byrd 0.1: runs, steps, checkpoints, failed items, attempts, events, workers.
+"""The tables of Byrd 0.1: runs, steps, checkpoints, failed items, attempts, events, workers, brokers.
 
 Revision ID: 0001
 Revises:
@@ -222,6 +222,10 @@ def _events_and_workers() -> None:
         schema=SCHEMA,
     )
     op.execute("CREATE INDEX workers_lease ON byrd.workers (lease_until)")
+    # The brokers that were seen to hold their mark: one that has none now has lost its messages.
+    op.create_table(
+        "brokers", sa.Column("mark", sa.Text, primary_key=True), _time("marked_at", nullable=False), schema=SCHEMA
+    )
 
 
 def upgrade() -> None:
@@ -234,5 +238,5 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     """Drop the tables, and with them every run."""
-    for table in ("workers", "events", "attempts", "failed_items", "checkpoints", "steps", "runs"):
+    for table in ("brokers", "workers", "events", "attempts", "failed_items", "checkpoints", "steps", "runs"):
         op.drop_table(table, schema=SCHEMA)
