@@ -176,11 +176,25 @@ def show(console: Console, results: Mapping[str, Sequence[Trial]]) -> None:
     )
 
 
+def judge(results: Mapping[str, tuple[float, Sequence[float]]], tolerate: float) -> None:
+    """Raise unless each fault's longest time is within its figure, times ``tolerate``."""
+    late = [
+        f"{fault}: {max(seconds):.2f} s"
+        for fault, (figure, seconds) in results.items()
+        if max(seconds) > figure * tolerate
+    ]
+    if late:
+        raise click.ClickException(f"later than the figure to reach: {', '.join(late)}")
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--trials", type=click.IntRange(1), default=5, show_default=True, help="How often each fault strikes.")
 @click.option("--fault", "only", type=click.Choice(list(FAULTS)), multiple=True, help="Only this one; may be repeated.")
-def main(trials: int, only: tuple[str, ...]) -> None:
-    """Measure how soon steps start after Redis or Postgres failed."""
+@click.option(
+    "--tolerate", type=click.FloatRange(1), default=1.0, show_default=True, help="Times the figure, on a busy machine."
+)
+def main(trials: int, only: tuple[str, ...], tolerate: float) -> None:
+    """Measure how soon steps start after Redis or Postgres failed; exit 1 if the next one starts too late."""
     logging.getLogger("byrd").setLevel(logging.ERROR)  # that a server is away is no news here
     console = Console()
     try:
@@ -189,6 +203,7 @@ def main(trials: int, only: tuple[str, ...]) -> None:
     except (BenchmarkError, ByrdError) as error:
         raise click.ClickException(str(error)) from None
     show(console, results)
+    judge({fault: (FIGURE, [trial.next for trial in trials]) for fault, trials in results.items()}, tolerate)
 
 
 if __name__ == "__main__":

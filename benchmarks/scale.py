@@ -305,6 +305,7 @@ def record_idle_worker(engine: byrd.Byrd, recorder: Recorder, *, seconds: float 
             time.sleep(min(0.1, pause))
     finally:
         sweeper.stop()
+        keeper.store.close()
 
 
 def record_work(engine: byrd.Byrd, recorder: Recorder) -> None:

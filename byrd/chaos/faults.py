@@ -59,15 +59,36 @@ ON_SERVERS = frozenset({Kind.REDIS_RESTARTED, Kind.POSTGRES_RESTARTED})
 
 
 @dataclass(frozen=True, slots=True)
+class Victim:
+    """A worker that was hit: one life of it, for its name outlives it."""
+
+    hostname: str
+    worker_id: str
+    #: Its pool process, where that alone was hit.
+    pid: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Fault:
     """A fault that was injected.  ``at``, by Postgres's clock: the fault; or when the server answered again."""
 
     kind: Kind
     what: str
     at: datetime
+    #: What ran on the worker, what waited for the server, or whose message was lost.
     hits: tuple[Hit, ...] = ()
-    #: The node name of the worker that was hit, if one was.
-    worker: str | None = None
+    victim: Victim | None = None
+    #: When a server went away.
+    since: datetime | None = None
+    #: When a frozen worker woke; what it has claimed after that was not hit.
+    until: datetime | None = None
+    #: What was under way when Postgres went away.
+    running: tuple[Hit, ...] = ()
+
+    @property
+    def hit(self) -> int:
+        """How many steps it hit."""
+        return len(self.hits) + len(self.running)
 
 
 @dataclass(slots=True)
@@ -135,13 +156,17 @@ def kill_worker(on: Field) -> list[Fault]:
     return [_killed(on, row, at)]
 
 
+def _victim(row: WorkerRow, pid: int | None = None) -> Victim:
+    return Victim(row.hostname, row.id, pid)
+
+
 def _killed(on: Field, row: WorkerRow, at: datetime, *, when: str = "") -> Fault:
     """Say what the death of a worker hit; start it again if it is our own."""
     hits = on.store.run(_running, row.id)
     if on.own and on.own.owns(row.pid):
         on.own.wait_gone(row.pid)
         on.own.start()
-    return Fault(Kind.WORKER_KILLED, f"SIGKILL to {row.hostname}, process {row.pid}{when}", at, hits, row.hostname)
+    return Fault(Kind.WORKER_KILLED, f"SIGKILL to {row.hostname}, process {row.pid}{when}", at, hits, _victim(row))
 
 
 def kill_child(on: Field) -> list[Fault]:
@@ -163,7 +188,7 @@ def kill_child(on: Field) -> list[Fault]:
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     hits = on.store.run(_running, row.id, pid)
-    return [Fault(Kind.CHILD_KILLED, f"SIGKILL to process {pid} of {row.hostname}", at, hits, row.hostname)]
+    return [Fault(Kind.CHILD_KILLED, f"SIGKILL to process {pid} of {row.hostname}", at, hits, _victim(row, pid))]
 
 
 def stop_worker(on: Field) -> list[Fault]:
@@ -177,7 +202,7 @@ def stop_worker(on: Field) -> list[Fault]:
     if on.own and on.own.owns(row.pid):
         on.own.wait_gone(row.pid)
         on.own.start()
-    return [Fault(Kind.WORKER_STOPPED, f"SIGTERM to {row.hostname}, process {row.pid}", at, hits, row.hostname)]
+    return [Fault(Kind.WORKER_STOPPED, f"SIGTERM to {row.hostname}, process {row.pid}", at, hits, _victim(row))]
 
 
 def freeze_worker(on: Field) -> list[Fault]:
@@ -192,7 +217,8 @@ def freeze_worker(on: Field) -> list[Fault]:
         on.told.wait(on.lease_seconds + _OVERSLEEP_SECONDS)
     finally:
         signal_tree(row.pid, signal.SIGCONT)
-    return [Fault(Kind.WORKER_FROZEN, f"SIGSTOP, then SIGCONT, to {row.hostname}", at, hits, row.hostname)]
+    what = f"SIGSTOP, then SIGCONT, to {row.hostname}"
+    return [Fault(Kind.WORKER_FROZEN, what, at, hits, _victim(row), until=on.now())]
 
 
 def _running(conn: Connection, worker_id: str, pid: int | None = None) -> tuple[Hit, ...]:
@@ -233,22 +259,26 @@ def restart_redis(on: Field) -> list[Fault]:
     outage = _outage(on, on.redis_server, hard=True)
     on.wait_for(lambda: _answers(on.redis.ping), 60.0)
     at, hits = on.now(), on.store.run(_ready)
-    return [Fault(Kind.REDIS_RESTARTED, f"Redis was away for {outage.seconds:.1f} s", at, hits), *outage.deaths(on)]
+    what = f"Redis was away for {outage.seconds:.1f} s"
+    return [Fault(Kind.REDIS_RESTARTED, what, at, hits, since=outage.since), *outage.deaths(on)]
 
 
 def restart_postgres(on: Field) -> list[Fault]:
     """Stop Postgres, wait a little, start it."""
     hard = on.random.random() < 0.5  # a shutdown in order, or a crash
+    waiting, running = on.store.run(_at_stake)  # nobody can ask while it is away
     outage = _outage(on, on.postgres_server, hard=hard)
     on.wait_for(lambda: _answers(lambda: on.store.run(sweeps.postgres_uptime)), 60.0)
     what = f"Postgres {'crashed' if hard else 'stopped'}, and was away for {outage.seconds:.1f} s"
-    return [Fault(Kind.POSTGRES_RESTARTED, what, on.now()), *outage.deaths(on)]
+    fault = Fault(Kind.POSTGRES_RESTARTED, what, on.now(), waiting, since=outage.since, running=running)
+    return [fault, *outage.deaths(on)]
 
 
 @dataclass(frozen=True, slots=True)
 class _Outage:
-    """For how long a server was away, and the worker that was killed meanwhile, if one was."""
+    """When and for how long a server was away, and the worker that was killed meanwhile, if one was."""
 
+    since: datetime
     seconds: float
     killed: tuple[WorkerRow, datetime] | None
 
@@ -263,7 +293,7 @@ def _outage(on: Field, server: Server | None, *, hard: bool) -> _Outage:
         raise AssertionError("a fault for a server that may not be touched")
     victims = on.victims() if on.overlap and on.random.random() < 0.5 else []
     seconds, killed = on.random.uniform(0.2, 1.0) * on.outage_seconds, None
-    began = time.monotonic()
+    began, since = time.monotonic(), on.now()
     try:
         server.stop(hard=hard)
         on.told.wait(seconds / 2)
@@ -273,7 +303,7 @@ def _outage(on: Field, server: Server | None, *, hard: bool) -> _Outage:
         on.told.wait(seconds / 2)
     finally:
         server.start()
-    return _Outage(time.monotonic() - began, killed)
+    return _Outage(since, time.monotonic() - began, killed)
 
 
 def _answers(call: Callable[[], object]) -> bool:
@@ -289,13 +319,20 @@ def _answers(call: Callable[[], object]) -> bool:
 
 
 def _ready(conn: Connection) -> tuple[Hit, ...]:
+    return _at_stake(conn)[0]
+
+
+def _at_stake(conn: Connection) -> tuple[tuple[Hit, ...], tuple[Hit, ...]]:
+    """Return the steps of the load that are due and wait to be started, and those that are running."""
     rows = query(
         conn,
-        """SELECT s.id, s.attempt FROM byrd.steps s WHERE s.status = 'ready' AND s.wake_at < 'infinity'
-              AND s.run_at <= clock_timestamp() AND starts_with(s.task, %(prefix)s)""",
+        """SELECT s.id, s.attempt, s.status FROM byrd.steps s WHERE starts_with(s.task, %(prefix)s)
+              AND (s.status = 'running'
+                   OR s.status = 'ready' AND s.wake_at < 'infinity' AND s.run_at <= clock_timestamp())""",
         {"prefix": PREFIX},
-    )
-    return tuple((row.id, row.attempt) for row in rows)
+    ).all()
+    waiting = tuple((row.id, row.attempt) for row in rows if row.status == "ready")
+    return waiting, tuple((row.id, row.attempt) for row in rows if row.status == "running")
 
 
 # -- messages --------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ CREATE SCHEMA IF NOT EXISTS byrd_chaos;
 CREATE TABLE IF NOT EXISTS byrd_chaos.effects (
     id uuid PRIMARY KEY, run_id uuid NOT NULL, step_id text NOT NULL, attempt int NOT NULL,
     at timestamptz NOT NULL DEFAULT clock_timestamp());
+ALTER TABLE byrd_chaos.effects ADD COLUMN IF NOT EXISTS worker_id uuid, ADD COLUMN IF NOT EXISTS pid int;
 CREATE INDEX IF NOT EXISTS effects_run ON byrd_chaos.effects (run_id);
 CREATE INDEX IF NOT EXISTS effects_at ON byrd_chaos.effects (at);
 CREATE TABLE IF NOT EXISTS byrd_chaos.items (
@@ -39,11 +40,12 @@ CREATE OR REPLACE FUNCTION byrd_chaos.note_completion() RETURNS trigger LANGUAGE
     INSERT INTO byrd_chaos.completions (run_id, step_id, attempt) VALUES (NEW.run_id, NEW.id, NEW.attempt);
     RETURN NULL;
   END $$;
-CREATE OR REPLACE TRIGGER byrd_chaos_completion AFTER UPDATE ON byrd.steps FOR EACH ROW
-  WHEN (NEW.status = 'succeeded' AND NEW.kind <> 'join'
-        AND (OLD.status <> 'succeeded' OR OLD.result IS DISTINCT FROM NEW.result))
+CREATE OR REPLACE TRIGGER byrd_chaos_completion AFTER UPDATE OF status, result, finished_at ON byrd.steps FOR EACH ROW
+  WHEN (NEW.status = 'succeeded' AND NEW.kind <> 'join')
   EXECUTE FUNCTION byrd_chaos.note_completion();
 """
+# UPDATE OF: whoever sets one of these columns on a step that has succeeded records its completion, though it may write
+# the very values that were there.
 
 
 def create(conn: Connection, *, watch: bool) -> None:
@@ -58,13 +60,25 @@ def create(conn: Connection, *, watch: bool) -> None:
         query(conn, _WATCH)
 
 
-def record_effect(conn: Connection, effect: str, run_id: str, step_id: str, attempt: int) -> None:
-    """Write an effect.  ``effect`` is this effect's own id: written again after a lost answer, it stays one."""
+def record_effect(
+    conn: Connection,
+    effect: str,
+    run_id: str,
+    step_id: str,
+    attempt: int,
+    *,
+    worker_id: str | None = None,
+    pid: int | None = None,
+) -> None:
+    """Write an effect, and where it was left: in which process of which worker.
+
+    ``effect`` is this effect's own id: written again after a lost answer, it stays one.
+    """
     query(
         conn,
-        """INSERT INTO byrd_chaos.effects (id, run_id, step_id, attempt)
-           VALUES (%(id)s, %(run)s, %(step)s, %(attempt)s) ON CONFLICT DO NOTHING""",
-        {"id": effect, "run": run_id, "step": step_id, "attempt": attempt},
+        """INSERT INTO byrd_chaos.effects (id, run_id, step_id, attempt, worker_id, pid)
+           VALUES (%(id)s, %(run)s, %(step)s, %(attempt)s, %(worker)s, %(pid)s) ON CONFLICT DO NOTHING""",
+        {"id": effect, "run": run_id, "step": step_id, "attempt": attempt, "worker": worker_id, "pid": pid},
     )
 
 

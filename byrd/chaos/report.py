@@ -61,8 +61,10 @@ class Audit:
     wrong: Sequence[Finding]
     twice: Sequence[Finding]
     unexplained: Sequence[Finding]
-    #: Attempts that lost their worker though no fault of this session hit it.
+    #: Attempts that lost their worker, or were handed back, though no fault of this session hit them.
     unprovoked: Sequence[Finding]
+    #: Rows that break an invariant of Byrd's tables, and did not before the session.
+    broken: Sequence[Finding]
     recoveries: Mapping[str, Recovery]
 
 
@@ -93,6 +95,8 @@ class Report:
             "recorded twice": audit.twice,
             "repeated without a reason": audit.unexplained,
         }
+        if audit.broken:
+            counted[f"{'breaks' if len(audit.broken) == 1 else 'break'} an invariant"] = audit.broken
         lines = [f"{len(found):,} {what}" for what, found in counted.items() if found]
         return [*lines, *self.troubles]
 
@@ -127,12 +131,12 @@ class Report:
                 "reasons": dict(audit.repeated),
                 "unexplained": len(audit.unexplained),
             },
-            "unprovoked_preemptions": len(audit.unprovoked),
+            "unprovoked": len(audit.unprovoked),
+            "invariants": {"broken": len(audit.broken)},
             "faults": dict(self.counts),
             "recovery": {kind: asdict(found) for kind, found in audit.recoveries.items()},
             "timeline": [
-                {"kind": fault.kind, "at": fault.at, "what": fault.what, "hit": len(fault.hits)}
-                for fault in self.faults
+                {"kind": fault.kind, "at": fault.at, "what": fault.what, "hit": fault.hit} for fault in self.faults
             ],
             "findings": {
                 "lost": findings(audit.lost),
@@ -141,5 +145,6 @@ class Report:
                 "recorded_twice": findings(audit.twice),
                 "unexplained": findings(audit.unexplained),
                 "unprovoked": findings(audit.unprovoked),
+                "broken_invariants": findings(audit.broken),
             },
         }

@@ -18,7 +18,8 @@ from sqlalchemy import Connection
 
 from byrd.chaos import faults as the
 from byrd.chaos import ledger, tasks
-from byrd.chaos.audit import audit, open_runs
+from byrd.chaos.audit import audit
+from byrd.chaos.facts import broken, open_runs
 from byrd.chaos.faults import Fault, Field, Kind, Meddler
 from byrd.chaos.report import Report
 from byrd.chaos.submitter import Submission, Submitter
@@ -27,6 +28,7 @@ from byrd.engine import Byrd
 from byrd.engine.words import count
 from byrd.errors import ConfigurationError
 from byrd.store import Store, WorkerRow, sweeps
+from byrd.store.invariants import Broken
 from byrd.store.rows import query
 from byrd.worker.bootstep import settings_of
 
@@ -120,6 +122,8 @@ class Session:
         self._name = f"chaos-{secrets.token_hex(4)}"
         self._faults: list[Fault] = []
         self._troubles: list[str] = []
+        #: What broke an invariant before the session.
+        self._known: frozenset[Broken] = frozenset()
         #: For the audit and for aiming: it waits through the outages that are made here.
         self._store = Store(engine.runtime.store.url, patience=120.0)
 
@@ -141,7 +145,14 @@ class Session:
                 drained = time.monotonic()
                 counts = Counter(str(fault.kind) for fault in self._faults)
                 counts[Kind.MESSAGES_DUPLICATED] += meddler.duplicated
-                found = audit(self._store, submissions, self._faults, why=self._why)
+                found = audit(
+                    self._store,
+                    submissions,
+                    self._faults,
+                    why=self._why,
+                    alone=options.embedded,
+                    known=self._known,
+                )
             report = Report(
                 seed=options.seed,
                 began=began,
@@ -171,6 +182,7 @@ class Session:
             if shape.workflow not in engine.workflows:
                 engine.workflow(shape.workflow)(shape.build)
         self._store.run(ledger.create, watch=self._options.embedded)
+        self._known = frozenset(self._store.run(broken))
         return shapes
 
     def _field(self) -> Field:
@@ -294,7 +306,7 @@ class Session:
 
     def _aftermath(self, field: Field, fault: Fault) -> str:
         """Wait until what was hit has gone on; say so."""
-        hit = f": {count(len(fault.hits), 'step')} hit" if fault.hits else ""
+        hit = f": {count(fault.hit, 'step')} hit" if fault.hit else ""
         if field.overlap:
             return hit
         began = time.monotonic()

@@ -1,12 +1,15 @@
 """The load: small tasks that leave an effect behind each time they run, and canvases of every kind made of them.
 
-They touch nothing but the tables of :mod:`byrd.chaos.ledger`.  Workers get them from :mod:`byrd.chaos.load`.
+They touch nothing but the tables of :mod:`byrd.chaos.ledger`.  Workers get them from :mod:`byrd.chaos.load`.  Each
+result says which attempt gave it, ``{"value": 12, "attempt": 1}``: all attempts at a step come to the same value, so
+nothing else would tell that a stale one was recorded.
 """
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +19,7 @@ from sqlalchemy import Connection
 from byrd.chaos import ledger
 from byrd.errors import ConfigurationError
 from byrd.task import CheckpointTask, Outcome, SagaTask
-from byrd.task.attempt import attempt_of
+from byrd.task.attempt import Attempt, attempt_of
 
 #: The queue of the load alone: what chaos does to messages it does there.
 QUEUE = "byrd-chaos"
@@ -33,42 +36,42 @@ class RefusedError(Exception):
 
 # -- the tasks -------------------------------------------------------------------------------------
 
+Given = int | Mapping[str, int]
+"""A number: the caller's own, or the result of a task of the load."""
 
-def touch(self: Task, value: int) -> int:
+
+def touch(self: Task, value: Given) -> Given:
     """Work a little; return the next number."""
-    _leave_effect(self)
+    attempt = _leave_effect(self)
     _work(value)
-    return value + 1
+    return _result(attempt, number_of(value) + 1)
 
 
-def gather(self: Task, values: list[Any]) -> int:
+def gather(self: Task, values: list[Any]) -> Given:
     """Add up what a group returns, whatever its nesting."""
-    _leave_effect(self)
-    return sum(_flat(values))
+    attempt = _leave_effect(self)
+    return _result(attempt, sum(_flat(values)))
 
 
-def stumble(self: Task, value: int) -> int:
+def stumble(self: Task, value: Given) -> Given:
     """Ask for another try, twice."""
-    _leave_effect(self)
+    attempt = _leave_effect(self)
     _work(value)
     if self.request.retries < _STUMBLES:
         raise self.retry(countdown=0.1, max_retries=_STUMBLES)
-    return value + 1
+    return _result(attempt, number_of(value) + 1)
 
 
-def grow(self: Task, value: int) -> Any:
+def grow(self: Task, value: Given) -> Any:
     """Put a chain in its own place."""
     _leave_effect(self)
     step = self.app.tasks[f"{PREFIX}touch"]
     raise self.replace(chain(step.s(value), step.s()))
 
 
-def walk(self: CheckpointTask, value: int) -> int:
+def walk(self: CheckpointTask, value: Given) -> Given:
     """Write items in batches, each in one transaction with its checkpoint."""
-    attempt = attempt_of(self.request)
-    if attempt is None:
-        raise ConfigurationError(f"{self.name} is a part of `byrd chaos`, and no task to be called by itself")
-    _leave_effect(self)
+    attempt = _leave_effect(self)
 
     def items(cursor: int | None) -> Iterator[tuple[int, int]]:
         return ((n, n) for n in range(0 if cursor is None else cursor + 1, _ITEMS))
@@ -81,27 +84,27 @@ def walk(self: CheckpointTask, value: int) -> int:
         ledger.record_items(conn, attempt.run_id, attempt.step_id, attempt.number, [o.item for o in outcomes])
 
     done = self.iterate(items, process, save=save, batch_size=_BATCH)
-    return value + done.completed
+    return _result(attempt, number_of(value) + done.completed)
 
 
-def reserve(self: Task, value: int) -> int:
+def reserve(self: Task, value: Given) -> Given:
     """Do what can be undone."""
-    _leave_effect(self)
+    attempt = _leave_effect(self)
     _work(value)
-    return value + 1
+    return _result(attempt, number_of(value) + 1)
 
 
-def release(self: Task, result: int, *_: Any) -> int:
+def release(self: Task, result: Given, *_: Any) -> Given:
     """Undo it."""
-    _leave_effect(self)
+    attempt = _leave_effect(self)
     _work(result)
-    return result
+    return _result(attempt, number_of(result))
 
 
-def refuse(self: Task, value: int) -> None:
+def refuse(self: Task, value: Given) -> None:
     """Fail, so that what was reserved is released."""
     _leave_effect(self)
-    raise RefusedError(f"{value} is refused, as it should be")
+    raise RefusedError(f"{number_of(value)} is refused, as it should be")
 
 
 def register(app: Celery) -> None:
@@ -124,17 +127,34 @@ def register(app: Celery) -> None:
     task(reserve, base=SagaTask).compensation(release, bind=True, retry_backoff=1, retry_backoff_max=2)
 
 
-def _leave_effect(task: Task) -> None:
+def _leave_effect(task: Task) -> Attempt:
     """Write an effect, for good, at the start of each attempt; wait for Postgres as long as it takes."""
     attempt = attempt_of(task.request)
     if attempt is None:
         raise ConfigurationError(f"{task.name} is a part of `byrd chaos`, and no task to be called by itself")
-    store = attempt.runtime.user_store
-    store.run(ledger.record_effect, ledger.new_effect(), attempt.run_id, attempt.step_id, attempt.number)
+    attempt.runtime.user_store.run(
+        ledger.record_effect,
+        ledger.new_effect(),
+        attempt.run_id,
+        attempt.step_id,
+        attempt.number,
+        worker_id=attempt.runtime.worker_id,
+        pid=os.getpid(),
+    )
+    return attempt
 
 
-def _work(value: int) -> None:
-    time.sleep(_LONGEST_SECONDS * (value * 7919 % 100) / 100)
+def _result(attempt: Attempt, value: int) -> Given:
+    return {"value": value, "attempt": attempt.number}
+
+
+def number_of(given: Given) -> int:
+    """Return the number that a task of the load was given, or has returned."""
+    return given if isinstance(given, int) else given["value"]
+
+
+def _work(value: Given) -> None:
+    time.sleep(_LONGEST_SECONDS * (number_of(value) * 7919 % 100) / 100)
 
 
 def _flat(values: Iterable[Any]) -> Iterator[int]:
@@ -142,7 +162,7 @@ def _flat(values: Iterable[Any]) -> Iterator[int]:
         if isinstance(value, list):
             yield from _flat(value)
         else:
-            yield value
+            yield number_of(value)
 
 
 # -- the canvases ----------------------------------------------------------------------------------
@@ -154,7 +174,7 @@ class Shape:
 
     name: str
     build: Callable[[int], Any]
-    #: The result that the run must have; None for a run that must fail, and roll back.
+    #: The value that the run's result must have; None for a run that must fail, and roll back.
     expected: Callable[[int], int] | None
     #: How many compensations must have succeeded.
     undone: int = 0

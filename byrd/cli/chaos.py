@@ -39,6 +39,8 @@ _WORDS = {
     "redis_restarted": "Redis restarted: first start",
     "redis_restarted_each_waiting_step": "Redis restarted: each waiting step",
     "postgres_restarted": "Postgres restarted: first start",
+    "postgres_restarted_each_waiting_step": "Postgres restarted: each waiting step",
+    "postgres_restarted_until_recorded": "Postgres restarted: until what ran is recorded",
     "messages_dropped": "message dropped",
 }
 
@@ -121,7 +123,7 @@ def add_to(group: click.Group) -> None:
 
         For staging systems.  Nothing is touched but what is named; workers that are to be hit, or to run the load, are
         started with `-I byrd.chaos.load -Q celery,byrd-chaos`.  The exit status is 1 if anything was lost, recorded
-        twice, stuck, wrong, or repeated without a reason.
+        twice, stuck, wrong, or repeated without a reason, or if an invariant of Byrd's tables is broken.
         """
         from byrd.chaos import Options
 
@@ -280,7 +282,8 @@ def _print(report: Report) -> None:
     facts.add_row("effects", f"{audit.effects:,} written, {repeated:,} repeated" + (f": {reasons}" if reasons else ""))
     facts.add_row("", f"{len(audit.unexplained):,} repeated without a reason")
     if audit.unprovoked:
-        facts.add_row("", f"{count(len(audit.unprovoked), 'attempt')} lost their worker by no fault of this session")
+        facts.add_row("", f"{count(len(audit.unprovoked), 'attempt')} cut short by no fault of this session")
+    facts.add_row("invariants", f"{count(len(audit.broken), 'row')} of Byrd's tables broken since the session began")
     facts.add_row("faults", ", ".join(f"{number:,} {kind.replace('_', ' ')}" for kind, number in report.counts.items()))
     facts.add_row("time", f"{span(report.seconds)}, and {span(report.drain_seconds)} to drain")
     console().print(facts)
@@ -290,7 +293,8 @@ def _print(report: Report) -> None:
         "Wrong end": audit.wrong,
         "Recorded twice": audit.twice,
         "Repeated without a reason": audit.unexplained,
-        "Worker lost by no fault of this session": audit.unprovoked,
+        "Cut short by no fault of this session": audit.unprovoked,
+        "Invariants broken": audit.broken,
     }
     for title, found in findings.items():
         if found:
@@ -321,4 +325,5 @@ def _verdict(failures: Sequence[str]) -> None:
     if failures:
         say("\n", ("Failed: " + "; ".join(failures) + ".", "bold red"))
     else:
-        say("\n", ("Nothing was lost, recorded twice, stuck, or repeated without a reason.", "green"))
+        all_well = "Nothing was lost, recorded twice, stuck, or repeated without a reason; no invariant is broken."
+        say("\n", (all_well, "green"))

@@ -37,6 +37,10 @@ _OUTAGES = (
 )
 #: Class 53, insufficient resources (disk full, out of memory), and a statement time-out: they may pass, too.
 _CANCELED = "57014"
+#: A statement was cancelled or took too long, a lock was not to be had in time, a configured limit is reached.
+_EXCEEDS = frozenset({_CANCELED, "55P03", "53400"})
+#: Transactions of the user's own that fail in this way more often ask for too much, rather than are unlucky.
+MOST_EXCESSES = 5
 _MISSING = (pg_errors.UndefinedTable, pg_errors.UndefinedColumn, pg_errors.InvalidSchemaName, NoSuchTableError)
 
 #: A peer that is silent for ten seconds is gone: a cable is cut, a host is off.  Linux would wait for a quarter of an
@@ -103,7 +107,7 @@ class Store:
         So each statement must be right when it is run twice: its guard refuses the second time, or it finds
         what its first run had committed before the answer was lost.
         """
-        tries = 0
+        tries = excesses = 0
         deadline = time.monotonic() + self.patience
         while True:
             try:
@@ -111,6 +115,9 @@ class Store:
                     return statement(conn, *args, **kwargs)
             except (DBAPIError, PoolTimeoutError) as exc:
                 tries += 1
+                excesses += exceeds_limit(exc)
+                if self._for_users and excesses > MOST_EXCESSES:
+                    raise
                 self._wait_or_raise(exc, tries, deadline)
 
     def close(self) -> None:
@@ -155,6 +162,11 @@ class Store:
 def is_race(exc: BaseException) -> bool:
     """Tell whether a transaction has lost against another: the same may be right a moment later."""
     return isinstance(getattr(exc, "orig", None), _RACES)
+
+
+def exceeds_limit(exc: BaseException) -> bool:
+    """Tell whether a transaction took, or waited for, more than the database lets it: again it may be luckier."""
+    return isinstance(exc, DBAPIError) and getattr(exc.orig, "pgcode", None) in _EXCEEDS
 
 
 def is_outage(exc: BaseException) -> bool:

@@ -24,6 +24,8 @@ from byrd.store.rows import WAKEUP, Claim, Wakeup, query, wakeups_of
 MAX_PREEMPTIONS = 5
 #: How long a step that may not run beside another on this worker waits until a worker is asked again.
 SUSPECT_SECONDS = 1.0
+#: How long a step waits whose message came to a worker that may not claim it.
+SEND_AGAIN_SECONDS = 0.5
 
 _NOW = "clock_timestamp()"
 _UNCLAIMED = "worker_id = NULL, pid = NULL, claim = NULL"
@@ -85,8 +87,25 @@ def claim(
         query(conn, _CLAIM, {**params, "alone": True})
         row = query(conn, _CLAIMED, params).mappings().first()
     if row is None:
+        _send_again(conn, params)
         return None
     return Claim(**{**row, "run_id": str(row["run_id"])})
+
+
+def _send_again(conn: Connection, params: dict[str, Any]) -> None:
+    """Have a step that is ready, but that this worker may not claim (it stops, or has lost its lease), sent again soon.
+
+    Its message is used up, and in a queue that is busy, or empty, nobody would miss it for long.
+    """
+    query(
+        conn,
+        f"""UPDATE byrd.steps s SET sends = 0, wake_at = {_NOW} + {SEND_AGAIN_SECONDS} * interval '1 second'
+              FROM byrd.runs r
+             WHERE s.id = %(id)s AND s.attempt = %(attempt)s AND s.status = 'ready' AND s.task = %(task)s
+               AND s.sends > 0 AND s.wake_at < 'infinity' AND s.run_at <= {_NOW} AND r.id = s.run_id
+               AND r.status = CASE WHEN s.kind = 'compensation' THEN 'compensating' ELSE 'running' END""",
+        params,
+    )
 
 
 def suspect_after(max_preemptions: int) -> int:
@@ -217,16 +236,25 @@ def preempt(
     """running → ready for the steps of a worker, of one of its pool processes, or for one attempt, that is gone.
 
     A step that has lost its worker ``max_preemptions`` times before is failed instead.  Steps that somebody is
-    writing just now, and those beyond ``limit``, are left for the next time: it waits for nobody.
+    writing just now, and those beyond ``limit``, are left for the next time: it waits for nobody.  For one attempt
+    there is no next time, so it waits.
     """
-    rows = query(
-        conn,
-        f"""SELECT s.id, s.attempt, s.preemptions, {TRY_SHARE_RUN} AS free FROM byrd.steps s
-            WHERE s.status = 'running' AND s.worker_id = %(worker)s AND (%(pid)s::int IS NULL OR s.pid = %(pid)s)
-              AND (%(step)s::text IS NULL OR (s.id = %(step)s AND s.attempt = %(attempt)s))
-            ORDER BY s.run_id, s.no LIMIT %(limit)s FOR UPDATE SKIP LOCKED""",
-        {"worker": worker_id, "pid": pid, "limit": limit, "step": step and step[0], "attempt": step and step[1]},
-    ).all()
+    if step is not None:
+        found = query(
+            conn,
+            """SELECT id, attempt, preemptions, true AS free FROM byrd.steps
+                WHERE id = %(step)s AND attempt = %(attempt)s AND status = 'running' AND worker_id = %(worker)s""",
+            {"worker": worker_id, "step": step[0], "attempt": step[1]},
+        )
+    else:
+        found = query(
+            conn,
+            f"""SELECT s.id, s.attempt, s.preemptions, {TRY_SHARE_RUN} AS free FROM byrd.steps s
+                WHERE s.status = 'running' AND s.worker_id = %(worker)s AND (%(pid)s::int IS NULL OR s.pid = %(pid)s)
+                ORDER BY s.run_id, s.no LIMIT %(limit)s FOR UPDATE SKIP LOCKED""",
+            {"worker": worker_id, "pid": pid, "limit": limit},
+        )
+    rows = found.all()
     wakeups: list[Wakeup] = []
     for step_id, attempt, preemptions, free in rows:
         if not free:

@@ -128,10 +128,14 @@ def pass_on(conn: Connection, step_id: str, attempt: int) -> list[Wakeup]:
     return []
 
 
-def know_broker(conn: Connection, mark: str) -> bool:
-    """Note that the broker holds this mark; return False when that was not known before."""
-    rows = query(conn, "INSERT INTO byrd.brokers (mark) VALUES (%(mark)s) ON CONFLICT DO NOTHING", {"mark": mark})
-    return rows.rowcount == 0
+def know_broker(conn: Connection, mark: str) -> None:
+    """Note that the broker holds this mark."""
+    query(conn, "INSERT INTO byrd.brokers (mark) VALUES (%(mark)s) ON CONFLICT DO NOTHING", {"mark": mark})
+
+
+def knows_broker(conn: Connection, mark: str) -> bool:
+    """Tell whether the broker was ever known to hold this mark."""
+    return query(conn, "SELECT 1 FROM byrd.brokers WHERE mark = %(mark)s", {"mark": mark}).first() is not None
 
 
 def doubt_all(conn: Connection) -> int:
@@ -275,6 +279,12 @@ def clock(conn: Connection) -> tuple[float, float, bool]:
                    EXISTS (SELECT 1 FROM byrd.workers WHERE heartbeat_at > {_NOW}) AS behind""",
     ).one()
     return float(row.now), float(row.started), row.behind
+
+
+def is_behind_history(conn: Connection) -> bool:
+    """Tell whether the last event was recorded at a time yet to come: the clock was set back since then."""
+    found = query(conn, f"SELECT at > {_NOW} FROM byrd.events ORDER BY id DESC LIMIT 1").scalar()
+    return bool(found)
 
 
 def follow_clock_back(conn: Connection) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from collections.abc import Mapping
@@ -9,13 +10,16 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from billiard.exceptions import SoftTimeLimitExceeded
 from celery import current_task
 from celery.app.task import Context
 from kombu.utils.json import dumps
 
 from byrd.errors import StaleAttempt
-from byrd.store import Claim, flow, steps
+from byrd.store import Claim, Wakeup, flow, steps
 from byrd.task.runtime import Runtime
+
+log = logging.getLogger(__name__)
 
 #: What the column can hold.
 _MOST_ATTEMPTS = 2**31 - 1
@@ -111,9 +115,16 @@ class Attempt:
             raise StaleAttempt(f"step {self.step_id}: attempt {self.number} has recorded its outcome already")
         if os.getpid() != self._pid:
             raise StaleAttempt(f"step {self.step_id}: a fork of attempt {self.number}'s process may record no outcome")
-        wakeups = self.runtime.patient_store.run(transition, self.step_id, self.number, *args, **kwargs)
+        wakeups = self._recorded(transition, *args, **kwargs)
         self.closed = True
         self.runtime.publisher.publish(wakeups)
+
+    def _recorded(self, transition: Any, *args: Any, **kwargs: Any) -> list[Wakeup]:
+        while True:
+            try:
+                return self.runtime.patient_store.run(transition, self.step_id, self.number, *args, **kwargs)
+            except SoftTimeLimitExceeded:  # the task is done, and the same outcome may be recorded twice
+                log.warning("step %s: attempt %d was being recorded at its soft time limit", self.step_id, self.number)
 
 
 def claim_step(runtime: Runtime, header: Mapping[str, Any], *, task: str, pid: int) -> Attempt | None:

@@ -25,7 +25,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from byrd.errors import CheckpointError, StepHandedBack
 from byrd.store import Counts, progress, steps
-from byrd.store.database import is_outage, is_race
+from byrd.store.database import MOST_EXCESSES, exceeds_limit, is_outage, is_race
 from byrd.store.progress import FailedItem
 from byrd.task.attempt import Attempt, attempt_of, text_of, to_json
 from byrd.task.durable import DurableTask
@@ -189,7 +189,8 @@ class CheckpointTask(DurableTask):
 
         A :meth:`checkpoint` in it commits with it.  If Postgres goes away in the middle, or the transaction loses
         against another (a deadlock, a serialization error), nothing is committed or all is, and the step goes on from
-        its last checkpoint.
+        its last checkpoint.  So it does when a statement exceeds a time-out of the database's, or finds a lock taken
+        (NOWAIT), up to the fifth attempt at the step; after that the database's error is raised.
         """
         attempt = self._attempt()
         if _transaction.get() is not None:
@@ -207,6 +208,8 @@ class CheckpointTask(DurableTask):
                 for name, counts in current.checkpoints.items():
                     progress.save(conn, attempt.step_id, attempt.number, name, counts)
         except (DBAPIError, PoolTimeoutError) as exc:
+            if exceeds_limit(exc) and attempt.number > MOST_EXCESSES:
+                raise  # not for ever: it asks for too much, and is for the task's own retries to see to
             if is_outage(exc):
                 raise StepHandedBack(f"step {attempt.step_id}: Postgres went away in a transaction") from exc
             if is_race(exc):

@@ -138,14 +138,14 @@ def _trace(
 def _trace_step(task: Task, tracer: Tracer, uuid: str, named: Any, request: Mapping[str, Any]) -> Any:
     header = readable_header(named)
     if header is None:
-        return _nothing(f"a message of {task.name} whose header names no step: {named!r:.200}")
+        return _refused(f"a message of {task.name} whose header names no step: {named!r:.200}")
     if header.get("v") != PROTOCOL_VERSION:
         runtime_of(task.app).patient_store.run(sweeps.pass_on, header["step"], header["attempt"])
-        return _nothing(f"a message of protocol version {header.get('v')}, this worker knows {PROTOCOL_VERSION}")
+        return _refused(f"a message of protocol version {header.get('v')!r:.20}, this worker knows {PROTOCOL_VERSION}")
     pid = os.getpid()
     attempt = claim_step(runtime_of(task.app), header, task=task.name, pid=pid)
     if attempt is None:
-        return _nothing(f"step {header.get('step')} is not ready for attempt {header.get('attempt')}")
+        return _refused(f"step {header['step']} is not ready for attempt {header['attempt']}", logging.INFO)
     try:
         try:
             call_args, call_kwargs = _arguments(task, attempt)
@@ -320,6 +320,12 @@ def _stop(attempt: Attempt, flow: ControlFlow) -> Any:
             flow = stale
     log.info("step %s, attempt %d, stopped: %s", attempt.step_id, attempt.number, flow)
     return _nothing(str(flow))
+
+
+def _refused(reason: str, level: int = logging.WARNING) -> Any:
+    """Say what was wrong with a message, which runs nothing; a duplicate is nothing to worry about."""
+    log.log(level, "nothing to run: %s", reason)
+    return _nothing(reason)
 
 
 def _nothing(reason: str) -> Any:

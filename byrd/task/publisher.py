@@ -75,18 +75,18 @@ class Publisher:
             except connection.channel_errors:
                 return 0  # a queue that was never declared holds nothing
 
-    def was_unmarked(self, mark: str) -> bool | None:
-        """Leave a mark in the broker; tell whether there was none, or None when it does not say.
+    def is_marked(self, mark: str, *, leave: bool = False) -> bool | None:
+        """Tell whether the broker holds a mark, or ``leave`` it there; None when it does not say.
 
-        A broker that has lost its mark was flushed, or came back without its data.  Only Redis can hold one.  Of all
-        who ask, one is told.
+        A broker that has lost its mark was flushed, or came back without its data.  Only Redis can hold one.
         """
         try:
             with self.app.producer_pool.acquire(block=True, timeout=5) as producer:
-                channel = producer.connection.default_channel
                 if producer.connection.transport.driver_type != "redis":
                     return None
-                return bool(channel.client.set(mark, "1", nx=True))
+                producer.connection.ensure_connection(max_retries=0, timeout=5)
+                client = producer.connection.default_channel.client
+                return bool(client.set(mark, "1") if leave else client.exists(mark))
         except Exception as exc:  # noqa: BLE001 - each transport has errors of its own
             self._complain("the broker does not answer (%r); the relay will ask again", exc)
             return None

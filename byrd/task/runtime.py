@@ -44,7 +44,7 @@ class Runtime:
         self.user_store = Store(database_url, patience=math.inf, for_users=True)
         self.publisher = Publisher(app)
         #: What a worker's main process has to record: its event loop must not wait for Postgres or the broker, so
-        #: its keeper does it, in this order.
+        #: its recorder does it, in this order.
         self.chores: deque[Callable[[], list[Wakeup]]] = deque()
         #: What it has to publish: the sweeper does it.
         self.outbox: deque[Wakeup] = deque()
@@ -96,7 +96,7 @@ class Runtime:
         return self._main_pid is not None and self._main_pid not in (os.getpid(), os.getppid())
 
     def later(self, transition: Callable[..., list[Wakeup]], *args: Any, **kwargs: Any) -> None:
-        """Have the keeper of this worker run a transition of the store, soon."""
+        """Have the recorder of this worker run a transition of the store, soon."""
         self.chores.append(partial(self.store.run, transition, *args, **kwargs))
 
     def close(self) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -19,7 +20,7 @@ from byrd.engine import Byrd, Run
 from byrd.store import Store, sweeps
 from byrd.store.rows import query
 from byrd.testing.invariants import check_invariants
-from byrd.testing.probe import Orders
+from byrd.testing.probe import Kind, Orders
 from byrd.testing.process import Forked, run_worker, warm_up
 
 #: A worker that lives on after all runs have ended may still have boundaries to reach: an acknowledgement, a sweep.
@@ -37,45 +38,76 @@ _AT_REST = "('succeeded','failed','cancelled','rollback_stuck')"
 class CrashReport:
     """What was tried.  ``boundaries``: those of the faultless execution, in order.
 
+    ``kinds``: how many of them are "statements", "commits", "publishes", "acknowledgements", and the test's "own".
     ``tried``: how often a process was killed at one of them.  ``unreached``: those that did not come again, for
-    threads race.  ``skipped``: how many were left out, as asked.  ``pairs``: how often a second process was killed
-    during the recovery from the first; ``pairs_found``: how many such pairs there are.
+    threads race.  ``skipped``: how many were left out, as asked.
+
+    ``pairs_found``: how many boundaries there are in the distinct recoveries from a first kill.  ``pairs_chosen``: at
+    how many of them a second process was to be killed, as asked.  ``pairs_tried``: how often one was; the others did
+    not come again.
     """
 
     boundaries: tuple[str, ...]
+    kinds: Mapping[str, int]
     tried: int
     unreached: tuple[str, ...]
     skipped: int
-    pairs: int
     pairs_found: int
+    pairs_chosen: int
+    pairs_tried: int
     seconds: float
 
     def __str__(self) -> str:
-        text = f"{len(self.boundaries)} boundaries, killed at {self.tried}"
+        kinds = [f"{self.kinds[kind]} {kind}" for kind in Kind if kind is not Kind.OWN]
+        if own := self.kinds[Kind.OWN]:
+            kinds.append(f"{own} of your own")
+        text = f"{len(self.boundaries)} boundaries ({', '.join(kinds)}), killed at {self.tried}"
         if self.unreached:
             text += f", {len(self.unreached)} did not come again"
         if self.skipped:
             text += f", {self.skipped} left out"
         if self.pairs_found:
-            text += f"; {self.pairs} of {self.pairs_found} pairs"
+            text += f"; {self.pairs_found} pairs, {self.pairs_chosen} chosen, killed at {self.pairs_tried}"
         return f"{text}; {self.seconds:.0f} s"
+
+
+#: The boundaries that a process reached, in order, with their kinds.
+_Reached = Mapping[str, str]
+#: Where the first process is killed, and the second.
+_Pair = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class _Trial:
-    """What one execution came to.  ``lives``: the boundaries that each worker in turn reached."""
+    """What one execution came to.
+
+    ``lives``: the boundaries that each worker in turn reached.  ``lost``: how many attempts lost their worker.
+    """
 
     state: frozenset[Any]
-    submitter: tuple[str, ...]
-    lives: tuple[tuple[str, ...], ...]
+    submitter: _Reached
+    lives: tuple[_Reached, ...]
     kills: int
+    lost: int
+
+    @property
+    def reached(self) -> _Reached:
+        """The boundaries of the submitter and of the first worker."""
+        return {**self.submitter, **(self.lives[0] if self.lives else {})}
+
+    @property
+    def recovery(self) -> tuple[int, frozenset[str]]:
+        """What tells one recovery from another: how much it found lost, and what the next worker had committed."""
+        return self.lost, frozenset(name for name in self.lives[1] if "commit" in name and not _in_background(name))
 
 
 class CrashPoints:
     """Kills a process at every boundary of a workflow.
 
     ``folder``: for logs and records.  ``pool`` and ``concurrency``: of the worker.  ``pairs``: kill a second time
-    during the recovery from the first: True for each pair, a number for so many of them, evenly chosen.
+    during the recovery from the first, for one first kill of each distinct recovery (the same attempts lost, the same
+    commits by the worker that takes over): True for each boundary of these recoveries, a number for so many of them,
+    evenly chosen, two of three from those that only recovery has.
     ``timeout``: seconds that one execution may take.  ``skip``: a regular expression; boundaries in whose names it is
     found are left out.  ``only``: the name of the one boundary to try.
     """
@@ -95,6 +127,8 @@ class CrashPoints:
         self.pairs, self.timeout, self.skip, self.only = pairs, timeout, skip, only
         #: One for each call, with what it was called for.
         self.reports: list[CrashReport] = []
+        #: How often it was called, with or without success.
+        self.calls = 0
 
     def __call__(
         self,
@@ -114,8 +148,10 @@ class CrashPoints:
         ``check(run)`` after it, for each run.  ``same(run)`` returns what must be the same as without a fault (a JSON
         value or other hashable); by default that is the run's status, value, error, and the status of each step.
 
-        Raises ``AssertionError`` that names the boundaries after which something was wrong.
+        Raises ``AssertionError`` that names the boundaries after which something was wrong, or says why there was
+        nothing to try.
         """
+        self.calls += 1
         self.folder.mkdir(parents=True, exist_ok=True)
         series = _Series(self, engine, scenario, check or _nothing, reset or _nothing, same or _state)
         try:
@@ -140,58 +176,84 @@ class _Series:
 
     def __post_init__(self) -> None:
         self.store = Store(self.engine.runtime.store.url)
+        self.broker = self.engine.app.connection_for_write()
         self._numbers = count(1)
 
     def close(self) -> None:
         self.store.close()
+        self.broker.release()
 
     def run(self) -> CrashReport:
         started = time.monotonic()
         warm_up(self.engine.app, self.options.pool)
-        plain = self.trial()
-        names = tuple(dict.fromkeys([*plain.submitter, *(plain.lives[0] if plain.lives else ())]))
-        tried = 0
-        unreached: list[str] = []
-        recoveries: dict[frozenset[str], str] = {}
+        plain = self._faultless()
+        names = tuple(plain.reached)
         wanted = self._chosen(names)
+        unreached: list[str] = []
+        recoveries: dict[tuple[int, frozenset[str]], str] = {}
         for name in wanted:
             found = self._killed_at(plain, name)
             if found is None:
                 unreached.append(name)
-                continue
-            tried += 1
-            if len(found.lives) > 1:
-                recoveries.setdefault(_commits(found.lives[1]), name)
-        pairs = self._pairs(plain, list(recoveries.values()))
-        chosen = _spread(pairs, self.options.pairs)
-        second = sum(self._killed_at(plain, *pair) is not None for pair in chosen)
+            elif len(found.lives) > 1 and not _in_background(name):
+                recoveries.setdefault(found.recovery, name)
+        own, usual = self._pairs(plain, list(recoveries.values()))
+        chosen = _spread(own, usual, len(own) + len(usual) if self.options.pairs is True else int(self.options.pairs))
+        pairs_tried = sum(self._killed_at(plain, *pair) is not None for pair in chosen)
         self._raise()
-        seconds = time.monotonic() - started
-        skipped = len(names) - len(wanted)
-        return CrashReport(names, tried, tuple(unreached), skipped, second, len(pairs), seconds)
+        if len(unreached) == len(wanted):
+            raise AssertionError("no process was killed, for none of these came again:\n" + "\n".join(wanted))
+        return CrashReport(
+            boundaries=names,
+            kinds={kind.value: 0 for kind in Kind} | Counter(plain.reached.values()),
+            tried=len(wanted) - len(unreached),
+            unreached=tuple(unreached),
+            skipped=len(names) - len(wanted),
+            pairs_found=len(own) + len(usual),
+            pairs_chosen=len(chosen),
+            pairs_tried=pairs_tried,
+            seconds=time.monotonic() - started,
+        )
+
+    def _faultless(self) -> _Trial:
+        """Execute twice: only the first on a new broker or database does what none does again."""
+        first, plain = self.trial(), self.trial()
+        if first.state != plain.state:
+            raise AssertionError(
+                "two executions without a fault came to different ends; same= can say what is to be the same\n"
+                + _difference(first.state, plain.state, ("the first ", "the second"))
+            )
+        return plain
 
     def _chosen(self, names: tuple[str, ...]) -> tuple[str, ...]:
         only, skip = self.options.only, self.options.skip
-        if only is None:
-            return tuple(name for name in names if skip is None or not re.search(skip, name))
-        if only not in names:
-            raise AssertionError(f"there is no boundary {only!r}; there are:\n" + "\n".join(names))
-        return (only,)
+        there_are = "; there are:\n" + "\n".join(names)
+        if only is not None:
+            if only not in names:
+                raise AssertionError(f"there is no boundary {only!r}{there_are}")
+            return (only,)
+        wanted = tuple(name for name in names if not self._is_skipped(name))
+        if not wanted:
+            raise AssertionError(f"skip={skip!r} leaves out every boundary{there_are}")
+        return wanted
 
-    def _pairs(self, plain: _Trial, firsts: Sequence[str]) -> list[tuple[str, str]]:
-        """Return the second boundaries for each first: one first for each distinct recovery, its own part in front."""
+    def _pairs(self, plain: _Trial, firsts: Sequence[str]) -> tuple[list[_Pair], list[_Pair]]:
+        """Return each first with each boundary of its recovery: those that only recovery has, and the others."""
+        own: list[_Pair] = []
+        usual: list[_Pair] = []
         if not self.options.pairs:
-            return []
-        usual = {*plain.submitter, *plain.lives[0]}
-        own: list[tuple[str, str]] = []
-        rest: list[tuple[str, str]] = []
+            return own, usual
         for first in firsts:
             surveyed = self._attempt(plain, first, survey=True)
             if surveyed is None or len(surveyed.lives) < 2:
                 continue
-            for name in dict.fromkeys(surveyed.lives[1]):
-                (rest if name in usual else own).append((first, name))
-        return own + rest
+            for name in surveyed.lives[1]:
+                if not self._is_skipped(name):
+                    (usual if name in plain.reached else own).append((first, name))
+        return own, usual
+
+    def _is_skipped(self, name: str) -> bool:
+        return self.options.skip is not None and re.search(self.options.skip, name) is not None
 
     def _killed_at(self, plain: _Trial, first: str, then: str | None = None) -> _Trial | None:
         """Return the trial, or None when the boundary was not reached."""
@@ -206,7 +268,10 @@ class _Series:
         try:
             found = self.trial(first, then, survey=survey)
             if found.state != plain.state:
-                raise AssertionError(_difference(plain.state, found.state))
+                raise AssertionError(
+                    "the outcome is not that of an execution without a fault\n"
+                    + _difference(plain.state, found.state, ("without:", "with:   "))
+                )
         except AssertionError as exc:
             self.failures.append(f"{where}: {exc}")
             if len(self.failures) >= _MOST_FAILURES:
@@ -247,6 +312,8 @@ class _Series:
             process.wait(self.options.timeout)
             if not process.killed:
                 _ = process.answer  # raises what it raised
+                if attempt > 1:
+                    self._pass_time(None, recover=False)
                 return
         raise AssertionError(f"the submitter was killed twice:\n{processes[-1].tail()}")
 
@@ -315,10 +382,10 @@ class _Series:
 
     def _pass_time(self, dead_pid: int | None, *, recover: bool) -> None:
         """Let the time pass that the others wait before they give up a dead worker and its messages."""
-        self.store.run(_let_time_pass, dead_pid)
+        self.store.run(_end_lease, dead_pid)
         if recover:
-            _, wakeups = self.store.run(sweeps.recover)
-            del wakeups  # nobody publishes them: the next worker's relay finds the steps
+            self.store.run(sweeps.recover)  # as another worker does that dies before it publishes what it found
+        self.store.run(_end_patience)
 
     def _checked(self, folder: Path, since: datetime, kills: int, *, strict: bool) -> _Trial:
         self.store.run(check_invariants)
@@ -330,16 +397,14 @@ class _Series:
             raise AssertionError(f"{lost} attempts lost their worker, but only {kills} processes were killed")
         for run in found:
             self.check(run)
-        lives = tuple(_lines(path) for path in sorted(folder.glob("worker?")))
+        lives = tuple(_reached(path) for path in sorted(folder.glob("worker?")))
         state = frozenset(_frozen(self.same(run)) for run in found)
-        return _Trial(state, _lines(folder / "submitter1"), lives, kills)
+        return _Trial(state, _reached(folder / "submitter1"), lives, kills, lost)
 
     def _empty_queues(self) -> None:
-        app = self.engine.app
-        with app.connection_for_write() as connection:
-            for name in {*app.amqp.queues, *self.store.run(_queues, None)}:
-                with contextlib.suppress(connection.channel_errors):
-                    connection.default_channel.queue_purge(name)
+        for name in {*self.engine.app.amqp.queues, *self.store.run(_queues, None)}:
+            with contextlib.suppress(self.broker.channel_errors):
+                self.broker.default_channel.queue_purge(name)
 
 
 # -- what must be the same -------------------------------------------------------------------------
@@ -366,16 +431,15 @@ def _frozen(value: Any) -> Any:
     return _ID.sub("<id>", value) if isinstance(value, str) else value
 
 
-def _difference(wanted: Iterable[Any], found: Iterable[Any]) -> str:
-    expected, got = set(wanted), set(found)
-    lines = ["the outcome is not that of an execution without a fault"]
-    lines += [f"  without: {state}" for state in expected - got]
-    lines += [f"  with:    {state}" for state in got - expected]
+def _difference(one: frozenset[Any], other: frozenset[Any], titles: tuple[str, str]) -> str:
+    lines = [f"  {titles[0]} {state}" for state in one - other]
+    lines += [f"  {titles[1]} {state}" for state in other - one]
     return "\n".join(lines)
 
 
-def _lines(path: Path) -> tuple[str, ...]:
-    return tuple(path.read_text().splitlines()) if path.exists() else ()
+def _reached(record: Path) -> _Reached:
+    lines = record.read_text().splitlines() if record.exists() else ()
+    return {name: kind for kind, _, name in (line.partition("\t") for line in lines)}
 
 
 def _quiet(record: Path) -> bool:
@@ -386,15 +450,19 @@ def _quiet(record: Path) -> bool:
         return False
 
 
-def _commits(names: Iterable[str]) -> frozenset[str]:
-    """Return what a worker had committed: what tells one recovery from another."""
-    return frozenset(name for name in names if "sweeper" not in name and "keeper" not in name and "commit" in name)
+def _in_background(name: str) -> bool:
+    """Tell whether a thread gets there that works beside the others, at any moment of what they do."""
+    return re.match(r"\w+'s (keeper|sweeper): ", name) is not None
 
 
-def _spread(pairs: list[tuple[str, str]], wanted: int) -> Iterator[tuple[str, str]]:
-    """Choose so many, evenly; all for True."""
-    number = len(pairs) if wanted is True else min(int(wanted), len(pairs))
-    return (pairs[index * len(pairs) // number] for index in range(number))
+def _spread(own: list[_Pair], usual: list[_Pair], most: int) -> list[_Pair]:
+    """Choose so many, evenly: two of three, at least, from those that only recovery has."""
+    from_usual = min(max(most // 3, most - len(own)), len(usual))
+    return [
+        pairs[index * len(pairs) // number]
+        for pairs, number in ((own, min(most - from_usual, len(own))), (usual, from_usual))
+        for index in range(number)
+    ]
 
 
 def _nothing(*_: Any) -> None:
@@ -431,13 +499,16 @@ def _preemptions(conn: Connection, since: datetime) -> int:
     return int(query(conn, sql, {"since": since}).scalar_one())
 
 
-def _let_time_pass(conn: Connection, dead_pid: int | None) -> None:
-    """End the lease of a dead worker, and make wake-ups due that nobody has taken."""
+def _end_lease(conn: Connection, dead_pid: int | None) -> None:
     query(
         conn,
         "UPDATE byrd.workers SET lease_until = clock_timestamp() - interval '1 second' WHERE pid = %(pid)s",
         {"pid": dead_pid},
     )
+
+
+def _end_patience(conn: Connection) -> None:
+    """Make wake-ups due that nobody has taken."""
     query(
         conn,
         """UPDATE byrd.steps SET wake_at = clock_timestamp()

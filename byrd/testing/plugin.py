@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # importing Celery and SQLAlchemy must not slow down each sta
 
 _MARKER = "byrd_crash_points"
 _PROPERTY = "byrd_crash_points"
+_MADE = pytest.StashKey["CrashPoints"]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
         f"{_MARKER}(engine=None, *, pool='solo', concurrency=1, pairs=False, timeout=60, skip=None): the test returns "
-        "a canvas or a run; it is executed once for each boundary, with a process killed there",
+        "a canvas or a run, or calls the fixture; that is executed once for each boundary, with a process killed there",
     )
 
 
@@ -66,6 +67,19 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     return True
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fail a marked test that passed without having anything executed."""
+    yield
+    made = item.stash.get(_MADE, None)
+    if item.get_closest_marker(_MARKER) is not None and (made is None or not made.calls):
+        pytest.fail(
+            f"it is marked with {_MARKER}, but nothing was killed: a test that asks for the fixture {_MARKER} has to "
+            "call it; any other is a function that returns a canvas or a run",
+            pytrace=False,
+        )
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print how many boundaries were tried."""
     lines = [
@@ -91,13 +105,19 @@ def _crash_points(item: Any, folders: pytest.TempPathFactory) -> CrashPoints:
     if wanted is not None and options.get("pairs"):
         options["pairs"] = True if wanted == "all" else int(wanted)
     only = item.config.getoption("--byrd-crash-point")
-    return CrashPoints(folders.mktemp("crash"), only=only, **options)
+    item.stash[_MADE] = made = CrashPoints(folders.mktemp("crash"), only=only, **options)
+    return made
 
 
 def _engine(given: Any, request: Any) -> Any:
-    """Return the engine that the marker names, or that the fixture ``byrd_engine`` gives."""
+    """Return the engine that the marker gives or names, or that the test's own fixture ``byrd_engine`` does."""
     if given is None:
-        return request.getfixturevalue("byrd_engine")
+        try:
+            return request.getfixturevalue("byrd_engine")
+        except pytest.FixtureLookupError as exc:
+            if exc.argname != "byrd_engine":
+                raise
+            pytest.fail(f"no engine: say {_MARKER}(engine), or define a fixture byrd_engine", pytrace=False)
     if isinstance(given, str):
         module, _, name = given.partition(":")
         return getattr(importlib.import_module(module), name or "engine")

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,24 @@ _BACKGROUND = {"byrd-keeper": "keeper", "byrd-sweeper": "sweeper"}
 _OWN, _LAST, _COMMITTED = "byrd_own", "byrd_last", "byrd_committed"
 
 
+class Kind(StrEnum):
+    """What a boundary is before or after."""
+
+    STATEMENT = "statements"
+    COMMIT = "commits"
+    PUBLISH = "publishes"
+    ACKNOWLEDGEMENT = "acknowledgements"
+    #: What :func:`boundary` was put around.
+    OWN = "own"
+
+
 @dataclass(frozen=True, slots=True)
 class Orders:
     """What a process is to do at its boundaries.
 
-    ``role``: what it is, "worker" say.  ``record``: the file that gets a line for each boundary reached.  ``kill_at``:
-    the boundary at which to die.  ``spent``: a file that exists once one process has died, so that no second one does.
+    ``role``: what it is, "worker" say.  ``record``: the file that gets a line for each boundary reached: its kind, a
+    tab, its name.  ``kill_at``: the boundary at which to die.  ``spent``: a file that exists once one process has died,
+    so that no second one does.
     """
 
     role: str
@@ -54,7 +67,7 @@ class Probe:
         self._reached: Counter[str] = Counter()
         self._record = os.open(orders.record, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
-    def reach(self, what: str) -> None:
+    def reach(self, what: str, kind: Kind) -> None:
         """Record a boundary, and die there if this is the one."""
         actor, background = self._actor()
         name = f"{actor}: {what}"
@@ -64,7 +77,7 @@ class Probe:
             return
         if times > 1:
             name += f" (no. {times})"
-        os.write(self._record, f"{name}\n".encode())
+        os.write(self._record, f"{kind}\t{name}\n".encode())
         if name == self._orders.kill_at and self._first():
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -89,10 +102,10 @@ class Probe:
 _probe: Probe | None = None
 
 
-def reach(what: str) -> None:
+def reach(what: str, kind: Kind) -> None:
     """Say that this process is at a boundary."""
     if _probe is not None:
-        _probe.reach(what)
+        _probe.reach(what, kind)
 
 
 @contextmanager
@@ -101,9 +114,9 @@ def boundary(what: str) -> Iterator[None]:
 
     Outside of a trial it does nothing.
     """
-    reach(f"before {what}")
+    reach(f"before {what}", Kind.OWN)
     yield
-    reach(f"after {what}")
+    reach(f"after {what}", Kind.OWN)
 
 
 def install(orders: Orders) -> None:
@@ -128,19 +141,19 @@ def _watch_sql() -> None:
 
 def _before_statement(conn: Connection, _cursor: Any, statement: str, *_: Any) -> None:
     _tell_committed(conn.info)
-    reach(f"before {_title(statement)}")
+    reach(f"before {_title(statement)}", Kind.STATEMENT)
 
 
 def _after_statement(conn: Connection, cursor: Any, statement: str, *_: Any) -> None:
     rows = "" if cursor.rowcount != 0 else ", which found nothing"
     conn.info[_LAST] = f"{_title(statement)}{rows}"
-    reach(f"after {conn.info[_LAST]}")
+    reach(f"after {conn.info[_LAST]}", Kind.STATEMENT)
 
 
 def _before_commit(conn: Connection) -> None:
     last = conn.info.get(_LAST, "nothing")
     conn.info[_COMMITTED] = f"the commit of {last}"
-    reach(f"before {conn.info[_COMMITTED]}")
+    reach(f"before {conn.info[_COMMITTED]}", Kind.COMMIT)
 
 
 def _after_transaction(_dbapi_connection: Any, record: Any, _state: Any) -> None:
@@ -151,7 +164,7 @@ def _tell_committed(info: dict[Any, Any]) -> None:
     # SQLAlchemy has an event before the commit only; this is the next thing that it does with the connection.
     committed = info.pop(_COMMITTED, None)
     if committed is not None:
-        reach(f"after {committed}")
+        reach(f"after {committed}", Kind.COMMIT)
 
 
 def _connected(_dbapi_connection: Any, record: Any) -> None:
@@ -185,11 +198,11 @@ def _watch_broker() -> None:
 
 
 def _before_publish(sender: Any = None, **_: Any) -> None:
-    reach(f"before the publish of {sender}")
+    reach(f"before the publish of {sender}", Kind.PUBLISH)
 
 
 def _after_publish(sender: Any = None, **_: Any) -> None:
-    reach(f"after the publish of {sender}")
+    reach(f"after the publish of {sender}", Kind.PUBLISH)
 
 
 def _wrap_ack() -> None:
@@ -197,8 +210,10 @@ def _wrap_ack() -> None:
 
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
         what = f"the acknowledgement of {(self.headers or {}).get('task', 'a message')}"
-        with boundary(what):
-            return ack(self, *args, **kwargs)
+        reach(f"before {what}", Kind.ACKNOWLEDGEMENT)
+        done = ack(self, *args, **kwargs)
+        reach(f"after {what}", Kind.ACKNOWLEDGEMENT)
+        return done
 
     setattr(Message, "ack", watched)  # noqa: B010 - kombu has no event for it
 
@@ -211,7 +226,7 @@ def _wrap_batch() -> None:
     def watched(self: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
         with batch(self, *args, **kwargs) as messages:
             yield messages
-            reach("before the flush of a batch of messages")
-        reach("after the flush of a batch of messages")
+            reach("before the flush of a batch of messages", Kind.PUBLISH)
+        reach("after the flush of a batch of messages", Kind.PUBLISH)
 
     setattr(Producer, "batch", watched)  # noqa: B010 - nor for this

@@ -9,7 +9,9 @@ import importlib
 import json
 import logging
 import os
+import platform
 import signal
+import stat
 import sys
 import time
 import traceback
@@ -103,6 +105,7 @@ def _live(target: Callable[[], Any], orders: probe.Orders, log: Path, writer: in
         os.setsid()
         _die_with_parent()
         _leave_pytest(log)
+        _leave_connections()
         probe.install(orders)
         _run_after_forkers()  # Celery's and kombu's connections are the parent's
         answer: dict[str, Any]
@@ -125,6 +128,20 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
+def _leave_connections() -> None:
+    """Have no part in connections that were open before the fork: two processes cannot talk on one.
+
+    Whoever would try is told at once.  kombu for one, which closes its channels after a fork, would wait on the
+    parent's connection for an answer that only the parent gets, if the test's app has listened for replies before.
+    """
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in [int(path.name) for path in Path("/dev/fd").iterdir()]:
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                os.dup2(nothing, descriptor)
+    os.close(nothing)
+
+
 def _leave_pytest(log: Path) -> None:
     """Write to the log, treat warnings and signals as a fresh process does."""
     target = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
@@ -142,10 +159,22 @@ def _leave_pytest(log: Path) -> None:
 
 
 def warm_up(app: Celery, pool: str) -> None:
-    """Import, before the fork, what each worker would import after it."""
-    for name in ("celery.apps.worker", "celery.worker.consumer", "byrd.worker.request"):
+    """Do, before the fork, what each worker would do after it: imports, mostly."""
+    for name in (
+        "billiard.pool",
+        "byrd.worker.request",
+        "celery.app.log",
+        "celery.apps.worker",
+        "celery.events",
+        "celery.worker.autoscale",
+        "celery.worker.components",
+        "celery.worker.consumer",
+        "celery.worker.consumer.delayed_delivery",
+        "celery.worker.strategy",
+    ):
         importlib.import_module(name)
     get_implementation(pool)
+    platform.platform()  # for the banner, by running a program
     _ = app.backend
 
 

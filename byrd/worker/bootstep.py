@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from celery import Celery, bootsteps
@@ -50,6 +52,8 @@ class LeaseStep(bootsteps.StartStopStep):
         self.keeper.start()
         self.sweeper.start()
         worker_shutting_down.connect(self._told_to_stop, sender=worker.hostname, weak=False)
+        _wrap(worker, "wait_for_soft_shutdown", before=self._told_to_stop)  # comes before that signal does
+        _wrap(worker, "terminate", after=self._shut_down)  # sends no worker_shutdown
         worker_shutdown.connect(self._shut_down, sender=worker, weak=False)
 
     def register_with_event_loop(self, worker: Any, hub: Any) -> None:
@@ -88,6 +92,21 @@ class LeaseStep(bootsteps.StartStopStep):
         if self.keeper is not None:
             self.keeper.release("the worker was shut down")
         self.keeper = self.sweeper = None
+
+
+def _wrap(worker: Any, name: str, *, before: Callable[[], object] = tuple, after: Callable[[], object] = tuple) -> None:
+    """Have something done before or after a method of this worker."""
+    plain = getattr(worker, name)
+
+    @functools.wraps(plain)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        before()
+        try:
+            return plain(*args, **kwargs)
+        finally:
+            after()
+
+    setattr(worker, name, wrapped)
 
 
 def prepare_worker(app: Celery) -> None:

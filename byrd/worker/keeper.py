@@ -1,6 +1,6 @@
-"""The two threads beside a worker's pool: one keeps the lease, one sweeps (relay and recovery).
+"""The threads beside a worker's pool: one keeps the lease, one records, one sweeps (relay and recovery).
 
-Two, because a broker that hangs must not cost the lease.
+Each of its own, because neither a run that somebody has to himself nor a broker that hangs may cost the lease.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from sqlalchemy.exc import DBAPIError
 
 from byrd.errors import NotLiveError, StaleAttempt
 from byrd.store import Store, Wakeup, steps, sweeps
+from byrd.store.database import exceeds_limit, is_outage, is_race
 from byrd.store.rows import CHANNEL
 from byrd.task.runtime import Runtime
 from byrd.worker.clock import ServerClock
@@ -94,8 +95,45 @@ class _Loop:
             self.rest(pause)
 
 
+class Recorder(_Loop):
+    """Records what this worker's main process knows of its steps, in that order; it may have to wait for a run."""
+
+    def __init__(self, runtime: Runtime, publish_soon: Callable[[], None]) -> None:
+        super().__init__("byrd-recorder")
+        self.runtime = runtime
+        self._publish_soon = publish_soon
+
+    def tick(self) -> float:
+        self.record()
+        if self.runtime.outbox:
+            self._publish_soon()
+        return CHILD_SECONDS
+
+    def finish(self) -> None:
+        """End the thread, and record what it has left, if Postgres is there."""
+        self.stop()
+        if not self._thread.is_alive():
+            with contextlib.suppress(NotLiveError, DBAPIError):
+                self.record()
+
+    def record(self) -> None:
+        """Do all chores."""
+        chores = self.runtime.chores
+        while chores:
+            chore = chores.popleft()
+            try:
+                self.runtime.outbox.extend(chore())
+            except StaleAttempt as exc:
+                log.info("nothing to record: %s", exc)
+            except Exception as exc:
+                if isinstance(exc, NotLiveError) or is_outage(exc) or is_race(exc):
+                    chores.appendleft(chore)  # Postgres is away: this one comes first again
+                    raise
+                log.exception("an outcome could not be recorded; recovery will see to its step")
+
+
 class Keeper(_Loop):
-    """Keeps this worker's lease, and gives back the steps of pool processes that have died."""
+    """Keeps this worker's lease, and has the steps of pool processes that have died given back."""
 
     def __init__(
         self,
@@ -121,12 +159,21 @@ class Keeper(_Loop):
             "concurrency": concurrency,
             "version": version("byrd"),
         }
-        self._queues, self._children, self._publish_soon = queues, children, publish_soon
+        self._queues, self._children = queues, children
         self._next_heartbeat = 0.0
+        #: Pool processes that were seen to be gone; the pool has not replaced them yet.
+        self._gone: set[int] = set()
+        self._recorder = Recorder(runtime, publish_soon)
+        # The engine's own connections may all be in use, by a pool of threads that submit, say.
+        self.store = Store(runtime.store.url, pool_size=1)
+
+    def start(self) -> None:
+        super().start()
+        self._recorder.start()
 
     def heartbeat(self) -> None:
         """Prolong the lease, registering the worker when it is not known (yet, or any more)."""
-        self.runtime.store.run(
+        self.store.run(
             sweeps.heartbeat,
             self.worker_id,
             lease_seconds=self.settings.lease_seconds,
@@ -137,19 +184,24 @@ class Keeper(_Loop):
 
     def tick(self) -> float:
         if self.told_to_stop:
-            self.runtime.store.run(sweeps.stop_worker, self.worker_id)
+            self.store.run(sweeps.stop_worker, self.worker_id)
             self.told_to_stop = False
-        exited = [pid for pid in self._children() if has_exited(pid)]
+        gone = {pid for pid in self._children() if has_exited(pid)}
+        unknown, self._gone = gone - self._gone, gone
         if time.monotonic() >= self._next_heartbeat:
             self._next_heartbeat = time.monotonic() + self.settings.heartbeat_seconds
             self.heartbeat()
-            exited += [pid for pid in self.runtime.store.run(sweeps.running_pids, self.worker_id) if has_exited(pid)]
-        # First what is known of a step, that it ran into its time limit, say; then that its process is gone.
-        self._do_chores()
-        for pid in set(exited):
-            self._give_back(pid)
-        if self.runtime.outbox:
-            self._publish_soon()
+            # Those whose steps somebody was just writing, and processes that the pool has replaced meanwhile.
+            unknown |= {pid for pid in self.store.run(sweeps.running_pids, self.worker_id) if has_exited(pid)}
+        for pid in unknown:
+            # After what is known of its step, that it ran into its time limit, say.
+            self.runtime.later(
+                steps.preempt,
+                self.worker_id,
+                pid=pid,
+                reason=f"pool process {pid} is gone",
+                max_preemptions=self.settings.max_preemptions,
+            )
         return CHILD_SECONDS
 
     def stopping(self) -> None:
@@ -159,40 +211,16 @@ class Keeper(_Loop):
     def release(self, reason: str) -> None:
         """End the lease: what still runs here is given to others at once."""
         self.stop()
-        with contextlib.suppress(NotLiveError, DBAPIError):
-            self._do_chores()
+        self._recorder.finish()
         wakeups = self._try(
             sweeps.release_worker, self.worker_id, reason=reason, max_preemptions=self.settings.max_preemptions
         )
+        self.store.close()
         self.runtime.publisher.publish([*self.runtime.outbox, *(wakeups or [])])
-
-    def _give_back(self, pid: int) -> None:
-        """Make the steps of a pool process that has died ready again: Celery tells of it later, or not at all."""
-        wakeups = self.runtime.store.run(
-            steps.preempt,
-            self.worker_id,
-            pid=pid,
-            reason=f"pool process {pid} is gone",
-            max_preemptions=self.settings.max_preemptions,
-        )
-        self.runtime.outbox.extend(wakeups)
-
-    def _do_chores(self) -> None:
-        chores = self.runtime.chores
-        while chores:
-            try:
-                self.runtime.outbox.extend(chores[0]())
-            except StaleAttempt as exc:
-                log.info("nothing to record: %s", exc)
-            except (NotLiveError, DBAPIError):
-                raise  # Postgres is away: this chore comes first again
-            except Exception:
-                log.exception("an outcome could not be recorded; recovery will see to its step")
-            chores.popleft()
 
     def _try(self, statement: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
-            return self.runtime.store.run(statement, *args, **kwargs)
+            return self.store.run(statement, *args, **kwargs)
         except (NotLiveError, DBAPIError) as exc:
             log.warning("Postgres could not be told that this worker stops (%s); its lease will run out instead", exc)
             return None
@@ -215,8 +243,8 @@ class Sweeper(_Loop):
         self._well_since = self._last_tick = time.monotonic()
         self._last_recovery = self._last_look = 0.0
         self._clock = ServerClock()
-        self._clock_went_back = True  # nobody may have been there to see it
-        self._broker_is_new = True
+        self._clock_went_back: bool | None = None  # nobody may have been there to see it
+        self._knows_broker = False
         # Several databases may share a Redis.
         where = f"{self.store.url.host}:{self.store.url.port}/{self.store.url.database}"
         self._mark = f"byrd.relay.{hashlib.sha256(where.encode()).hexdigest()[:16]}"
@@ -224,17 +252,20 @@ class Sweeper(_Loop):
     def tick(self) -> float:
         now, before = time.monotonic(), self._last_tick
         self._last_tick = now
-        if now - before > self.settings.lease_seconds:
+        if now - before > self.settings.lease_seconds + self.settings.sweep_seconds:
             self._well_since = now  # this process was frozen, and so may have been the others, with their machine
         try:
             self._listen()
-            self.recover()
-            self.relay()
+            try:
+                self.recover()
+            finally:  # what recovery cannot do, for it takes too long, say, must not hold up what is ready
+                self.relay()
             self._last_tick = time.monotonic()  # a broker that hangs is no frozen process
             return self.store.run(sweeps.seconds_until_due, at_most=self.settings.sweep_seconds)
-        except (NotLiveError, DBAPIError):
-            # The others could not reach Postgres either, perhaps: give them time for a heartbeat.
-            self._well_since = time.monotonic()
+        except (NotLiveError, DBAPIError) as exc:
+            if not exceeds_limit(exc):
+                # The others could not reach Postgres either, perhaps: give them time for a heartbeat.
+                self._well_since = time.monotonic()
             self._unlisten()
             raise
 
@@ -293,14 +324,22 @@ class Sweeper(_Loop):
         if time.monotonic() - self._last_look < self.settings.sweep_seconds:
             return
         self._last_look = time.monotonic()
-        unmarked = self.runtime.publisher.was_unmarked(self._mark)
-        if unmarked is None or not (unmarked or self._broker_is_new):
+        publisher = self.runtime.publisher
+        marked = publisher.is_marked(self._mark)
+        if marked is None or (marked and self._knows_broker):
             return
-        # One that is asked for the first time ever has no mark, and has lost nothing.
-        known = self.store.run(sweeps.know_broker, self._mark)
-        self._broker_is_new = False
-        if unmarked and known and (lost := self.store.run(sweeps.doubt_all)):
+        # A broker that is new has lost nothing.  It is marked last: whoever dies before that leaves it to the others,
+        # and to look twice costs a few messages only.
+        if (
+            not marked
+            and self.store.run(sweeps.knows_broker, self._mark)
+            and (lost := self.store.run(sweeps.doubt_all))
+        ):
             log.warning("the broker has lost its messages; %d steps that wait are looked at again", lost)
+        self.store.run(sweeps.know_broker, self._mark)
+        self._knows_broker = True
+        if not marked:
+            publisher.is_marked(self._mark, leave=True)
 
     def recover(self) -> None:
         """Give the steps of workers whose lease is over to others, and end runs whose deadline has passed."""
@@ -326,6 +365,8 @@ class Sweeper(_Loop):
             log.warning("Postgres's clock was stepped by %+.0f s; leases and delays follow it", change.stepped)
         if change.stepped or change.restarted:
             self._well_since = time.monotonic()
+        if self._clock_went_back is None:
+            self._clock_went_back = self.store.run(sweeps.is_behind_history)
         self._clock_went_back |= change.behind
         if self._clock_went_back and self.store.run(sweeps.follow_clock_back):
             self._clock_went_back = False

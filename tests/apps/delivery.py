@@ -10,14 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from celery import Celery
+from celery import Celery, Task
 
 import byrd
 
 app = Celery("delivery")
 app.conf.update(
     byrd_lease_seconds=float(os.environ.get("TEST_LEASE_SECONDS", "3")),
-    task_acks_late=True,
+    task_acks_late=os.environ.get("TEST_ACKS", "late") == "late",
     task_reject_on_worker_lost=True,
     worker_cancel_long_running_tasks_on_connection_loss=os.environ.get("TEST_CANCEL", "") == "1",
     broker_transport_options={"visibility_timeout": float(os.environ.get("TEST_VISIBILITY_SECONDS", "2"))},
@@ -55,6 +55,16 @@ def add(x: Any, y: Any = 1) -> Any:
 @app.task
 def wait_for_file(path: str, value: Any = None) -> Any:
     """Run until the file exists."""
+    while not Path(path).exists():
+        time.sleep(0.02)
+    return value
+
+
+@app.task(bind=True)
+def second_time(self: Task, path: str, value: Any) -> Any:
+    """Ask for a retry; then run until the file exists."""
+    if not self.request.retries:
+        raise self.retry(countdown=1.0)
     while not Path(path).exists():
         time.sleep(0.02)
     return value

@@ -28,6 +28,7 @@ import byrd
 app = Celery("rough")
 _SETTINGS = {
     "byrd_lease_seconds": ("TEST_LEASE_SECONDS", float),
+    "byrd_sweep_seconds": ("TEST_SWEEP_SECONDS", float),
     "byrd_max_preemptions": ("TEST_MAX_PREEMPTIONS", int),
     "byrd_max_value_bytes": ("TEST_MAX_VALUE_BYTES", int),
     "worker_max_tasks_per_child": ("TEST_TASKS_PER_CHILD", int),

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from celery import Celery
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 
 import byrd
 
@@ -30,6 +30,19 @@ def write_and_wait(self: byrd.CheckpointTask, key: int, go: str) -> int:
         while not Path(go).exists():
             time.sleep(0.02)
     return key
+
+
+@app.task(base=byrd.CheckpointTask, bind=True)
+def too_slow(self: byrd.CheckpointTask, how: str) -> None:
+    """Ask the database for more than it has time for, in a transaction of either kind."""
+
+    def save(conn: Connection, _outcomes: list[byrd.Outcome]) -> None:
+        conn.execute(text("SELECT pg_sleep(10)"))
+
+    if how == "save":
+        self.iterate(lambda _cursor: [(1, 1)], lambda item: item, save=save)
+    with self.transaction() as conn:
+        conn.execute(text("SELECT pg_sleep(10)"))
 
 
 @app.task(base=byrd.CheckpointTask, bind=True)

@@ -23,8 +23,10 @@ import byrd
 from byrd import store
 from byrd.engine import Run
 from byrd.errors import NotMigratedError
+from byrd.model import PROTOCOL_VERSION
 from tests.cluster import ROOT, Cluster, wait_until
 from tests.invariants import check_database
+from tests.reliability.test_messages import only_message, put
 
 APP = "tests.apps.delivery"
 
@@ -197,15 +199,37 @@ def test_an_older_byrd_leaves_newer_tables_as_they_are(cluster: Cluster, newer: 
     assert app.engine.submit(app.add.s(1)).get(timeout=30) == 2
 
 
+@pytest.mark.parametrize("newest", [False, True], ids=["of this version", "of the other"])
+def test_a_message_is_taken_by_workers_of_its_own_version(
+    cluster: Cluster, other_messages: Version, *, newest: bool
+) -> None:
+    """The relay is kept from sending it again in a worker's own words: there is this one message."""
+    app, versions = cluster.app(APP), [Version(ROOT), other_messages]
+    sender, stranger = reversed(versions) if newest else versions
+    script = "import tests.apps.delivery as shop; shop.engine.submit(shop.where.s())"
+    assert sender.run(cluster, "-c", script).returncode == 0
+    [run] = app.engine.list()
+    with only_message(cluster, run) as message:
+        wrong = cluster.worker(APP, env=stranger.env)
+        put(cluster, message)
+        says, knows = (99, PROTOCOL_VERSION) if newest else (PROTOCOL_VERSION, 99)
+        wrong.wait_for_log(f"protocol version {says}, this worker knows {knows}")
+        [step] = run.steps()
+        assert (step.status, step.attempt) == ("ready", 0)
+        wrong.stop()
+        cluster.worker(APP, env=sender.env)
+        put(cluster, message)
+        assert Path(run.get(timeout=30)).parent.parent == sender.folder
+    check_database(cluster.database_url)
+
+
 def test_workers_of_two_versions_of_the_messages(cluster: Cluster, tmp_path: Path, other_messages: Version) -> None:
-    """Each leaves the other's messages alone: the step stays ready, and is sent again, until one of its own comes."""
+    """Each has the other's steps sent again, in the words of whoever relays, until one of its own comes."""
     app, notes = cluster.app(APP), tmp_path / "notes"
     stranger = cluster.worker(APP, env=other_messages.env)
-    run = app.engine.submit(app.note.s(str(notes), "first"))
-    stranger.wait_for_log(
-        rf"protocol version \d+, this worker knows 99|Task {APP}.note\[{run.steps()[0].id}\] received"
-    )
-    assert run.get(timeout=60) == "first"  # sent again by the stranger's relay, in its own words
+    run = app.engine.submit(app.where.s())
+    stranger.wait_for_log(f"protocol version {PROTOCOL_VERSION}, this worker knows 99")
+    assert Path(run.get(timeout=60)).parent.parent == other_messages.folder  # sent again by the stranger's relay
     cluster.worker(APP)
     check_load(load(app, 20, notes))
     stranger.stop()

@@ -282,6 +282,20 @@ def test_statement_timeout(cluster: Cluster, tmp_path: Path) -> None:
     alive(worker)
 
 
+@pytest.mark.parametrize(("how", "attempts"), [("transaction", 6), ("save", 1)])
+def test_a_user_transaction_that_is_always_too_slow(cluster: Cluster, how: str, attempts: int) -> None:
+    """The time-out may have been bad luck, so it is tried again, but not for ever: then the error is the task's."""
+    set_for_database(cluster, "SET statement_timeout = '300ms'")
+    cluster.worker(TRANSACTIONS)
+    run = cluster.app(TRANSACTIONS).engine.submit(cluster.app(TRANSACTIONS).too_slow.s(how))
+    with pytest.raises(Exception, match="canceling statement due to statement timeout"):
+        run.get(timeout=60)
+    [step] = run.steps()
+    assert (step.status, step.attempt) == ("failed", attempts)
+    once_per_attempt = cluster.rows("SELECT attempt, outcome FROM byrd.attempts ORDER BY attempt")
+    assert once_per_attempt == [(n, "handed_back") for n in range(1, attempts)] + [(attempts, "failed")]
+
+
 def test_deadlock(cluster: Cluster, tmp_path: Path) -> None:
     """The worker's transaction is the one that is broken off; it does the same again."""
     worker = cluster.worker(APP)

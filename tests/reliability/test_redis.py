@@ -13,6 +13,7 @@ import redis
 
 from byrd import embedded
 from byrd.embedded import EmbeddedValkey
+from byrd.store.sweeps import PATIENCE_SECONDS
 from tests.cluster import Cluster, ClusterFactory, wait_until
 from tests.reliability.outages import APP, BOUND_SECONDS, Struck, alive, measured, no_preemption, starts_after
 from tests.reliability.proxy import Proxy
@@ -42,6 +43,26 @@ def test_flushed_in_mid_work(own: Cluster, tmp_path: Path) -> None:
     worker.wait_for_log("the broker has lost its messages")
     assert max(starts_after(own, flushed, struck.queued)) < BOUND_SECONDS
     assert measured("Redis flushed", own, flushed, struck.queued) < BOUND_SECONDS
+    no_preemption(own)
+    alive(worker)
+
+
+@pytest.mark.parametrize("bindings", [False, True], ids=["queue", "queue and bindings"])
+def test_a_queue_that_is_evicted(own: Cluster, tmp_path: Path, *, bindings: bool) -> None:
+    """A Redis that evicts may take the queue's list and leave the relay's mark, so that nothing tells of it."""
+    worker = own.worker(APP)
+    struck = Struck(own, tmp_path / "go")
+    with own.redis() as client:
+        [mark] = wait_until(lambda: client.keys("byrd.relay.*"))
+        assert client.llen("celery") == len(struck.queued)
+        client.delete("celery", *client.keys("_kombu.binding.*") if bindings else ())
+        evicted = time.time()
+        struck.finish()
+        struck.check()
+        assert client.exists(mark)
+    assert "the broker has lost its messages" not in worker.log_text()
+    measured("Redis evicted a queue", own, evicted, struck.queued)
+    assert starts_after(own, evicted, struck.queued)[1] < PATIENCE_SECONDS
     no_preemption(own)
     alive(worker)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -337,3 +338,54 @@ def test_no_sweep_reads_what_is_finished(old_store: Store) -> None:
             if plan := scanned(old_store, sql, params):
                 found.append(f"{name}: {plan}")
     assert not found, "\n\n".join(found)
+
+
+@pytest.mark.parametrize("why", ["it stops", "its lease is over"])
+def test_a_message_that_comes_to_a_worker_which_may_not_claim_is_sent_again(world: World, why: str) -> None:
+    """A queue that others keep busy, or that is empty, would not tell that it is missing."""
+    run = world.submit(sig("a"))
+    step = world.step(run, "a")
+    assert world.do(sweeps.take_due) == []
+    if why == "it stops":
+        world.do(sweeps.stop_worker, world.worker_id)
+    else:
+        world.end_lease(world.worker_id)
+    assert world.try_claim(step.id, step.attempt) is None
+    assert world.do(sweeps.seconds_until_due, at_most=100.0) <= steps.SEND_AGAIN_SECONDS
+    pass_time(world, 1)
+    assert [wakeup.id for wakeup in world.do(sweeps.take_due)] == [step.id]
+    world.worker_id = world.add_worker()
+    assert world.drive(run).status == "succeeded"
+
+
+def test_a_refused_claim_moves_no_step_that_is_not_due(world: World) -> None:
+    run = world.submit(sig("a", countdown=60))
+    step = world.step(run, "a")
+    assert world.try_claim(step.id, step.attempt) is None
+    assert world.step(run, "a").wake_at == step.wake_at
+
+
+def test_one_attempt_is_given_back_even_while_somebody_writes_its_step(world: World) -> None:
+    """There is no next time for it, as there is for all steps of a worker or of a process."""
+    run = world.submit(sig("a"))
+    claim = world.claim(run, "a")
+    with world.store.engine.connect() as other:
+        query(other, "SELECT 1 FROM byrd.steps WHERE id = %(id)s FOR UPDATE", {"id": claim.id})
+        assert world.do(steps.preempt, world.worker_id, reason="gone") == []
+        with ThreadPoolExecutor(1) as threads:
+            waits = threads.submit(
+                world.do, steps.preempt, world.worker_id, step=(claim.id, claim.attempt), reason="gone"
+            )
+            with pytest.raises(TimeoutError):
+                waits.result(timeout=0.3)
+            other.rollback()
+            assert [wakeup.id for wakeup in waits.result(timeout=30)] == [claim.id]
+    assert world.step(run, "a").status == "ready"
+
+
+def test_a_clock_that_was_set_back_while_nobody_looked_is_told_by_the_history(world: World) -> None:
+    assert not world.do(sweeps.is_behind_history)
+    world.submit(sig("a"))
+    assert not world.do(sweeps.is_behind_history)
+    world.sql("UPDATE byrd.events SET at = now() + interval '1 hour' RETURNING 1")
+    assert world.do(sweeps.is_behind_history)

@@ -443,6 +443,7 @@ ILLEGAL = {
                         INSERT INTO byrd.events (run_id, event, token)
                         SELECT run, 'x', token FROM t UNION ALL SELECT run, 'y', token FROM t""",
     "workers_pkey": NEW_WORKER,
+    "brokers_pkey": "INSERT INTO byrd.brokers (mark) VALUES ('m'), ('m')",
 }
 
 

@@ -12,8 +12,10 @@ from celery import chain, group
 
 from byrd.embedded import EmbeddedPostgres, EmbeddedValkey
 from byrd.engine import Run
+from byrd.model import PROTOCOL_VERSION
 from tests.cluster import Cluster, ClusterFactory, wait_until
 from tests.invariants import check_database
+from tests.reliability.test_messages import only_message
 
 APP = "tests.apps.basic"
 RUNS = 200
@@ -151,16 +153,22 @@ def test_a_duplicated_message_finds_nothing(cluster: Cluster, tmp_path: Path) ->
 def test_a_forged_message_runs_nothing(cluster: Cluster, tmp_path: Path) -> None:
     app = cluster.app(APP)
     path = tmp_path / "notes"
-    run = app.engine.submit(app.note.s(str(path), "real").set(countdown=3))
-    worker = cluster.worker(APP)
+    run = app.engine.submit(app.note.s(str(path), "real"))
     [step] = run.steps()
-    for header in (
-        {"v": 1, "run": run.id, "step": step.id, "no": 0, "attempt": 0},
-        {"v": 1, "run": run.id, "step": "nothing like it", "no": 0, "attempt": 0},
-        {"v": 99, "run": run.id, "step": step.id, "no": 0, "attempt": 0},
-    ):
-        app.note.apply_async((str(path), "forged"), headers={"byrd": header})
-    assert run.get(timeout=30) == "real"
+    true = {"v": PROTOCOL_VERSION, "run": run.id, "step": step.id, "no": 0, "attempt": 0}
+    forged = {
+        "step nothing like it is not ready": {**true, "step": "nothing like it"},
+        "a message of protocol version 99": {**true, "v": 99},
+    }
+    with only_message(cluster, run):  # it is due, and would run if any of them were taken for that message
+        worker = cluster.worker(APP)
+        for why, header in forged.items():
+            app.note.apply_async((str(path), "forged"), headers={"byrd": header})
+            worker.wait_for_log(why)
+        assert run.steps()[0].attempt == 0
+        assert not path.exists()
+        app.note.apply_async((str(path), "forged"), headers={"byrd": true})
+        assert run.get(timeout=30) == "real"
     worker.stop()
     assert path.read_text() == "real\n"
 

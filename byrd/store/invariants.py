@@ -1,0 +1,159 @@
+"""What must hold in Byrd's tables at any moment, whatever was killed: one query, hence one snapshot.
+
+Use it on a live database as well as after a test: a transition is one transaction, so nobody can see it half done.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import Connection
+
+from byrd.store.database import Store
+from byrd.store.rows import query
+
+_FINAL_RUN = "('succeeded','failed','cancelled')"
+_OPEN_STEP = "('pending','ready','running')"
+
+#: Each selects (run_id, no, detail) of what breaks it.
+RULES = {
+    "a run that has ended has no open step": f"""
+        SELECT s.run_id, s.no, s.status FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
+         WHERE r.status IN {_FINAL_RUN} AND s.status IN {_OPEN_STEP}""",
+    "a run that is open has a step that can go on": """
+        SELECT r.id, NULL, r.status FROM byrd.runs r
+         WHERE r.status IN ('running','paused','cancelling','compensating') AND NOT EXISTS
+           (SELECT 1 FROM byrd.steps s WHERE s.run_id = r.id AND (s.status = 'running'
+             OR s.status = 'ready' AND (s.kind = 'compensation') = (r.status = 'compensating')))""",
+    "a run that is being cancelled starts nothing more": """
+        SELECT s.run_id, s.no, s.status FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
+         WHERE r.status = 'cancelling' AND s.status IN ('pending','ready')""",
+    "a rollback is stuck on a compensation that did not succeed": """
+        SELECT r.id, NULL, r.status FROM byrd.runs r WHERE r.status = 'rollback_stuck' AND NOT EXISTS
+           (SELECT 1 FROM byrd.steps s WHERE s.run_id = r.id AND s.kind = 'compensation'
+             AND s.status IN ('failed','cancelled'))""",
+    "nothing but compensations is open in a rollback": f"""
+        SELECT s.run_id, s.no, s.kind FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
+         WHERE r.status IN ('compensating','rollback_stuck') AND s.kind <> 'compensation'
+           AND s.status IN {_OPEN_STEP}""",
+    "a run that succeeded has no task that did not": """
+        SELECT s.run_id, s.no, s.status FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
+         WHERE r.status = 'succeeded' AND s.kind IN ('task','callback') AND s.status <> 'succeeded'""",
+    "a run that failed says why": "SELECT id, NULL, status FROM byrd.runs WHERE status = 'failed' AND error IS NULL",
+    "a run has its output": """
+        SELECT r.id, r.output, r.status FROM byrd.runs r WHERE NOT EXISTS
+           (SELECT 1 FROM byrd.steps s WHERE s.run_id = r.id AND s.no = r.output)""",
+    "a run ends once, and once more after each retry": f"""
+        SELECT r.id, NULL, e.ends || ' ends, ' || e.retries || ' retries' FROM byrd.runs r, LATERAL
+           (SELECT count(*) FILTER (WHERE event IN {_FINAL_RUN}) AS ends,
+                   count(*) FILTER (WHERE event = 'retried') AS retries,
+                   count(*) FILTER (WHERE event = 'submitted') AS submits FROM byrd.events WHERE run_id = r.id) e
+         WHERE e.ends <> e.retries + (r.status IN {_FINAL_RUN})::int OR e.submits <> 1""",
+    "a join waits for its members that are not done": f"""
+        SELECT j.run_id, j.no, j.waiting || ' counted, ' || m.open || ' open' FROM byrd.steps j, LATERAL
+           (SELECT count(*) AS open FROM byrd.steps m WHERE m.run_id = j.run_id AND m.join_no = j.no
+             AND m.status IN {_OPEN_STEP}) m
+         WHERE j.status = 'pending' AND (j.kind = 'join' OR j.replaced) AND j.waiting <> m.open""",
+    "a join whose members are done has ended": """
+        SELECT j.run_id, j.no, 'waits for nothing' FROM byrd.steps j
+          LEFT JOIN byrd.steps p ON p.run_id = j.run_id AND p.no = j.after
+         WHERE j.status = 'pending' AND (j.kind = 'join' OR j.replaced) AND j.waiting = 0
+           AND (NOT j.on_failure AND (j.after IS NULL OR p.status = 'succeeded')
+                OR EXISTS (SELECT 1 FROM byrd.steps m WHERE m.run_id = j.run_id AND m.join_no = j.no))""",
+    "a join succeeds with all its members": """
+        SELECT j.run_id, j.no, m.no || ' ' || m.status FROM byrd.steps j
+          JOIN byrd.steps m ON m.run_id = j.run_id AND m.join_no = j.no
+         WHERE j.status = 'succeeded' AND m.status <> 'succeeded'""",
+    "a step whose predecessor is done does not wait": """
+        SELECT s.run_id, s.no, coalesce(p.status, 'first') FROM byrd.steps s
+          LEFT JOIN byrd.steps p ON p.run_id = s.run_id AND p.no = s.after
+         WHERE s.status = 'pending' AND s.kind <> 'join' AND NOT s.replaced
+           AND (s.after IS NULL OR p.status = CASE WHEN s.on_failure THEN 'failed' ELSE 'succeeded' END)""",
+    "a step whose predecessor failed does not wait": """
+        SELECT s.run_id, s.no, p.status FROM byrd.steps s
+          JOIN byrd.steps p ON p.run_id = s.run_id AND p.no = s.after
+         WHERE s.status = 'pending' AND s.kind <> 'compensation' AND (s.kind <> 'join' OR NOT s.on_failure)
+           AND p.status IN ('failed','skipped','cancelled') AND NOT (s.on_failure AND s.replaced)""",
+    "a step starts after its predecessor only": """
+        SELECT s.run_id, s.no, s.status || ' after ' || p.status FROM byrd.steps s
+          JOIN byrd.steps p ON p.run_id = s.run_id AND p.no = s.after
+         WHERE (s.status IN ('ready','running','succeeded') OR s.status = 'failed' AND s.attempt > 0) AND NOT s.replaced
+           AND NOT (CASE WHEN s.on_failure THEN p.status IN ('failed','cancelled') ELSE p.status = 'succeeded' END)""",
+    "each attempt is accounted for, once": """
+        SELECT s.run_id, s.no, s.attempt || ' attempts, ' || a.ended || ' ended, ' || s.status
+          FROM byrd.steps s, LATERAL
+            (SELECT count(*) AS ended FROM byrd.attempts a WHERE a.step_id = s.id AND a.attempt <= s.attempt) a
+         WHERE s.kind <> 'join' AND NOT (s.kind = 'errback' AND s.attempt > a.ended)
+           AND s.attempt <> a.ended + (s.status = 'running' OR s.status = 'succeeded' AND NOT s.replaced)::int""",
+    "an attempt that ended otherwise neither runs nor completed the step": """
+        SELECT s.run_id, s.no, a.outcome || ', ' || s.status FROM byrd.steps s
+          JOIN byrd.attempts a ON a.step_id = s.id AND a.attempt >= s.attempt
+         WHERE a.attempt > s.attempt OR s.status = 'running' OR s.status = 'succeeded' AND NOT s.replaced""",
+    "a running step's worker is on record": """
+        SELECT s.run_id, s.no, s.worker_id::text FROM byrd.steps s WHERE s.status = 'running'
+           AND NOT EXISTS (SELECT 1 FROM byrd.workers w WHERE w.id = s.worker_id)""",
+    "a ready step of a run that moves is in the relay's sight": """
+        SELECT s.run_id, s.no, s.wake_at::text FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
+         WHERE s.status = 'ready' AND s.wake_at = 'infinity' AND r.status IN ('running','compensating')""",
+    "compensations run one at a time": """
+        SELECT s.run_id, NULL, count(*)::text FROM byrd.steps s
+         WHERE s.kind = 'compensation' AND s.status IN ('ready','running') GROUP BY s.run_id HAVING count(*) > 1""",
+    "a compensation undoes a step that succeeded": """
+        SELECT c.run_id, c.no, s.status FROM byrd.steps c
+          JOIN byrd.steps s ON s.run_id = c.run_id AND s.no = c.compensates
+         WHERE s.status <> 'succeeded' OR s.compensation IS NULL""",
+    "compensations run in reverse order of completion": """
+        SELECT b.run_id, b.no, b.compensates || ' was undone before ' || a.compensates FROM byrd.steps a
+          JOIN byrd.steps b ON b.run_id = a.run_id AND b.kind = 'compensation' AND b.finished_at < a.finished_at
+          JOIN byrd.steps sa ON sa.run_id = a.run_id AND sa.no = a.compensates
+          JOIN byrd.steps sb ON sb.run_id = b.run_id AND sb.no = b.compensates
+         WHERE a.kind = 'compensation' AND sb.finished_at < sa.finished_at""",
+}
+
+_ALL = "\nUNION ALL\n".join(
+    f"SELECT '{rule.replace(chr(39), chr(39) * 2)}' AS rule, run_id::text, no::int, detail::text"
+    f" FROM ({sql}) AS broken (run_id, no, detail)"
+    for rule, sql in RULES.items()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A row that breaks a rule."""
+
+    rule: str
+    run_id: str
+    no: int | None
+    detail: str | None
+
+    def __str__(self) -> str:
+        return f"{self.rule}: run {self.run_id}, step {self.no}: {self.detail}"
+
+
+def broken_rows(conn: Connection) -> list[Broken]:
+    """Return each row that breaks a rule."""
+    # Planning this takes ten times as long as running it, so each connection plans it once.
+    if not query(conn, "SELECT 1 FROM pg_prepared_statements WHERE name = 'byrd_invariants'").first():
+        query(conn, f"PREPARE byrd_invariants AS {_ALL}")
+    return [Broken(*row) for row in query(conn, "EXECUTE byrd_invariants")]
+
+
+def broken_invariants(conn: Connection) -> list[str]:
+    """Return a line for each row that breaks a rule."""
+    return [str(row) for row in broken_rows(conn)]
+
+
+def check_invariants(conn: Connection) -> None:
+    """Fail with all that is wrong in the database."""
+    broken = broken_invariants(conn)
+    if broken:
+        raise AssertionError("\n".join(broken))
+
+
+def check_database(url: str) -> None:
+    """Fail with all that is wrong in the database at ``url``."""
+    store = Store(url)
+    try:
+        store.run(check_invariants)
+    finally:
+        store.close()
