@@ -229,7 +229,6 @@ def test_it_leaves_no_process_behind(cluster: Cluster, byrd_crash_points: CrashP
     before = set(psutil.Process().children())
     report = byrd_crash_points(app.engine, lambda: app.engine.submit(app.add.s(1, 1)))
     assert report.tried == 1
-    assert report.seconds < 20  # five for each process that waits
     assert set(psutil.Process().children()) == before
 
 
