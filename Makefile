@@ -34,7 +34,7 @@ dev: $(READY) ## Start everything in the Procfile, on embedded Postgres and Valk
 	@$(BIN)/byrd dev
 
 test: $(READY) ## Run the tests; TESTS="-k name" narrows them
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(TESTS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
 
 check: lint types imports test ## Run all that a change has to pass
 

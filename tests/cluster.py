@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from inspect import getclosurevars
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -173,7 +174,7 @@ class Cluster:
     def app(self, module: str) -> Any:
         """Return the module, imported anew for this cluster; its ``engine``, if any, is closed at the end."""
         if module not in self._apps:
-            with self._environment(), _own_tasks():
+            with self._environment(), _own_tasks(module):
                 sys.modules.pop(module, None)
                 self._apps[module] = imported = importlib.import_module(module)
                 if isinstance(app := getattr(imported, "app", None), Celery):
@@ -268,13 +269,20 @@ def _disconnect_results(app: Celery) -> None:
 
 
 @contextmanager
-def _own_tasks() -> Iterator[None]:
+def _own_tasks(module: str) -> Iterator[None]:
     """Keep the tasks that a module defines out of the apps of later imports, its own second import among them."""
-    before = set(celery_state._on_app_finalizers)
+    # Somebody else may have imported it before, Django's admin say.
+    before = {finalizer for finalizer in celery_state._on_app_finalizers if not _is_of(finalizer, module)}
+    celery_state._on_app_finalizers.intersection_update(before)
     try:
         yield
     finally:
         celery_state._on_app_finalizers.intersection_update(before)
+
+
+def _is_of(finalizer: Callable[..., object], module: str) -> bool:
+    """Tell whether this registers a task of that module."""
+    return any(getattr(held, "__module__", None) == module for held in getclosurevars(finalizer).nonlocals.values())
 
 
 # -- fixtures --------------------------------------------------------------------------------------

@@ -245,7 +245,7 @@ class InterleavingMachine(RuleBasedStateMachine):
             self.end(number, commit=True)
 
     def make_room(self) -> None:
-        """Bring sessions to their ends until one is idle, whatever rules this example does without."""
+        """Bring sessions to their ends, the first that can go on first, until one is idle."""
         while not self.free():
             number = next(n for n in range(SESSIONS) if self.sessions[n].state in ("gate", "done"))
             if self.sessions[number].state == "gate":
@@ -342,8 +342,8 @@ class InterleavingMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def go_on_somehow(self, data: st.DataObject) -> None:
         """Make one of the moves that can be made."""
-        # The first is what hypothesis always tries first, and again and again.
         self.open_runs = [row.id for row in query(self.monitor, OPEN)]
+        # The first is what hypothesis does all the time in its first example.
         names = [name for name in ("work", *sorted(MOVES), *self.favourites * 2) if MOVES[name][1](self)]
         name = data.draw(st.sampled_from(names if self.open_runs else ["submit"]), label="move")
         method, _, draws = MOVES[name]
@@ -429,12 +429,7 @@ class InterleavingMachine(RuleBasedStateMachine):
 
         self.start(Op(how, end, self.ended(claim, how)), whole=whole)
 
-    @move(
-        worker=st.integers(0, 1),
-        before=st.integers(0, 6),
-        how=st.sampled_from(ENDS),
-        whole=WHOLE,
-    )
+    @move(worker=st.integers(0, 1), before=st.integers(0, 6), how=st.sampled_from(ENDS), whole=WHOLE)
     def work(self, data: st.DataObject, worker: int, before: int, how: str, whole: bool) -> None:
         """Claim steps, and complete them right away; end the last one in any way."""
         for left in range(before, -1, -1):
@@ -446,10 +441,7 @@ class InterleavingMachine(RuleBasedStateMachine):
                 return
             self.end_one(self.claims[-1], "complete" if left else how, whole=whole or left > 0)
 
-    @move(
-        hows=st.lists(st.sampled_from(["fail", "fail", "complete", "retry"]), min_size=1, max_size=4),
-        whole=WHOLE,
-    )
+    @move(hows=st.lists(st.sampled_from(["fail", "fail", "complete", "retry"]), min_size=1, max_size=4), whole=WHOLE)
     def roll_back(self, data: st.DataObject, hows: list[str], whole: bool) -> None:
         """Bring rollbacks a few steps on."""
         for left, how in reversed(list(enumerate(hows))):
