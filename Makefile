@@ -11,7 +11,7 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3 python;
 	done)
 
 # Tests mostly wait, for processes to start and leases to end: more of them at once than a small machine has cores.
-JOBS ?= 4
+JOBS ?= 3
 
 # How long `make soak` injects faults.
 SOAK ?= 10m

@@ -145,7 +145,7 @@ def _trace_step(task: Task, tracer: Tracer, uuid: str, named: Any, request: Mapp
     pid = os.getpid()
     attempt = claim_step(runtime_of(task.app), header, task=task.name, pid=pid)
     if attempt is None:
-        return _refused(f"step {header['step']} is not ready for attempt {header['attempt']}", logging.INFO)
+        return _refused(f"step {header['step']:.100} is not ready for attempt {header['attempt']}", logging.INFO)
     try:
         try:
             call_args, call_kwargs = _arguments(task, attempt)

@@ -10,8 +10,8 @@ from tests.cluster import Cluster, wait_until
 from tests.invariants import check_database
 from tests.reliability.test_workers import APP, history, lines, running
 
-#: The app's lease is 3 s, after which recovery looks about once a second.
-_BLOCKED_SECONDS = 9.0
+#: The lease is 3 s, recovery looks about once a second, and the other worker takes a while to start on a busy machine.
+_BLOCKED_SECONDS = 18.0
 
 
 def test_a_pool_process_that_holds_the_gil_costs_nothing(cluster: Cluster, tmp_path: Path) -> None:

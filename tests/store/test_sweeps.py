@@ -389,3 +389,14 @@ def test_a_clock_that_was_set_back_while_nobody_looked_is_told_by_the_history(wo
     assert not world.do(sweeps.is_behind_history)
     world.sql("UPDATE byrd.events SET at = now() + interval '1 hour' RETURNING 1")
     assert world.do(sweeps.is_behind_history)
+
+
+@pytest.mark.parametrize("status", ["paused", "cancelling", "compensating", "rollback_stuck"])
+def test_a_step_of_a_run_that_does_not_run_is_not_claimed(world: World, status: str) -> None:
+    """A step may be released a moment after its run was stopped; nobody has parked or cancelled it by then."""
+    run = world.submit(sig("a"))
+    step = world.step(run, "a")
+    world.sql("UPDATE byrd.runs SET status = %(status)s RETURNING 1", status=status)
+    assert world.try_claim(step.id, step.attempt) is None
+    assert world.step(run, "a").status == "ready"
+    world.sql("UPDATE byrd.runs SET status = 'running' RETURNING 1")
