@@ -21,6 +21,8 @@ _LONGEST_PAUSE_SECONDS = 300.0
 _PASS_ON_AT_MOST = 30.0
 #: How many steps one statement of the relay writes, so that none takes long; what is left is due at once.
 _BATCH = 100
+#: The same for steps that are looked at again, each of which costs more: it is to be under 5 ms.
+_OVERDUE_BATCH = 50
 #: With more messages than this in a queue, it is not asked whether some of ours are missing; patience sees to these.
 _COUNTED = 2000
 _MOVING = "('running','compensating')"
@@ -57,13 +59,13 @@ def take_due(conn: Connection, *, limit: int = _BATCH) -> list[Wakeup]:
 
 
 def overdue_queues(conn: Connection) -> dict[str, int]:
-    """Return, for each queue with published steps that nobody has claimed in time, how many of them (at most 100)."""
+    """Return, for each queue with published steps that nobody has claimed in time, how many of them (at most 50)."""
     rows = query(
         conn,
         f"""{_QUEUES}
             SELECT q.queue, (SELECT count(*) FROM
                 (SELECT 1 FROM byrd.steps s WHERE s.status = 'ready' AND s.sends > 0 AND s.queue = q.queue
-                    AND s.wake_at <= now() LIMIT {_BATCH}) late) AS overdue
+                    AND s.wake_at <= now() LIMIT {_OVERDUE_BATCH}) late) AS overdue
               FROM queues q WHERE q.wake_at <= now()""",
     )
     return {row.queue: row.overdue for row in rows}
@@ -80,7 +82,7 @@ def sent_and_waiting(conn: Connection, queue: str, *, at_most: int) -> int:
     return int(found.scalar_one())
 
 
-def take_overdue(conn: Connection, queue: str, *, resend: int, limit: int = _BATCH) -> list[Wakeup]:
+def take_overdue(conn: Connection, queue: str, *, resend: int, limit: int = _OVERDUE_BATCH) -> list[Wakeup]:
     """Return overdue steps of a queue to publish again; look at the others again later.
 
     Those are the first ``resend``, those whose messages were lost for certain (:func:`doubt_all`), and each that has
