@@ -46,7 +46,7 @@ class Step:
 
     ``after``: the step that must be done first (succeeded, or failed when ``on_failure``).
     ``input``: the step whose value is put before ``args``.  ``into``/``position``: the join that gets the value.
-    ``members``: how many values a join waits for.
+    ``members``: how many values a join waits for.  ``solo``: it runs by a message of its own only.
     """
 
     no: int
@@ -69,6 +69,7 @@ class Step:
     expires_at: datetime | None = None
     queue: str | None = None
     compensation: str | None = None
+    solo: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import os
 import random
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Concatenate, Never, ParamSpec, TypeVar
 
 from psycopg2 import errors as pg_errors
@@ -78,28 +79,35 @@ class Store:
         self.patience = patience
         self._pool_size = pool_size
         self._for_users = for_users
-        self._engine: Engine | None = None
+        #: For transactions, and for single statements, each of which is one by itself.
+        self._engines: dict[bool, Engine] = {}
         self._pid = 0
 
     @property
     def engine(self) -> Engine:
         """The SQLAlchemy engine of this process: a forked child gets its own, for connections cannot be shared."""
-        if self._engine is None or self._pid != os.getpid():
-            if self._engine is not None:
-                self._engine.dispose(close=False)
-            self._engine = create_engine(
+        return self._engine_for(alone=False)
+
+    def _engine_for(self, *, alone: bool) -> Engine:
+        if self._pid != os.getpid():
+            for inherited in self._engines.values():
+                inherited.dispose(close=False)
+            self._engines, self._pid = {}, os.getpid()
+        if alone not in self._engines:
+            # Byrd's own statements look again after they have waited for a lock; at a higher level they would see the
+            # past.
+            level = "AUTOCOMMIT" if alone else "READ COMMITTED"
+            engine = create_engine(
                 self.url,
                 pool_size=self._pool_size,
                 max_overflow=20,
                 pool_timeout=30,
                 connect_args={**_CONNECT, "application_name": "byrd", "options": "-c timezone=UTC"},
-                # Byrd's own statements look again after they have waited for a lock; at a higher level they would see
-                # the past.
-                **({} if self._for_users else {"isolation_level": "READ COMMITTED"}),
+                **({} if self._for_users else {"isolation_level": level}),
             )
-            event.listen(self._engine, "connect", self._prepare)
-            self._pid = os.getpid()
-        return self._engine
+            event.listen(engine, "connect", self._prepare)
+            self._engines[alone] = engine
+        return self._engines[alone]
 
     def run(self, statement: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run ``statement(connection, ...)`` in one transaction; try again after a race or an outage.
@@ -107,11 +115,30 @@ class Store:
         So each statement must be right when it is run twice: its guard refuses the second time, or it finds
         what its first run had committed before the answer was lost.
         """
+        return self._run(self._begin, statement, *args, **kwargs)
+
+    def run_alone(self, statement: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a ``statement(connection, ...)`` of one SQL statement, which is a transaction by itself: one round trip."""
+        return self._run(self._connect, statement, *args, **kwargs)
+
+    def _begin(self) -> AbstractContextManager[Connection]:
+        return self.engine.begin()
+
+    def _connect(self) -> AbstractContextManager[Connection]:
+        return self._engine_for(alone=True).connect()
+
+    def _run(
+        self,
+        connect: Callable[[], AbstractContextManager[Connection]],
+        statement: Callable[Concatenate[Connection, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
         tries = excesses = 0
         deadline = time.monotonic() + self.patience
         while True:
             try:
-                with self.engine.begin() as conn:
+                with connect() as conn:
                     return statement(conn, *args, **kwargs)
             except (DBAPIError, PoolTimeoutError) as exc:
                 tries += 1
@@ -122,9 +149,14 @@ class Store:
 
     def close(self) -> None:
         """Close the pool's idle connections."""
-        if self._engine is not None and self._pid == os.getpid():
-            self._engine.dispose()
-        self._engine = None
+        if self._pid == os.getpid():
+            self.disconnect()
+        self._engines = {}
+
+    def disconnect(self) -> None:
+        """Close the idle connections; new ones are made when they are needed."""
+        for engine in self._engines.values():
+            engine.dispose()
 
     def check_live(self) -> None:
         """Raise :class:`NotMigratedError` unless the database has the tables that this Byrd works with."""
@@ -137,10 +169,10 @@ class Store:
             )
 
     def _prepare(self, raw: Any, _record: object) -> None:
-        raw.autocommit = True
+        before, raw.autocommit = raw.autocommit, True
         with raw.cursor() as cursor:
             cursor.execute(_SESSION if self._for_users else _OUR_SESSION)
-        raw.autocommit = False
+        raw.autocommit = before
 
     def _wait_or_raise(self, exc: SQLAlchemyError, tries: int, deadline: float) -> None:
         cause = getattr(exc, "orig", None)
@@ -150,7 +182,7 @@ class Store:
         if not (race or is_outage(exc)):
             raise exc
         if isinstance(cause, pg_errors.ReadOnlySqlTransaction):
-            self.engine.dispose()  # this server has become a standby, perhaps: connect anew to whoever is the primary
+            self.disconnect()  # this server has become a standby, perhaps: connect anew to whoever is the primary
         if time.monotonic() > deadline:
             _unavailable(self.url, exc)
         if not race and (tries == 1 or tries % 20 == 0):

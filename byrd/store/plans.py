@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection
@@ -13,6 +14,95 @@ from byrd.canvas import Plan, Step
 from byrd.model import StepKind
 from byrd.store import flow, runs
 from byrd.store.rows import CHANNEL, Wakeup, query
+
+
+@dataclass(frozen=True, slots=True)
+class NewRun:
+    """A run to be written.  ``args`` is what its workflow was called with (JSON); ``deadline_seconds`` from now."""
+
+    id: str
+    plan: Plan
+    workflow: str | None = None
+    title: str = ""
+    key: str | None = None
+    args: str | None = None
+    deadline_seconds: float | None = None
+
+    @property
+    def plain(self) -> bool:
+        """True when :func:`submit_many` knows how to begin it."""
+        return all(
+            (step.kind in _PLAIN and (step.after is not None or (step.countdown is None and step.eta is None)))
+            or (step.kind is StepKind.JOIN and step.members > 0)
+            for step in self.plan.steps
+        )
+
+
+_PLAIN = frozenset({StepKind.TASK, StepKind.CALLBACK, StepKind.ERRBACK})
+
+
+def submit_many(conn: Connection, new: Sequence[NewRun], *, told: bool = True) -> tuple[list[str], list[Wakeup]]:
+    """Write plain runs with their steps, in one statement; return their ids, and the steps to publish.
+
+    With a ``key`` that a run of the same workflow has already, nothing is written for it and that run's id is returned:
+    the unique index decides, so two submits at once make one run.  Right when it is run twice: the ids are the
+    caller's own.  Unless the caller is ``told`` what to publish, the relay does it, once this transaction is committed.
+    """
+    steps = [(run, step) for run in new for step in run.plan.steps]
+    columns = zip(*(_row(step) for _, step in steps), strict=True)
+    arrays = {name: _array(column, _DEFAULTS.get(name)) for name, column in zip(_COLUMNS, columns, strict=True)}
+    taken = query(
+        conn,
+        _WRITE_RUNS,
+        {
+            "run_ids": _array([run.id for run in new]),
+            "workflows": _array([run.workflow for run in new]),
+            "titles": _array([run.title for run in new], _NEVER),
+            "keys": _array([run.key for run in new]),
+            "run_args": _array([run.args for run in new]),
+            "outputs": _array([run.plan.output for run in new]),
+            "deadlines": _array([run.deadline_seconds for run in new]),
+            "step_runs": _array([run.id for run, _ in steps]),
+            "told": told,
+            **arrays,
+        },
+    )
+    existing = {str(row[0]) for row in taken}
+    ids = [_existing(conn, run.id, run.workflow, run.key) if run.id in existing else run.id for run in new]
+    if not told:
+        query(conn, f"NOTIFY {CHANNEL}")
+        return ids, []
+    wakeups = [
+        _first_wakeup(run.id, step)
+        for run, step in steps
+        if step.after is None and step.kind is not StepKind.JOIN and run.id not in existing
+    ]
+    return ids, wakeups
+
+
+def write(conn: Connection, new: Sequence[NewRun], *, told: bool = True) -> tuple[list[str], list[Wakeup]]:
+    """Write runs, whatever their plans; as :func:`submit_many` otherwise."""
+    if all(run.plain for run in new):
+        return submit_many(conn, new, told=told)
+    ids: list[str] = []
+    wakeups: list[Wakeup] = []
+    for run in new:
+        written, ready = submit(
+            conn, run.id, run.plan, workflow=run.workflow, title=run.title, key=run.key, args=run.args,
+            deadline_seconds=run.deadline_seconds,
+        )  # fmt: skip
+        if written == run.id and not told:
+            leave_to_relay(conn, run.id)
+        ids.append(written)
+        wakeups += ready
+    return ids, wakeups if told else []
+
+
+def _first_wakeup(run_id: str, step: Step) -> Wakeup:
+    return Wakeup(
+        step.id, run_id, step.no, step.kind.value, step.task or "", step.queue or "", 0, 0, options_json(step),
+        step.group_id, step.position, None, due=True, solo=step.solo,
+    )  # fmt: skip
 
 
 def submit(
@@ -112,16 +202,47 @@ _COLUMNS = {
     "id": "text", "no": "int", "kind": "text", "task": "text", "queue": "text", "args": "text", "kwargs": "text",
     "options": "text", "compensation": "text", "after": "int", "on_failure": "bool", "input": "int", "join_no": "int",
     "join_pos": "int", "waiting": "int", "group_id": "text", "countdown": "float8", "eta": "timestamptz",
-    "expires_in": "float8", "expires_at": "timestamptz",
+    "expires_in": "float8", "expires_at": "timestamptz", "solo": "bool",
 }  # fmt: skip
+#: What ``byrd.write_runs`` puts in place of NULL.
+_DEFAULTS = {"kind": "task", "args": "[]", "kwargs": "{}", "options": "{}", "on_failure": False, "waiting": 0,
+             "solo": False}  # fmt: skip
+_NEVER = object()
+_WRITE_RUNS = f"""SELECT * FROM byrd.write_runs(%(run_ids)s, %(workflows)s, %(titles)s, %(keys)s, %(run_args)s,
+    %(outputs)s, %(deadlines)s, %(step_runs)s, {", ".join(f"%({name})s" for name in _COLUMNS)}, %(told)s)"""
+
+
+def _array(column: Sequence[Any], default: Any = None) -> str | None:
+    """Return a column as Postgres writes arrays; None where each value is the default.
+
+    psycopg2 would adapt each value by itself, in Python.
+    """
+    if default is not _NEVER and all(value == default for value in column):
+        return None
+    return "{" + ",".join([_element(value) for value in column]) + "}"
+
+
+def _element(value: Any) -> str:
+    if value is None:
+        return "NULL"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"') if "\\" in value or '"' in value else value
+        return f'"{escaped}"'
+    if isinstance(value, datetime):
+        return f'"{value.isoformat()}"'
+    return str(value)
+
+
+def options_json(step: Step) -> str:
+    """Return the step's options as its row holds them."""
+    return json.dumps(dict(step.options)) if step.options else "{}"
 
 
 def _row(step: Step) -> tuple[Any, ...]:
-    options: Mapping[str, Any] = step.options
     return (
-        step.id, step.no, step.kind.value, step.task, step.queue, step.args, step.kwargs, json.dumps(dict(options)),
+        step.id, step.no, step.kind.value, step.task, step.queue, step.args, step.kwargs, options_json(step),
         step.compensation, step.after, step.on_failure, step.input, step.into, step.position, step.members,
-        step.group_id, step.countdown, step.eta, step.expires_in, step.expires_at,
+        step.group_id, step.countdown, step.eta, step.expires_in, step.expires_at, step.solo,
     )  # fmt: skip
 
 

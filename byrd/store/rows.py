@@ -34,12 +34,14 @@ class Wakeup(NamedTuple):
     join_pos: int | None
     parent_id: str | None
     due: bool
+    #: It is run by its own message only; otherwise by whoever is awake.
+    solo: bool = True
 
 
 #: The columns of :class:`Wakeup` for a RETURNING clause, of the table alias ``s``.
 WAKEUP = """s.id, s.run_id, s.no, s.kind, s.task, s.queue, s.attempt, s.retries, s.options, s.group_id, s.join_pos,
     (SELECT p.id FROM byrd.steps p WHERE p.run_id = s.run_id AND p.no = s.after) AS parent_id,
-    s.run_at <= clock_timestamp() AS due"""
+    s.run_at <= clock_timestamp() AS due, s.solo"""
 
 
 def wakeups_of(rows: Iterable[Any]) -> list[Wakeup]:
@@ -165,6 +167,7 @@ class WorkerRow:
     concurrency: int
     queues: list[str]
     tasks: list[str]
+    shares: list[str]
     version: str
     started_at: datetime
     heartbeat_at: datetime

@@ -201,7 +201,7 @@ def retry(
         extra=f"""retries = s.retries + 1, sends = 0, ready_at = {_NOW}, started_at = NULL,
                   args = coalesce(%(args)s, s.args), kwargs = coalesce(%(kwargs)s, s.kwargs),
                   input = CASE WHEN %(args)s IS NULL THEN s.input END, options = coalesce(%(options)s, s.options),
-                  queue = coalesce(%(queue)s, s.queue),
+                  queue = coalesce(%(queue)s, s.queue), solo = s.solo OR %(options)s::text IS NOT NULL,
                   run_at = coalesce(%(eta)s, {_NOW} + %(delay)s * interval '1 second'),
                   wake_at = coalesce(%(eta)s, {_NOW} + %(delay)s * interval '1 second')""",
         params={"args": args, "kwargs": kwargs, "queue": queue, "options": options, "delay": delay, "eta": eta},
@@ -243,8 +243,9 @@ def preempt(
         found = query(
             conn,
             """SELECT id, attempt, preemptions, true AS free FROM byrd.steps
-                WHERE id = %(step)s AND attempt = %(attempt)s AND status = 'running' AND worker_id = %(worker)s""",
-            {"worker": worker_id, "step": step[0], "attempt": step[1]},
+                WHERE id = %(step)s AND attempt = %(attempt)s AND status = 'running' AND worker_id = %(worker)s
+                  AND (%(pid)s::int IS NULL OR pid = %(pid)s)""",
+            {"worker": worker_id, "pid": pid, "step": step[0], "attempt": step[1]},
         )
     else:
         found = query(

@@ -29,11 +29,14 @@ _MOVING = "('running','compensating')"
 #: The queues that hold published steps, each with the time of its first: one look at the index per queue.
 _QUEUES = """
     WITH RECURSIVE queues AS (
-      (SELECT queue, wake_at FROM byrd.steps WHERE status = 'ready' AND sends > 0 ORDER BY queue, wake_at LIMIT 1)
+      (SELECT queue, wake_at FROM byrd.steps WHERE status = 'ready' AND sends > 0 AND {which}
+        ORDER BY queue, wake_at LIMIT 1)
       UNION ALL
       SELECT following.queue, following.wake_at FROM queues q, LATERAL
-        (SELECT queue, wake_at FROM byrd.steps WHERE status = 'ready' AND sends > 0 AND queue > q.queue
+        (SELECT queue, wake_at FROM byrd.steps WHERE status = 'ready' AND sends > 0 AND {which} AND queue > q.queue
           ORDER BY queue, wake_at LIMIT 1) following)"""
+#: Steps that need a message of their own, and those that whoever is awake may take: each has its index.
+_WHICH = {True: "solo", False: "NOT solo"}
 
 
 # -- the relay -------------------------------------------------------------------------------------
@@ -58,31 +61,36 @@ def take_due(conn: Connection, *, limit: int = _BATCH) -> list[Wakeup]:
     return wakeups_of(row for row in rows if row.moving)
 
 
-def overdue_queues(conn: Connection) -> dict[str, int]:
-    """Return, for each queue with published steps that nobody has claimed in time, how many of them (at most 50)."""
+def overdue_queues(conn: Connection, *, solo: bool = True) -> dict[str, int]:
+    """Return, for each queue with published steps that nobody has claimed in time, how many of them (at most 50).
+
+    ``solo``: of those that need a message of their own, or of the others.
+    """
     rows = query(
         conn,
-        f"""{_QUEUES}
+        f"""{_QUEUES.format(which=_WHICH[solo])}
             SELECT q.queue, (SELECT count(*) FROM
-                (SELECT 1 FROM byrd.steps s WHERE s.status = 'ready' AND s.sends > 0 AND s.queue = q.queue
-                    AND s.wake_at <= now() LIMIT {_OVERDUE_BATCH}) late) AS overdue
+                (SELECT 1 FROM byrd.steps s WHERE s.status = 'ready' AND s.sends > 0 AND {_WHICH[solo]}
+                    AND s.queue = q.queue AND s.wake_at <= now() LIMIT {_OVERDUE_BATCH}) late) AS overdue
               FROM queues q WHERE q.wake_at <= now()""",
     )
     return {row.queue: row.overdue for row in rows}
 
 
-def sent_and_waiting(conn: Connection, queue: str, *, at_most: int) -> int:
+def sent_and_waiting(conn: Connection, queue: str, *, solo: bool = True, at_most: int) -> int:
     """Return how many published steps of a queue are still ready, counting no further than ``at_most`` and 2,000."""
     found = query(
         conn,
-        """SELECT count(*) FROM (SELECT 1 FROM byrd.steps WHERE status = 'ready' AND sends > 0 AND queue = %(queue)s
-                                  AND wake_at < 'infinity' LIMIT %(most)s) waiting""",
+        f"""SELECT count(*) FROM (SELECT 1 FROM byrd.steps WHERE status = 'ready' AND sends > 0 AND {_WHICH[solo]}
+                                  AND queue = %(queue)s AND wake_at < 'infinity' LIMIT %(most)s) waiting""",
         {"queue": queue, "most": min(at_most, _COUNTED)},
     )
     return int(found.scalar_one())
 
 
-def take_overdue(conn: Connection, queue: str, *, resend: int, limit: int = _OVERDUE_BATCH) -> list[Wakeup]:
+def take_overdue(
+    conn: Connection, queue: str, *, solo: bool = True, resend: int, limit: int = _OVERDUE_BATCH
+) -> list[Wakeup]:
     """Return overdue steps of a queue to publish again; look at the others again later.
 
     Those are the first ``resend``, those whose messages were lost for certain (:func:`doubt_all`), and each that has
@@ -96,7 +104,7 @@ def take_overdue(conn: Connection, queue: str, *, resend: int, limit: int = _OVE
         conn,
         f"""WITH overdue AS MATERIALIZED (
               SELECT id, wake_at, ready_at, sends FROM byrd.steps
-               WHERE status = 'ready' AND wake_at <= now() AND sends > 0 AND queue = %(queue)s
+               WHERE status = 'ready' AND wake_at <= now() AND sends > 0 AND {_WHICH[solo]} AND queue = %(queue)s
                ORDER BY wake_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED),
             ranked AS (
               SELECT id, row_number() OVER (ORDER BY wake_at) <= %(resend)s OR wake_at = ready_at
@@ -145,24 +153,29 @@ def doubt_all(conn: Connection) -> int:
 
     Returns how many.  The oldest come first, for messages that were sent since then are there.
     """
-    return query(
-        conn,
-        """WITH waiting AS MATERIALIZED (
-             SELECT id FROM byrd.steps WHERE status = 'ready' AND wake_at > now() AND wake_at < 'infinity' AND sends > 0
-              FOR UPDATE SKIP LOCKED)
-           UPDATE byrd.steps s SET wake_at = s.ready_at FROM waiting w WHERE s.id = w.id""",
-    ).rowcount
+    return sum(
+        query(
+            conn,
+            f"""WITH waiting AS MATERIALIZED (
+                  SELECT id FROM byrd.steps
+                   WHERE status = 'ready' AND wake_at > now() AND wake_at < 'infinity' AND sends > 0 AND {which}
+                   FOR UPDATE SKIP LOCKED)
+                UPDATE byrd.steps s SET wake_at = s.ready_at FROM waiting w WHERE s.id = w.id""",
+        ).rowcount
+        for which in _WHICH.values()
+    )
 
 
-def seconds_until_due(conn: Connection, *, at_most: float) -> float:
-    """Return how long nothing is due, for the relay to sleep."""
+def seconds_until_due(conn: Connection, *, at_most: float, shared: bool = True) -> float:
+    """Return how long nothing is due, for the relay to sleep; without ``shared``, nothing that needs its own message."""
+    kinds = _WHICH.values() if shared else [_WHICH[True]]
+    published = [f"""({_QUEUES.format(which=which)}
+                      SELECT min(wake_at) FROM queues WHERE wake_at < 'infinity')""" for which in kinds]
     found = query(
         conn,
-        f"""{_QUEUES}
-            SELECT extract(epoch FROM least(
+        f"""SELECT extract(epoch FROM least(
                 (SELECT wake_at FROM byrd.steps WHERE status = 'ready' AND sends = 0 AND wake_at < 'infinity'
-                  ORDER BY wake_at LIMIT 1),
-                (SELECT min(wake_at) FROM queues WHERE wake_at < 'infinity')) - clock_timestamp())""",
+                  ORDER BY wake_at LIMIT 1), {", ".join(published)}) - clock_timestamp())""",
     ).scalar()
     return at_most if found is None else max(0.0, min(at_most, float(found)))
 
@@ -182,25 +195,31 @@ def heartbeat(
     queues: Sequence[str],
     tasks: Sequence[str],
     version: str,
+    shares: Sequence[str] = (),
 ) -> None:
     """Register a worker, or prolong its lease.  A worker that was given up comes back by the same statement."""
     row = query(
         conn,
         f"""UPDATE byrd.workers SET heartbeat_at = {_NOW}, lease_until = {_NOW} + %(lease)s * interval '1 second',
-                   queues = %(queues)s, concurrency = %(concurrency)s
+                   queues = %(queues)s, concurrency = %(concurrency)s, shares = %(shares)s::text[]
             WHERE id = %(id)s RETURNING id""",
-        {"id": worker_id, "lease": lease_seconds, "queues": list(queues), "concurrency": concurrency},
-    ).first()
+        {
+            "id": worker_id, "lease": lease_seconds, "queues": list(queues), "concurrency": concurrency,
+            "shares": list(shares),
+        },
+    ).first()  # fmt: skip
     if row is not None:
         return
     query(
         conn,
-        f"""INSERT INTO byrd.workers (id, hostname, pid, pool, concurrency, queues, tasks, version, lease_until)
-            VALUES (%(id)s, %(hostname)s, %(pid)s, %(pool)s, %(concurrency)s, %(queues)s, %(tasks)s, %(version)s,
-                    {_NOW} + %(lease)s * interval '1 second') ON CONFLICT (id) DO NOTHING""",
+        f"""INSERT INTO byrd.workers (id, hostname, pid, pool, concurrency, queues, tasks, shares, version,
+                                      lease_until)
+            VALUES (%(id)s, %(hostname)s, %(pid)s, %(pool)s, %(concurrency)s, %(queues)s, %(tasks)s,
+                    %(shares)s::text[], %(version)s, {_NOW} + %(lease)s * interval '1 second') ON CONFLICT (id) DO NOTHING""",
         {
             "id": worker_id, "lease": lease_seconds, "hostname": hostname, "pid": pid, "pool": pool,
-            "concurrency": concurrency, "queues": list(queues), "tasks": list(tasks), "version": version,
+            "concurrency": concurrency, "queues": list(queues), "tasks": list(tasks), "shares": list(shares),
+            "version": version,
         },
     )  # fmt: skip
 
@@ -310,11 +329,15 @@ def follow_clock_back(conn: Connection) -> bool:
               WHERE status = 'ready' AND sends = 0 AND wake_at > now() AND ready_at > now() FOR NO KEY UPDATE),
            sent AS MATERIALIZED (
              SELECT id, ready_at - now() AS ahead FROM byrd.steps
-              WHERE status = 'ready' AND sends > 0 AND wake_at > now() AND ready_at > now() FOR NO KEY UPDATE)
+              WHERE status = 'ready' AND sends > 0 AND solo AND wake_at > now() AND ready_at > now() FOR NO KEY UPDATE),
+           shared AS MATERIALIZED (
+             SELECT id, ready_at - now() AS ahead FROM byrd.steps
+              WHERE status = 'ready' AND sends > 0 AND NOT solo AND wake_at > now() AND ready_at > now()
+              FOR NO KEY UPDATE)
            UPDATE byrd.steps s SET ready_at = now(),
                   run_at = CASE WHEN s.run_at = s.eta THEN s.eta ELSE s.run_at - ahead END,
                   wake_at = CASE WHEN s.wake_at IN (s.eta, 'infinity') THEN s.wake_at ELSE s.wake_at - ahead END
-             FROM (TABLE due UNION ALL TABLE sent) early WHERE s.id = early.id""",
+             FROM (TABLE due UNION ALL TABLE sent UNION ALL TABLE shared) early WHERE s.id = early.id""",
     )
     return True
 

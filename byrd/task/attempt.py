@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from billiard.exceptions import SoftTimeLimitExceeded
 from celery import current_task
@@ -18,6 +18,9 @@ from kombu.utils.json import dumps
 from byrd.errors import StaleAttempt
 from byrd.store import Claim, Wakeup, flow, steps
 from byrd.task.runtime import Runtime
+
+if TYPE_CHECKING:
+    from byrd.task.slices import Slice
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +43,11 @@ class RetryRequest:
 class Attempt:
     """A claimed step.  ``closed`` once its outcome is recorded; a second outcome is refused."""
 
-    def __init__(self, runtime: Runtime, claim: Claim) -> None:
+    def __init__(self, runtime: Runtime, claim: Claim, *, slice: Slice | None = None) -> None:
         self.runtime = runtime
         self.claim = claim
+        #: The slice that it is run in, if any: a result may be recorded with others'.
+        self._slice = slice
         self.closed = False
         self._pid = os.getpid()
         #: Set by ``self.retry``, for Celery's tracer to have it recorded.
@@ -67,7 +72,12 @@ class Attempt:
 
     def complete(self, result: str) -> None:
         """Record the result (JSON) and publish what it makes ready."""
-        self._close(steps.complete, result)
+        if self._slice is None:
+            self._close(steps.complete, result)
+            return
+        self._check()
+        self._slice.completed(self.claim, result)
+        self.closed = True
 
     def fail(self, error: str) -> None:
         """Record the error (JSON): the step has failed for good."""
@@ -110,11 +120,14 @@ class Attempt:
         self.runtime.publisher.publish(wakeups)
         return next(step.id for step in plan.steps if step.no == plan.output)
 
-    def _close(self, transition: Any, *args: Any, **kwargs: Any) -> None:
+    def _check(self) -> None:
         if self.closed:
             raise StaleAttempt(f"step {self.step_id}: attempt {self.number} has recorded its outcome already")
         if os.getpid() != self._pid:
             raise StaleAttempt(f"step {self.step_id}: a fork of attempt {self.number}'s process may record no outcome")
+
+    def _close(self, transition: Any, *args: Any, **kwargs: Any) -> None:
+        self._check()
         wakeups = self._recorded(transition, *args, **kwargs)
         self.closed = True
         self.runtime.publisher.publish(wakeups)

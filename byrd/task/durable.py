@@ -20,7 +20,7 @@ from billiard.einfo import ExceptionInfo
 from celery import Celery, Task, states
 from celery.app.registry import TaskRegistry
 from celery.app.task import Context
-from celery.app.trace import TraceInfo, trace_ok_t
+from celery.app.trace import TraceInfo, build_tracer, trace_ok_t
 from celery.canvas import _chain
 from celery.exceptions import Ignore, ImproperlyConfigured, Reject
 from celery.result import AsyncResult
@@ -29,7 +29,8 @@ from kombu.utils.json import loads
 from byrd.errors import ArgumentError, ControlFlow, StepCancelled, StepHandedBack, TaskOverrideError
 from byrd.model import PROTOCOL_VERSION, StepKind
 from byrd.store import steps, sweeps
-from byrd.task import control, results
+from byrd.store.work import Own
+from byrd.task import control, results, slices
 from byrd.task.attempt import (
     Attempt,
     RetryRequest,
@@ -70,6 +71,7 @@ class DurableTask(Task):
     @__trace__.setter
     def __trace__(self, tracer: Tracer | None) -> None:
         # Celery sets a new tracer when a worker starts, and again in each pool process.
+        self.__dict__["_celery_tracer"] = tracer
         self.__dict__["_durable_tracer"] = None if tracer is None else partial(_trace, self, tracer)
 
     def retry(self, args: Any = None, kwargs: Any = None, *a: Any, **options: Any) -> Any:
@@ -142,10 +144,46 @@ def _trace_step(task: Task, tracer: Tracer, uuid: str, named: Any, request: Mapp
     if header.get("v") != PROTOCOL_VERSION:
         runtime_of(task.app).patient_store.run(sweeps.pass_on, header["step"], header["attempt"])
         return _refused(f"a message of protocol version {header.get('v')!r:.20}, this worker knows {PROTOCOL_VERSION}")
-    pid = os.getpid()
-    attempt = claim_step(runtime_of(task.app), header, task=task.name, pid=pid)
+    runtime = runtime_of(task.app)
+    if header.get("shared") is True and runtime.slice_seconds > 0:
+        work = slices.Slice(runtime, partial(_run_shared, request))
+        own_is_ready, outcome = work.work(Own(header["step"], header["attempt"], task.name))
+        if not own_is_ready:
+            return outcome if outcome is not None else _nothing("its step was taken by another process that was awake")
+    attempt = claim_step(runtime, header, task=task.name, pid=os.getpid())
     if attempt is None:
         return _refused(f"step {header['step']:.100} is not ready for attempt {header['attempt']}", logging.INFO)
+    return _run(task, tracer, attempt, request)
+
+
+def _run_shared(request: Mapping[str, Any], attempt: Attempt) -> Any:
+    """Run a step of a slice, of whatever task, that began with the message of ``request``."""
+    runtime = attempt.runtime
+    task = runtime.app.tasks[attempt.claim.task]
+    outcome = _without_frames(_run(task, _tracer_of(task), attempt, request))
+    if not attempt.closed:  # the main process knows of the step of its own message only
+        step = (attempt.step_id, attempt.number)
+        reason = "its outcome could not be recorded"
+        most = runtime.max_preemptions
+        wakeups = runtime.patient_store.run(
+            steps.preempt, runtime.worker_id, step=step, reason=reason, max_preemptions=most
+        )
+        runtime.publisher.publish(wakeups)
+    return outcome
+
+
+def _tracer_of(task: Task) -> Tracer:
+    found: Tracer | None = task.__dict__.get("_celery_tracer")
+    if found is None:  # it was registered after the pool process was started
+        app = task.app
+        task.__trace__ = build_tracer(task.name, task, app.loader, app=app)
+        found = task.__dict__["_celery_tracer"]
+    return found
+
+
+def _run(task: Task, tracer: Tracer, attempt: Attempt, request: Mapping[str, Any]) -> Any:
+    """Run a claimed step by Celery's tracer, and see that its outcome is recorded."""
+    pid, uuid = os.getpid(), attempt.step_id
     try:
         try:
             call_args, call_kwargs = _arguments(task, attempt)

@@ -28,6 +28,14 @@ _NO_CALL = "byrd_step: this message names a step of a run, and is no call of the
 #: submits much meanwhile, beat say, would fall behind.
 _AWAY_SECONDS = 1.0
 
+#: So many wake-ups one after the other are enough: whoever takes one goes on with what else is ready, and sees that
+#: others are woken while there is more.
+_ENOUGH = 16
+#: For so long what a queue had room for is remembered.
+_ROOM_SECONDS = 0.05
+#: What only the message of a wake-up for a step that needs no message of its own holds.
+_SHARED = b'"shared": true'
+
 
 class Publisher:
     """Sends wake-ups to the queues that Celery's router chose for their steps."""
@@ -35,11 +43,15 @@ class Publisher:
     def __init__(self, app: Celery) -> None:
         self.app = app
         self._complained = self._away_until = 0.0
+        #: For each queue, for how many wake-ups there was room, and when.
+        self._room: dict[str, tuple[int, float]] = {}
 
     def publish(self, wakeups: Iterable[Wakeup]) -> bool:
         """Publish the wake-ups that are due; tell whether all went out.
 
-        Never raises for a broker that is away: the steps stay ready in Postgres and are sent again.
+        Never raises for a broker that is away: the steps stay ready in Postgres and are sent again.  A step that needs
+        no message of its own gets none while the newest messages of its queue are wake-ups enough: whoever takes them
+        finds it.  The step is committed by now, so none of these is taken too early for that.
         """
         due = [wakeup for wakeup in wakeups if wakeup.due]
         if not due:
@@ -47,15 +59,56 @@ class Publisher:
         if time.monotonic() < self._away_until:
             return False
         try:
-            with self.app.producer_pool.acquire(block=True, timeout=5) as producer, _batch(producer, len(due)):
+            with self.app.producer_pool.acquire(block=True, timeout=5) as producer:
                 # Else kombu would try for six seconds to reach a broker that refuses.
                 producer.connection.ensure_connection(max_retries=0, timeout=5)
-                failed = [wakeup for wakeup in due if not self._sent(producer, wakeup)]
+                wanted = self._wanted(producer, due)
+                with _batch(producer, len(wanted)):
+                    failed = [wakeup for wakeup in wanted if not self._sent(producer, wakeup)]
         except Exception as exc:  # noqa: BLE001 - each transport has errors of its own, and none of them loses work
             self._complain("the broker does not take wake-ups now (%r); the relay will send them again", exc)
             self._away_until = time.monotonic() + _AWAY_SECONDS
             return False
         return not failed
+
+    def _wanted(self, producer: Any, due: list[Wakeup]) -> list[Wakeup]:
+        """Leave out the wake-ups that nobody needs."""
+        if all(wakeup.solo for wakeup in due) or producer.connection.transport.driver_type != "redis":
+            return due
+        wanted = []
+        now = time.monotonic()
+        for wakeup in due:
+            if not wakeup.solo:
+                room, since = self._room.get(wakeup.queue, (0, 0.0))
+                if room <= 0 or now - since > _ROOM_SECONDS:
+                    room, since = self._look(producer.connection.default_channel, wakeup.queue), now
+                self._room[wakeup.queue] = (room - 1, since)
+                if room <= 0:
+                    self._room[wakeup.queue] = (0, 0.0)
+                    continue
+            wanted.append(wakeup)
+        return wanted
+
+    def _look(self, channel: Any, queue: str) -> int:
+        """Return how many wake-ups there is room for, as the newest messages of a queue in Redis tell."""
+        name = f"{getattr(channel, 'global_keyprefix', '') or ''}{queue}"
+        with channel.client.pipeline(transaction=False) as asked:
+            length, newest, older = asked.llen(queue).lindex(name, 0).lindex(name, _ENOUGH - 1).execute()
+        if length < _ENOUGH:
+            return _ENOUGH - int(length)
+        return 0 if newest and older and _SHARED in newest and _SHARED in older else 1
+
+    def room(self, queue: str) -> int:
+        """Return for how many wake-ups of steps that need no message of their own there is room in a queue."""
+        try:
+            with self.app.producer_pool.acquire(block=True, timeout=5) as producer:
+                if producer.connection.transport.driver_type != "redis":
+                    return _ENOUGH
+                producer.connection.ensure_connection(max_retries=0, timeout=5)
+                return self._look(producer.connection.default_channel, queue)
+        except Exception as exc:  # noqa: BLE001 - each transport has errors of its own
+            self._complain("the broker does not answer (%r); the relay will ask again", exc)
+            return 0
 
     def depth(self, queue: str) -> int | None:
         """Return how many messages wait in a queue of the broker; None when it does not say."""
@@ -120,6 +173,8 @@ class Publisher:
             "no": wakeup.no,
             "attempt": wakeup.attempt,
         }
+        if not wakeup.solo:
+            headers["byrd"]["shared"] = True
         amqp = self.app.amqp
         stamped = options.get("stamped_headers") or []
         message = amqp.as_task_v2(

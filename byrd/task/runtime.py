@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from celery import Celery
+from celery.app.routes import MapRoute
 from kombu.utils.json import dumps, loads
 from sqlalchemy.engine import URL
 
@@ -23,12 +24,24 @@ from byrd.task.publisher import Publisher
 
 #: Children of a pool that is spawned rather than forked learn their worker's id from here.
 _WORKER_ID = "BYRD_WORKER_ID"
+_SLICE_SECONDS = "BYRD_SLICE_SECONDS"
 _RUNTIME = "_byrd_runtime"
 
 #: Seven times as much memory is needed to send a value to Postgres.
 MAX_VALUE_BYTES = 128 * 2**20
+#: For so long one wake-up keeps a pool process from other messages.
+SLICE_SECONDS = 0.2
+#: Options of a step that its message need not bear.
+_SHARED_OPTIONS = frozenset({
+    "ignore_result", "serializer", "immutable", "retry", "retry_policy", "task_type", "route_name",
+})  # fmt: skip
+
 #: Postgres takes no statement, and holds no text, of 1 GB; quotes count twice.
 MOST_VALUE_BYTES = 256 * 2**20
+
+
+#: A step's queue, its options, and its compensation, if it has one (JSON).
+_Nature = tuple[str, dict[str, Any], str | None]
 
 
 class Runtime:
@@ -48,6 +61,7 @@ class Runtime:
         self.chores: deque[Callable[[], list[Wakeup]]] = deque()
         #: What it has to publish: the sweeper does it.
         self.outbox: deque[Wakeup] = deque()
+        self._natures: dict[str, tuple[tuple[Any, ...], _Nature]] = {}
         self._worker_id: str | None = None
         self._main_pid: int | None = None
         setattr(app, _RUNTIME, self)
@@ -84,6 +98,15 @@ class Runtime:
             f"{size:,} bytes of JSON, more than byrd_max_value_bytes={most:,}: keep what is large in a file or an "
             "object store, and hand on its address"
         )
+
+    @property
+    def slice_seconds(self) -> float:
+        """For how long a pool process of this worker may go on for one wake-up; 0: each step has its own message."""
+        return float(os.environ.get(_SLICE_SECONDS, "0"))
+
+    def slice_steps(self, seconds: float) -> None:
+        """Let the pool processes of this worker work in slices of this length, or, with 0, not."""
+        os.environ[_SLICE_SECONDS] = str(seconds)
 
     def become_worker(self, worker_id: str) -> None:
         """Take the identity of a worker, for this process and those that its pool starts."""
@@ -129,16 +152,32 @@ class Runtime:
             raise UnknownTaskError(
                 f"the task {step.task!r} is not registered in this app; import its module (known: {known})"
             )
-        options = {**_task_options(task), **step.options}
         if step.input is None and not step.on_failure:
             _check_arguments(task, step)
-        queue, options = self.route(step.task or "", options, step)
-        compensation = getattr(task, "compensation_task", None)
+        queue, options, compensation = self._nature(task, step)
         return replace(
-            step,
-            queue=queue,
-            options=json.loads(_option_json(options, step.task or "")),
-            compensation=self._compensation(compensation) if compensation is not None else None,
+            step, solo=_is_solo(step, task, options), queue=queue, options=options, compensation=compensation
+        )
+
+    def _nature(self, task: Any, step: Step) -> _Nature:
+        """Return what the task and its routes say of a step; looked up once where it depends on nothing else."""
+        router = self.app.amqp.router
+        if step.options or not all(isinstance(route, MapRoute) for route in router.routes):
+            return self._look_up(task, step)
+        state = (task, task._get_exec_options(), task.ignore_result, router)
+        known = self._natures.get(task.name)
+        if known is None or not all(a is b for a, b in zip(known[0], state, strict=True)):
+            known = self._natures[task.name] = (state, self._look_up(task, step))
+        return known[1]
+
+    def _look_up(self, task: Any, step: Step) -> _Nature:
+        name = step.task or ""
+        queue, options = self.route(name, {**_task_options(task), **step.options}, step)
+        compensation = getattr(task, "compensation_task", None)
+        return (
+            queue,
+            json.loads(_option_json(options, name)),
+            self._compensation(compensation) if compensation is not None else None,
         )
 
     def _compensation(self, task: Any) -> str:
@@ -170,6 +209,18 @@ def runtime_of(app: Celery) -> Runtime:
     if found is None:
         raise ConfigurationError(f"the app {app.main!r} has no engine: call byrd.Byrd(app) once, where the app is made")
     return found
+
+
+def _is_solo(step: Step, task: Any, options: Mapping[str, Any]) -> bool:
+    """Tell whether the step has to run by a message of its own, for what Celery does with that message."""
+    return (
+        step.kind not in (StepKind.TASK, StepKind.CALLBACK)
+        or step.on_failure
+        or step.expires_in is not None
+        or step.expires_at is not None
+        or task.rate_limit is not None
+        or not options.keys() <= _SHARED_OPTIONS
+    )
 
 
 def _task_options(task: Any) -> dict[str, Any]:

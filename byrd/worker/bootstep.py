@@ -12,7 +12,7 @@ from celery import Celery, bootsteps
 from celery.signals import worker_init, worker_shutdown, worker_shutting_down
 
 from byrd.errors import ConfigurationError
-from byrd.task.runtime import runtime_of
+from byrd.task.runtime import SLICE_SECONDS, runtime_of
 from byrd.worker import broker, messages
 from byrd.worker.keeper import CHILD_SECONDS, Keeper, Settings, Sweeper, has_exited
 
@@ -29,6 +29,9 @@ class LeaseStep(bootsteps.StartStopStep):
         self.keeper: Keeper | None = None
         self.sweeper: Sweeper | None = None
         self._reaping: Any = None
+        # Before the pool starts, as above.
+        runtime = runtime_of(worker.app)
+        runtime.slice_steps(slice_seconds_of(worker.app) if _can_slice(worker) else 0.0)
 
     def start(self, worker: Any) -> None:
         """Take the lease; refuse to work on a database that is not migrated."""
@@ -46,6 +49,7 @@ class LeaseStep(bootsteps.StartStopStep):
             concurrency=int(worker.concurrency or 0),
             queues=lambda: sorted(app.amqp.queues.consume_from),
             children=lambda: _children(worker),
+            shares=lambda: _shares(app) if runtime.slice_seconds > 0 else [],
             publish_soon=self.sweeper.wake,
         )
         self.keeper.heartbeat()
@@ -139,6 +143,33 @@ def settings_of(app: Celery) -> Settings:
             f"byrd_max_preemptions={most} not negative"
         )
     return Settings(lease, sweep, most)
+
+
+def slice_seconds_of(app: Celery) -> float:
+    """Return the setting ``byrd_slice_seconds``."""
+    seconds = float(app.conf.get("byrd_slice_seconds", SLICE_SECONDS))
+    if not 0 <= seconds <= 60:
+        raise ConfigurationError(f"byrd_slice_seconds={seconds} must be 0, for a message a step, or up to 60")
+    return seconds
+
+
+def _can_slice(worker: Any) -> bool:
+    """Tell whether a wake-up may be worth more than its own step here.
+
+    What Celery counts or limits a message by, it must count and limit each step by; and in a pool of threads or
+    greenlets each has its own message, for neither would be seen to by anybody when it breaks off.
+    """
+    limits = (worker.time_limit, worker.soft_time_limit, worker.max_tasks_per_child)
+    return _pool_name(worker) in ("prefork", "solo") and not any(limits)
+
+
+def _shares(app: Celery) -> list[str]:
+    """Return the tasks whose steps may run without a message of their own."""
+    return sorted(
+        name
+        for name, task in app.tasks.items()
+        if task.rate_limit is None and task.time_limit is None and task.soft_time_limit is None
+    )
 
 
 def _children(worker: Any) -> list[int]:

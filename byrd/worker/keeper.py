@@ -146,6 +146,7 @@ class Keeper(_Loop):
         concurrency: int,
         queues: Callable[[], Sequence[str]],
         children: Callable[[], Sequence[int]] = lambda: (),
+        shares: Callable[[], Sequence[str]] = lambda: (),
         publish_soon: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__("byrd-keeper")
@@ -159,7 +160,7 @@ class Keeper(_Loop):
             "concurrency": concurrency,
             "version": version("byrd"),
         }
-        self._queues, self._children = queues, children
+        self._queues, self._children, self._shares = queues, children, shares
         self._next_heartbeat = 0.0
         #: Pool processes that were seen to be gone; the pool has not replaced them yet.
         self._gone: set[int] = set()
@@ -179,6 +180,7 @@ class Keeper(_Loop):
             lease_seconds=self.settings.lease_seconds,
             queues=list(self._queues()),
             tasks=sorted(name for name in self.runtime.app.tasks if not name.startswith("celery.")),
+            shares=list(self._shares()),
             **self._identity,
         )
 
@@ -245,6 +247,8 @@ class Sweeper(_Loop):
         self._clock = ServerClock()
         self._clock_went_back: bool | None = None  # nobody may have been there to see it
         self._knows_broker = False
+        #: Whether wake-ups enough for all that waits are in the broker; then nobody need look again soon.
+        self._enough = False
         # Several databases may share a Redis.
         where = f"{self.store.url.host}:{self.store.url.port}/{self.store.url.database}"
         self._mark = f"byrd.relay.{hashlib.sha256(where.encode()).hexdigest()[:16]}"
@@ -261,7 +265,9 @@ class Sweeper(_Loop):
             finally:  # what recovery cannot do, for it takes too long, say, must not hold up what is ready
                 self.relay()
             self._last_tick = time.monotonic()  # a broker that hangs is no frozen process
-            return self.store.run(sweeps.seconds_until_due, at_most=self.settings.sweep_seconds)
+            return self.store.run(
+                sweeps.seconds_until_due, at_most=self.settings.sweep_seconds, shared=not self._enough
+            )
         except (NotLiveError, DBAPIError) as exc:
             if not exceeds_limit(exc):
                 # The others could not reach Postgres either, perhaps: give them time for a heartbeat.
@@ -307,16 +313,25 @@ class Sweeper(_Loop):
         due = store.run(sweeps.take_due)
         publisher.publish(due)
         sent = len(due)
-        for queue, overdue in store.run(sweeps.overdue_queues).items():
-            # Each wake-up in the broker will find one of the ready steps; only what is missing there was lost.
-            depth = publisher.depth(queue)
-            if depth is None:
-                break  # the broker is away: it would be for the other queues, too
-            waiting = store.run(sweeps.sent_and_waiting, queue, at_most=depth + overdue)
-            # No more than were counted: what is overdue only since then would be put off, as if its message were there.
-            lost: list[Wakeup] = store.run(sweeps.take_overdue, queue, resend=max(0, waiting - depth), limit=overdue)
-            publisher.publish(lost)
-            sent += len(lost)
+        self._enough = False
+        for solo in (True, False):
+            for queue, overdue in store.run(sweeps.overdue_queues, solo=solo).items():
+                # Each wake-up in the broker will find one of the ready steps; only what is missing there was lost.
+                depth = publisher.depth(queue)
+                if depth is None:
+                    return sent  # the broker is away: it would be for the other queues, too
+                most = overdue if solo else min(overdue, publisher.room(queue))
+                if most == 0:
+                    self._enough = True
+                    continue
+                waiting = store.run(sweeps.sent_and_waiting, queue, solo=solo, at_most=depth + overdue)
+                # No more than were counted: what is overdue only since then would be put off, as if its message were
+                # there.
+                lost: list[Wakeup] = store.run(
+                    sweeps.take_overdue, queue, solo=solo, resend=max(0, waiting - depth), limit=most
+                )
+                publisher.publish(lost)
+                sent += len(lost)
         return sent
 
     def _look_for_losses(self) -> None:

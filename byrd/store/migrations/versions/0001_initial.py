@@ -12,6 +12,9 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql as pg
 
+from byrd.store.migrations.work import WORK
+from byrd.store.migrations.write_runs import WRITE_RUNS
+
 revision = "0001"
 down_revision = None
 branch_labels = None
@@ -89,6 +92,8 @@ def _steps() -> None:
         sa.Column("compensates", sa.Integer),
         _zero("waiting"),
         sa.Column("replaced", sa.Boolean, nullable=False, server_default=sa.false()),
+        # It runs only by a message of its own: it has options of a message, or a limit that Celery's main process keeps.
+        sa.Column("solo", sa.Boolean, nullable=False, server_default=sa.true()),
         sa.Column("group_id", sa.Text),
         sa.Column("countdown", sa.Float),
         _time("eta"),
@@ -135,9 +140,13 @@ def _steps() -> None:
     op.execute("CREATE INDEX steps_after ON byrd.steps (run_id, after) WHERE after IS NOT NULL")
     op.execute("CREATE INDEX steps_join ON byrd.steps (run_id, join_no) WHERE join_no IS NOT NULL")
     op.execute("CREATE INDEX steps_open ON byrd.steps (run_id) WHERE status IN ('pending','ready','running')")
-    # A ready step is in one of these two: to be published when its time comes, or published and not yet taken.
+    # A ready step is in one of these three: to be published when its time comes, or published and not yet taken, by its
+    # own message or by whoever is awake.
     op.execute("CREATE INDEX steps_due ON byrd.steps (wake_at) WHERE status = 'ready' AND sends = 0")
-    op.execute("CREATE INDEX steps_sent ON byrd.steps (queue, wake_at) WHERE status = 'ready' AND sends > 0")
+    op.execute("CREATE INDEX steps_sent ON byrd.steps (queue, wake_at) WHERE status = 'ready' AND sends > 0 AND solo")
+    op.execute(
+        "CREATE INDEX steps_shared ON byrd.steps (queue, wake_at) WHERE status = 'ready' AND sends > 0 AND NOT solo"
+    )
     op.execute("CREATE INDEX steps_running ON byrd.steps (worker_id) WHERE status = 'running'")
 
 
@@ -214,6 +223,8 @@ def _events_and_workers() -> None:
         _zero("concurrency"),
         sa.Column("queues", pg.ARRAY(sa.Text), nullable=False),
         sa.Column("tasks", pg.ARRAY(sa.Text), nullable=False),
+        # The tasks of which its slices may claim steps.
+        sa.Column("shares", pg.ARRAY(sa.Text), nullable=False, server_default=sa.text("'{}'")),
         sa.Column("version", sa.Text, nullable=False),
         _time("started_at", nullable=False),
         _time("heartbeat_at", nullable=False),
@@ -234,9 +245,13 @@ def upgrade() -> None:
     _steps()
     _progress()
     _events_and_workers()
+    op.execute(WORK)
+    op.execute(WRITE_RUNS)
 
 
 def downgrade() -> None:
     """Drop the tables, and with them every run."""
+    op.execute("DROP FUNCTION byrd.work")
+    op.execute("DROP FUNCTION byrd.write_runs")
     for table in ("brokers", "workers", "events", "attempts", "failed_items", "checkpoints", "steps", "runs"):
         op.drop_table(table, schema=SCHEMA)

@@ -1,0 +1,242 @@
+"""The function ``byrd.work`` of schema version 0001: the one statement in which a slice records and claims.
+
+A later version of it gets a name of its own, for workers of both versions run side by side during an upgrade.
+
+Locks are taken in the order of :mod:`byrd.store.locks`, run after run: the worker's row, the runs (shared), the steps,
+and then, for one run after the other, its joins from the inside out; at last the rows of the runs that may be over.
+Whoever calls it names no two joins of one run, or their joins would be taken in an order of their own.
+
+The planner's choices are fixed, for these plans live as long as their connection: made while the tables are small, a
+sequential scan would stay when they are large.  For the same reason ``status || ''`` stands wherever a row is found by
+its key: a partial index, which looks small then, must not come in question.
+"""
+
+from __future__ import annotations
+
+#: SQLSTATE of "this is not for the fast path": nothing was changed, and the transitions are to be made one by one.
+UNUSUAL = "BY001"
+
+WORK = r"""
+CREATE FUNCTION byrd.work(
+    me uuid, child int, token uuid,
+    done_ids text[], done_attempts int[], done_results text[],
+    own_id text, own_attempt int, own_task text,
+    most int, others boolean, peek boolean)
+RETURNS TABLE (
+    what text, id text, run_id uuid, no int, kind text, task text, queue text, attempt int, retries int,
+    preemptions int, args text, kwargs text, options text, group_id text, join_no int, join_pos int,
+    parent_id text, input_no int, input text)
+LANGUAGE plpgsql VOLATILE
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET enable_bitmapscan = off
+SET plan_cache_mode = force_generic_plan
+AS $$
+#variable_conflict use_column
+DECLARE
+    my_queues text[]; my_tasks text[]; a_queue text;
+    claimed int := 0; found_rows int;
+    all_runs uuid[]; f_runs uuid[]; f_nos int[]; f_joins int[];
+    n_runs uuid[]; n_nos int[];
+    going uuid[] := '{}'; ended uuid[] := '{}'; ready_ids text[] := '{}'; some_ready text[]; some_runs uuid[];
+    unusual boolean; a_run uuid; a_join int; a_count int; left_over int; a_kind text; a_status text; own_left boolean;
+BEGIN
+    -- A worker is not given up between this check and the commit, or nobody would ever recover what is claimed here.
+    IF most > 0 OR peek THEN
+        SELECT w.queues, w.shares INTO my_queues, my_tasks FROM byrd.workers w
+         WHERE w.id = me AND w.lease_until > clock_timestamp() AND NOT w.stopping FOR KEY SHARE;
+    END IF;
+    my_tasks := coalesce(my_tasks, '{}');
+    my_queues := coalesce(my_queues, '{}');
+
+    IF cardinality(done_ids) > 0 THEN
+        PERFORM pg_advisory_xact_lock_shared(1652126308, hashtext(r.run_id::text))
+           FROM (SELECT DISTINCT s.run_id FROM byrd.steps s WHERE s.id = ANY(done_ids) ORDER BY s.run_id) r;
+        WITH done AS (
+            UPDATE byrd.steps s
+               SET status = 'succeeded', result = d.result, worker_id = NULL, pid = NULL, claim = NULL,
+                   finished_at = greatest(clock_timestamp(), (SELECT p.finished_at + interval '1 microsecond'
+                       FROM byrd.steps p WHERE p.run_id = s.run_id AND p.no = s.after))
+              FROM unnest(done_ids, done_attempts, done_results) AS d (id, attempt, result)
+             WHERE s.id = d.id AND s.attempt = d.attempt AND s.status || '' = 'running'
+            RETURNING s.run_id, s.no, s.join_no)
+        SELECT array_agg(run_id), array_agg(no), array_agg(join_no) INTO f_runs, f_nos, f_joins FROM done;
+        all_runs := f_runs;
+    END IF;
+
+    WHILE f_runs IS NOT NULL LOOP
+        -- What comes next: claimed here when it may be, made ready otherwise.
+        WITH next AS (
+            SELECT n.id, n.kind,
+                   n.kind IN ('task','callback') AND NOT n.solo AND n.countdown IS NULL AND n.eta IS NULL
+                     AND n.preemptions = 0 AND n.task = ANY(my_tasks) AND n.queue = ANY(my_queues)
+                     AND r.status = 'running' AS fits
+              FROM unnest(f_runs, f_nos) AS f (run_id, no)
+              JOIN byrd.steps n ON n.run_id = f.run_id AND n.after = f.no
+              JOIN byrd.runs r ON r.id = f.run_id
+             WHERE n.status || '' = 'pending' AND NOT n.on_failure AND NOT n.replaced AND (n.kind <> 'join' OR n.waiting = 0)),
+        ranked AS (
+            SELECT id, kind, fits AND claimed + row_number() OVER (ORDER BY NOT fits) <= most AS mine FROM next),
+        released AS (
+            UPDATE byrd.steps s
+               SET status = CASE WHEN k.mine THEN 'running' ELSE 'ready' END,
+                   attempt = s.attempt + k.mine::int,
+                   started_at = CASE WHEN k.mine THEN clock_timestamp() END,
+                   worker_id = CASE WHEN k.mine THEN me END, pid = CASE WHEN k.mine THEN child END,
+                   claim = CASE WHEN k.mine THEN token END,
+                   ready_at = clock_timestamp(),
+                   run_at = coalesce(s.eta, clock_timestamp() + coalesce(s.countdown, 0) * interval '1 second'),
+                   wake_at = CASE WHEN coalesce(s.eta <= clock_timestamp(), coalesce(s.countdown, 0) <= 0)
+                     THEN clock_timestamp() + interval '2 seconds'
+                     ELSE coalesce(s.eta, clock_timestamp() + s.countdown * interval '1 second') END,
+                   sends = CASE WHEN coalesce(s.eta <= clock_timestamp(), coalesce(s.countdown, 0) <= 0)
+                     THEN 1 ELSE 0 END,
+                   expires_at = coalesce(clock_timestamp() + s.expires_in * interval '1 second', s.expires_at)
+              FROM ranked k WHERE s.id = k.id AND s.status || '' = 'pending' AND k.kind IN ('task','callback')
+            RETURNING s.id, s.run_id, k.mine)
+        SELECT (SELECT bool_or(k.kind NOT IN ('task','callback')) FROM ranked k),
+               count(*) FILTER (WHERE l.mine), array_agg(l.id) FILTER (WHERE NOT l.mine), array_agg(l.run_id)
+          INTO unusual, found_rows, some_ready, some_runs FROM released l;
+        IF unusual THEN
+            RAISE EXCEPTION 'not for the fast path' USING ERRCODE = 'BY001';
+        END IF;
+        claimed := claimed + found_rows;
+        ready_ids := ready_ids || coalesce(some_ready, '{}');
+        going := going || coalesce(some_runs, '{}');
+
+        n_runs := NULL; n_nos := NULL;
+        FOR a_run, a_join, a_count IN
+            SELECT f.run_id, f.join_no, count(*) FROM unnest(f_runs, f_joins) AS f (run_id, join_no)
+             WHERE f.join_no IS NOT NULL GROUP BY 1, 2 ORDER BY 1, 2
+        LOOP
+            WHILE a_join IS NOT NULL LOOP
+                UPDATE byrd.steps s SET waiting = s.waiting - a_count
+                 WHERE s.run_id = a_run AND s.no = a_join AND s.status || '' = 'pending'
+                RETURNING s.waiting, s.kind INTO left_over, a_kind;
+                EXIT WHEN NOT FOUND;  -- the join was cancelled with its run, so this may be the run's last step
+                IF left_over > 0 THEN
+                    going := going || a_run;
+                    EXIT;
+                END IF;
+                IF EXISTS (SELECT 1 FROM byrd.steps m WHERE m.run_id = a_run AND m.join_no = a_join
+                              AND m.status <> 'succeeded') THEN
+                    RAISE EXCEPTION 'not for the fast path' USING ERRCODE = 'BY001';
+                END IF;
+                n_runs := n_runs || a_run; n_nos := n_nos || a_join;
+                UPDATE byrd.steps s SET status = 'succeeded', (finished_at, result) =
+                   (SELECT greatest(clock_timestamp(), (SELECT p.finished_at + interval '1 microsecond'
+                             FROM byrd.steps p WHERE p.run_id = s.run_id AND p.no = s.after), max(m.finished_at)),
+                           CASE WHEN a_kind = 'join'
+                             THEN '[' || coalesce(string_agg(m.result, ',' ORDER BY m.join_pos), '') || ']'
+                             ELSE max(m.result) END
+                      FROM byrd.steps m WHERE m.run_id = a_run AND m.join_no = a_join)
+                 WHERE s.run_id = a_run AND s.no = a_join AND s.status || '' = 'pending'
+                RETURNING s.join_no INTO a_join;
+                a_count := 1;
+            END LOOP;
+        END LOOP;
+        f_runs := n_runs; f_nos := n_nos; f_joins := '{}';
+    END LOOP;
+
+    -- Runs that may be over.  Their rows first, so that of two last steps that end at once the second sees the first.
+    FOR a_run, a_status IN
+        SELECT r.id, r.status FROM byrd.runs r
+         WHERE r.id IN (SELECT DISTINCT a FROM unnest(all_runs) a WHERE a <> ALL (going)) ORDER BY r.id FOR NO KEY UPDATE
+    LOOP
+        CONTINUE WHEN EXISTS (SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.status = 'ready')
+                   OR EXISTS (SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.status = 'running');
+        IF EXISTS (SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.status = 'pending') THEN
+            CONTINUE WHEN EXISTS (
+                WITH RECURSIVE uncalled AS (
+                    SELECT s.no FROM byrd.steps s WHERE s.run_id = a_run AND s.status = 'pending' AND s.on_failure
+                    UNION
+                    SELECT s.no FROM byrd.steps s JOIN uncalled u ON s.after = u.no
+                     WHERE s.run_id = a_run AND s.status = 'pending')
+                SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.status = 'pending'
+                   AND s.no NOT IN (SELECT u.no FROM uncalled u));
+            UPDATE byrd.steps s SET status = 'skipped', finished_at = clock_timestamp()
+             WHERE s.run_id = a_run AND s.status = 'pending';
+        END IF;
+        IF a_status NOT IN ('running','paused') OR EXISTS (
+            SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.kind IN ('task','join','callback')
+               AND s.status IN ('failed','skipped','cancelled')) THEN
+            RAISE EXCEPTION 'not for the fast path' USING ERRCODE = 'BY001';
+        END IF;
+        ended := ended || a_run;
+    END LOOP;
+    IF cardinality(ended) > 0 THEN
+        UPDATE byrd.runs r SET status = 'succeeded', finished_at = clock_timestamp() WHERE r.id = ANY(ended);
+        INSERT INTO byrd.events (run_id, event) SELECT e, 'succeeded' FROM unnest(ended) e;
+    END IF;
+
+    -- The step that the message names.
+    IF own_id IS NOT NULL AND most > 0 THEN
+        UPDATE byrd.steps s
+           SET status = 'running', attempt = s.attempt + 1, started_at = clock_timestamp(), worker_id = me,
+               pid = child, claim = token
+          FROM byrd.runs r
+         WHERE s.id = own_id AND s.status || '' = 'ready' AND s.attempt = own_attempt AND NOT s.solo
+           AND s.wake_at < 'infinity' AND s.run_at <= clock_timestamp() AND s.preemptions = 0
+           AND s.task = own_task AND s.task = ANY(my_tasks) AND r.id = s.run_id AND r.status = 'running';
+        GET DIAGNOSTICS found_rows = ROW_COUNT;
+        claimed := claimed + found_rows;
+        own_left := found_rows = 0;
+    END IF;
+
+    -- Other ready steps of this worker's queues, whoever was told of them.
+    IF others THEN
+        FOR a_queue IN SELECT q FROM unnest(my_queues) q ORDER BY random() LOOP
+            EXIT WHEN claimed >= most;
+            UPDATE byrd.steps s
+               SET status = 'running', attempt = s.attempt + 1, started_at = clock_timestamp(), worker_id = me,
+                   pid = child, claim = token
+              FROM (SELECT d.id FROM byrd.steps d JOIN byrd.runs r ON r.id = d.run_id
+                     WHERE d.status = 'ready' AND d.sends > 0 AND NOT d.solo AND d.queue = a_queue
+                       AND d.wake_at < 'infinity' AND d.run_at <= clock_timestamp() AND d.preemptions = 0
+                       AND d.task = ANY(my_tasks) AND r.status = 'running'
+                     ORDER BY d.wake_at LIMIT most - claimed FOR UPDATE OF d SKIP LOCKED) c
+             WHERE s.id = c.id AND s.status || '' = 'ready';
+            GET DIAGNOSTICS found_rows = ROW_COUNT;
+            claimed := claimed + found_rows;
+        END LOOP;
+    END IF;
+
+    RETURN QUERY
+        SELECT 'claim', s.id, s.run_id, s.no, s.kind, s.task, s.queue, s.attempt, s.retries, s.preemptions, s.args,
+               s.kwargs, s.options, s.group_id, s.join_no, s.join_pos, p.id, s.input, i.result
+          FROM byrd.steps s
+          LEFT JOIN byrd.steps p ON p.run_id = s.run_id AND p.no = s.after
+          LEFT JOIN byrd.steps i ON i.run_id = s.run_id AND i.no = s.input
+         WHERE s.worker_id = me AND s.status = 'running' AND s.claim = token
+         ORDER BY s.id IS DISTINCT FROM own_id, s.wake_at;
+    IF cardinality(ready_ids) > 0 THEN
+        RETURN QUERY
+            SELECT 'ready', s.id, s.run_id, s.no, s.kind, s.task, s.queue, s.attempt, s.retries,
+                   (s.run_at <= clock_timestamp())::int, CASE WHEN s.solo THEN 'solo' END, NULL, s.options, s.group_id,
+                   NULL::int, s.join_pos, (SELECT p.id FROM byrd.steps p WHERE p.run_id = s.run_id AND p.no = s.after),
+                   NULL::int, NULL
+              FROM byrd.steps s WHERE s.id = ANY(ready_ids);
+    END IF;
+    IF peek AND cardinality(ready_ids) = 0 THEN  -- else there is one to be woken by
+        RETURN QUERY
+            SELECT 'ready', s.id, s.run_id, s.no, s.kind, s.task, s.queue, s.attempt, s.retries, 1, NULL, NULL,
+                   s.options, s.group_id, NULL::int, s.join_pos,
+                   (SELECT p.id FROM byrd.steps p WHERE p.run_id = s.run_id AND p.no = s.after), NULL::int, NULL
+              FROM unnest(my_queues) q, LATERAL
+                   (SELECT * FROM byrd.steps d WHERE d.status = 'ready' AND d.sends > 0 AND NOT d.solo AND d.queue = q
+                       AND d.wake_at < 'infinity' AND d.run_at <= clock_timestamp() AND d.preemptions = 0
+                     ORDER BY d.wake_at LIMIT 1 FOR UPDATE OF d SKIP LOCKED) s;
+    END IF;
+    IF coalesce(cardinality(all_runs), 0) < cardinality(done_ids) THEN
+        RETURN QUERY
+            SELECT 'stale', d.id, NULL::uuid, NULL::int, s.status, NULL, NULL, s.attempt, NULL::int, NULL::int, NULL,
+                   NULL, NULL, NULL, NULL::int, NULL::int, NULL, NULL::int, NULL
+              FROM unnest(done_ids, done_attempts) AS d (id, attempt) LEFT JOIN byrd.steps s ON s.id = d.id
+             WHERE (s.status = 'succeeded' AND s.attempt = d.attempt) IS NOT TRUE;
+    END IF;
+    IF own_left THEN
+        RETURN QUERY
+            SELECT 'left', s.id, NULL::uuid, NULL::int, s.status, NULL, NULL, s.attempt, NULL::int, NULL::int, NULL,
+                   NULL, NULL, NULL, NULL::int, NULL::int, NULL, NULL::int, NULL
+              FROM byrd.steps s WHERE s.id = own_id AND s.status = 'ready' AND s.attempt = own_attempt;
+    END IF;
+END $$
+"""
