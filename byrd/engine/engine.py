@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import re
 import uuid
@@ -27,7 +26,7 @@ from byrd.errors import (
     UnknownWorkflowError,
 )
 from byrd.model import RunStatus
-from byrd.store import Wakeup, WorkerRow, plans, runs, sweeps
+from byrd.store import WorkerRow, plans, runs, sweeps
 from byrd.task import Runtime, adopt_app
 from byrd.task.durable import adopt_task
 from byrd.worker import prepare_worker
@@ -108,7 +107,9 @@ class Byrd:
             raise ArgumentError(f"{len(wanted)} canvases need as many keys, not {len(named)}")
         if len(given := [key for key in named if key is not None]) != len(set(given)):
             raise ArgumentError("two of the canvases have the same key")
-        new = [self._new_run(canvas, (), {}, key=key, timeout=timeout) for canvas, key in zip(wanted, named, strict=True)]
+        new = [
+            self._new_run(canvas, (), {}, key=key, timeout=timeout) for canvas, key in zip(wanted, named, strict=True)
+        ]
         return [Run(self, run_id) for run_id in self._write(new, connection)] if new else []
 
     def _check_may_submit(self) -> None:

@@ -118,7 +118,7 @@ class Store:
         return self._run(self._begin, statement, *args, **kwargs)
 
     def run_alone(self, statement: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a ``statement(connection, ...)`` of one SQL statement, which is a transaction by itself: one round trip."""
+        """Run a ``statement(connection, ...)`` of one SQL statement, which is a transaction by itself."""
         return self._run(self._connect, statement, *args, **kwargs)
 
     def _begin(self) -> AbstractContextManager[Connection]:

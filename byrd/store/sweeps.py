@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 from sqlalchemy import Connection
 
@@ -167,10 +168,13 @@ def doubt_all(conn: Connection) -> int:
 
 
 def seconds_until_due(conn: Connection, *, at_most: float, shared: bool = True) -> float:
-    """Return how long nothing is due, for the relay to sleep; without ``shared``, nothing that needs its own message."""
+    """Return how long nothing is due, for the relay to sleep; without ``shared``, nothing that has its own message."""
     kinds = _WHICH.values() if shared else [_WHICH[True]]
-    published = [f"""({_QUEUES.format(which=which)}
-                      SELECT min(wake_at) FROM queues WHERE wake_at < 'infinity')""" for which in kinds]
+    published = [
+        f"""({_QUEUES.format(which=which)}
+                      SELECT min(wake_at) FROM queues WHERE wake_at < 'infinity')"""
+        for which in kinds
+    ]
     found = query(
         conn,
         f"""SELECT extract(epoch FROM least(
@@ -215,7 +219,8 @@ def heartbeat(
         f"""INSERT INTO byrd.workers (id, hostname, pid, pool, concurrency, queues, tasks, shares, version,
                                       lease_until)
             VALUES (%(id)s, %(hostname)s, %(pid)s, %(pool)s, %(concurrency)s, %(queues)s, %(tasks)s,
-                    %(shares)s::text[], %(version)s, {_NOW} + %(lease)s * interval '1 second') ON CONFLICT (id) DO NOTHING""",
+                    %(shares)s::text[], %(version)s, {_NOW} + %(lease)s * interval '1 second')
+            ON CONFLICT (id) DO NOTHING""",
         {
             "id": worker_id, "lease": lease_seconds, "hostname": hostname, "pid": pid, "pool": pool,
             "concurrency": concurrency, "queues": list(queues), "tasks": list(tasks), "shares": list(shares),
@@ -356,6 +361,15 @@ def list_workers(conn: Connection) -> list[WorkerRow]:
             FROM byrd.workers w ORDER BY w.hostname, w.started_at""",
     ).mappings()
     return [WorkerRow(**{**row, "id": str(row["id"])}) for row in rows]
+
+
+def running_here(conn: Connection, worker_id: str, step_id: str) -> Any:
+    """Return the process (``pid``) and the ``attempt`` in which a worker runs a step; None when it does not."""
+    return query(
+        conn,
+        "SELECT pid, attempt FROM byrd.steps WHERE id = %(id)s AND status = 'running' AND worker_id = %(worker)s",
+        {"id": step_id, "worker": worker_id},
+    ).first()
 
 
 def running_pids(conn: Connection, worker_id: str) -> list[int]:

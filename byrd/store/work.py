@@ -6,7 +6,7 @@ anything, and the transitions are made one by one, by :mod:`byrd.store.steps`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -32,22 +32,22 @@ class Own(NamedTuple):
     task: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Work:
-    """What came of it.  ``stale``: why these steps, by their ids, were not recorded.
+    """What came of it.  ``refused``: why these steps, by their ids, were not recorded.
 
     ``own_is_ready``: the step of the message could not be claimed here, but still may be in the ordinary way.
     """
 
     claims: list[Claim] = field(default_factory=list)
     wakeups: list[Wakeup] = field(default_factory=list)
-    stale: dict[str, StaleAttempt] = field(default_factory=dict)
+    refused: dict[str, BaseException] = field(default_factory=dict)
     own_is_ready: bool = False
 
 
-_WORK = """SELECT * FROM byrd.work(%(worker)s::uuid, %(pid)s::int, %(token)s::uuid, %(ids)s::text[], %(attempts)s::int[],
-    %(results)s::text[], %(own)s::text, %(own_attempt)s::int, %(own_task)s::text, %(most)s::int, %(others)s::bool,
-    %(peek)s::bool)"""
+_WORK = """SELECT * FROM byrd.work(%(worker)s::uuid, %(pid)s::int, %(token)s::uuid, %(ids)s::text[],
+    %(attempts)s::int[], %(results)s::text[], %(own)s::text, %(own_attempt)s::int, %(own_task)s::text,
+    %(most)s::int, %(others)s::bool, %(peek)s::bool)"""
 
 
 def work(
@@ -87,7 +87,7 @@ def work(
         },
     )
     found = Work()
-    left = False
+    attempts = {d.claim.id: d.claim.attempt for d in done}
     for row in rows:
         what, *columns = row
         if what == "claim":
@@ -95,10 +95,10 @@ def work(
         elif what == "ready":
             found.wakeups.append(_wakeup(columns))
         elif what == "stale":
-            found.stale[columns[0]] = _stale(columns, {d.claim.id: d.claim.attempt for d in done})
+            found.refused[columns[0]] = _stale(columns, attempts)
         else:
-            left = True
-    return found if not left else Work(found.claims, found.wakeups, found.stale, own_is_ready=True)
+            found.own_is_ready = True
+    return found
 
 
 def is_unusual(exc: BaseException) -> bool:
@@ -108,8 +108,8 @@ def is_unusual(exc: BaseException) -> bool:
 
 def _claim(columns: Sequence[Any]) -> Claim:
     (
-        step_id, run_id, no, kind, task, _queue, attempt, retries, preemptions, args, kwargs, options, group_id, join_no,
-        join_pos, parent_id, input_no, value,
+        step_id, run_id, no, kind, task, _queue, attempt, retries, preemptions, args, kwargs, options, group_id,
+        join_no, join_pos, parent_id, input_no, value,
     ) = columns  # fmt: skip
     return Claim(
         step_id, str(run_id), no, kind, task, attempt, retries, preemptions, args, kwargs, options, group_id, join_no,
@@ -128,7 +128,7 @@ def _wakeup(columns: Sequence[Any]) -> Wakeup:
     )  # fmt: skip
 
 
-def _stale(columns: Sequence[Any], attempts: dict[str, int]) -> StaleAttempt:
+def _stale(columns: Sequence[Any], attempts: Mapping[str, int]) -> StaleAttempt:
     step_id, status, now = columns[0], columns[3], columns[6]
     if status is None:
         return StaleAttempt(f"step {step_id} does not exist any more")

@@ -43,11 +43,11 @@ class RetryRequest:
 class Attempt:
     """A claimed step.  ``closed`` once its outcome is recorded; a second outcome is refused."""
 
-    def __init__(self, runtime: Runtime, claim: Claim, *, slice: Slice | None = None) -> None:
+    def __init__(self, runtime: Runtime, claim: Claim, *, in_slice: Slice | None = None) -> None:
         self.runtime = runtime
         self.claim = claim
         #: The slice that it is run in, if any: a result may be recorded with others'.
-        self._slice = slice
+        self._slice = in_slice
         self.closed = False
         self._pid = os.getpid()
         #: Set by ``self.retry``, for Celery's tracer to have it recorded.

@@ -9,6 +9,7 @@ import inspect
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -40,6 +41,7 @@ from byrd.task.attempt import (
     readable_header,
     to_json,
 )
+from byrd.task.reports import Report, report_of, with_reports
 from byrd.task.runtime import runtime_of
 
 log = logging.getLogger(__name__)
@@ -131,13 +133,13 @@ def _trace(
     named = (request or {}).get("byrd")
     if named is None:
         return tracer(uuid, args, kwargs, request or {})
-    outcome = _without_frames(_trace_step(task, tracer, uuid, named, request or {}))
+    outcome = _without_frames(_trace_step(task, tracer, named, request or {}))
     if runtime_of(task.app).orphaned:
         _end_orphan()
     return outcome
 
 
-def _trace_step(task: Task, tracer: Tracer, uuid: str, named: Any, request: Mapping[str, Any]) -> Any:
+def _trace_step(task: Task, tracer: Tracer, named: Any, request: Mapping[str, Any]) -> Any:
     header = readable_header(named)
     if header is None:
         return _refused(f"a message of {task.name} whose header names no step: {named!r:.200}")
@@ -146,21 +148,27 @@ def _trace_step(task: Task, tracer: Tracer, uuid: str, named: Any, request: Mapp
         return _refused(f"a message of protocol version {header.get('v')!r:.20}, this worker knows {PROTOCOL_VERSION}")
     runtime = runtime_of(task.app)
     if header.get("shared") is True and runtime.slice_seconds > 0:
-        work = slices.Slice(runtime, partial(_run_shared, request))
+        reports: list[Report] | None = [] if runtime.listened else None
+        work = slices.Slice(runtime, partial(_run_shared, request, reports, header["step"]))
         own_is_ready, outcome = work.work(Own(header["step"], header["attempt"], task.name))
         if not own_is_ready:
-            return outcome if outcome is not None else _nothing("its step was taken by another process that was awake")
+            if outcome is None:
+                outcome = _nothing("its step was taken by another process that was awake")
+            return with_reports(outcome, reports)
     attempt = claim_step(runtime, header, task=task.name, pid=os.getpid())
     if attempt is None:
         return _refused(f"step {header['step']:.100} is not ready for attempt {header['attempt']}", logging.INFO)
     return _run(task, tracer, attempt, request)
 
 
-def _run_shared(request: Mapping[str, Any], attempt: Attempt) -> Any:
-    """Run a step of a slice, of whatever task, that began with the message of ``request``."""
+def _run_shared(request: Mapping[str, Any], reports: list[Report] | None, own_id: str, attempt: Attempt) -> Any:
+    """Run a step of a slice, of whatever task, that began with the message of ``request`` for step ``own_id``."""
     runtime = attempt.runtime
     task = runtime.app.tasks[attempt.claim.task]
+    began = time.time()
     outcome = _without_frames(_run(task, _tracer_of(task), attempt, request))
+    if reports is not None and attempt.step_id != own_id and task.send_events:
+        reports.append(report_of(attempt, outcome, began))
     if not attempt.closed:  # the main process knows of the step of its own message only
         step = (attempt.step_id, attempt.number)
         reason = "its outcome could not be recorded"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -61,6 +62,8 @@ class Runtime:
         self.chores: deque[Callable[[], list[Wakeup]]] = deque()
         #: What it has to publish: the sweeper does it.
         self.outbox: deque[Wakeup] = deque()
+        #: Shared with the pool processes: whether anybody listens to Celery's events.
+        self._listened: mmap.mmap | None = None
         self._natures: dict[str, tuple[tuple[Any, ...], _Nature]] = {}
         self._worker_id: str | None = None
         self._main_pid: int | None = None
@@ -112,6 +115,17 @@ class Runtime:
         """Take the identity of a worker, for this process and those that its pool starts."""
         self._worker_id = os.environ[_WORKER_ID] = worker_id
         self._main_pid = os.getpid()
+        self._listened = mmap.mmap(-1, 1)
+
+    @property
+    def listened(self) -> bool:
+        """True when somebody listens to Celery's events, or when this process cannot know."""
+        return self._listened is None or self._listened[0] != 0
+
+    @listened.setter
+    def listened(self, listened: bool) -> None:
+        if self._listened is not None:
+            self._listened[0] = listened
 
     @property
     def orphaned(self) -> bool:

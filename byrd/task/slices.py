@@ -1,11 +1,11 @@
 """What one wake-up lets a pool process do: work for a slice of time at whatever is ready.
 
-Celery's main process costs about a millisecond for each message, and Postgres about one for each commit.  So a process
-that is awake goes on with what its step made ready, and with other ready steps of its worker's queues; and steps that
-take less than a few milliseconds are claimed, and recorded, several at once.  What one statement records and claims is
-in :mod:`byrd.store.work`.
+Celery's main process costs about a millisecond for each message, and Postgres about as much for each commit.  So a
+process that is awake goes on with what its step made ready, and with other ready steps of its worker's queues; and
+steps that take less than a few milliseconds are claimed, and recorded, several at once.  What one statement records
+and claims is in :mod:`byrd.store.work`.
 
-A crash repeats what was not recorded yet, which is what finished in the last few milliseconds: the fence and the
+A crash repeats what was not recorded yet, which is what finished in the last few milliseconds; the fence and the
 history are the same as ever.  A step that takes longer than that is recorded by itself, before its hooks are called,
 and holds up nobody: a thread records what had finished before it, and gives back what was claimed with it.
 """
@@ -19,13 +19,13 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from kombu.exceptions import EncodeError
 from sqlalchemy.exc import DBAPIError
 
 from byrd.errors import StaleAttempt
-from byrd.store import Claim, Wakeup, steps, work
+from byrd.store import Claim, steps, work
 from byrd.store.database import first_line
 from byrd.store.work import Done, Own, Work
 from byrd.task.attempt import Attempt
@@ -38,60 +38,51 @@ HOLD_SECONDS = 0.01
 #: So much work, by the pace of late, is claimed at once, and no more steps than this.
 _BATCH_SECONDS = 0.01
 _MOST_AT_ONCE = 32
+#: No slice runs more steps than this.
 _MOST_STEPS = 2000
 
 
 class Slice:
-    """The work of one process for one wake-up."""
+    """The work of one process for one wake-up.  ``run`` runs an attempt, and sees that its outcome is recorded."""
 
     def __init__(self, runtime: Runtime, run: Callable[[Attempt], Any]) -> None:
         self.runtime, self._run = runtime, run
         self._pid = os.getpid()
-        self._pace = pace_of(runtime)
-        #: Held while a list below is changed, and by the watch while it does something about them.
+        self._pace = _pace()
+        #: Held while what follows is changed, and by the watch while it does something about it.
         self._lock = threading.Lock()
         self._waiting: deque[Claim] = deque()
         self._done: list[Done] = []
+        self._held_since = 0.0
         #: When the task that is running was called; None between two of them.
         self._called_at: float | None = None
-        self._held_since = 0.0
+        self._current: Claim | None = None
         self._ends_at = time.monotonic() + runtime.slice_seconds
         self._steps = 0
         self._over = False
 
     def work(self, own: Own) -> tuple[bool, Any]:
-        """Run what is ready, the step of the message first; tell whether that is to be claimed in the ordinary way.
+        """Run what is ready, the step of the message first.
 
-        The second value is that step's outcome, or None when it was not run here.
+        Returns whether that step is still to be claimed, in the ordinary way, and its outcome if it was run here.
         """
         outcome = None
-        own_is_ready = self._exchange((), own=own)
+        own_is_ready = self._exchange([], own=own)
         watch = _watch()
-        watch.slice = self
-        watch.on.set()
+        watch.begin(self)
         try:
             while (claim := self._next()) is not None:
-                attempt = Attempt(self.runtime, claim, slice=self)
-                got = self._run(attempt)
-                self._called_at = None
+                self._current = claim
+                got = self._run(Attempt(self.runtime, claim, in_slice=self))
+                self._called_at = self._current = None
                 if claim.id == own.step_id:
                     outcome = got
+        except Exception:
+            self._abandon()
+            raise
         finally:
-            watch.on.clear()
-            watch.slice = None
+            watch.end()
         return own_is_ready, outcome
-
-    def _next(self) -> Claim | None:
-        with self._lock:
-            due = not self._waiting or (self._done and time.monotonic() - self._held_since > HOLD_SECONDS)
-        if due and (not self._over or self._done):
-            self._flush(claim=not self._waiting)
-        with self._lock:
-            if not self._waiting:
-                return None
-            self._steps += 1
-            self._called_at = time.monotonic()
-            return self._waiting.popleft()
 
     def completed(self, claim: Claim, result: str) -> None:
         """Record a result: now, or a few milliseconds later with others.
@@ -103,14 +94,14 @@ class Slice:
             took = now - (self._called_at or now)
             self._called_at = None
             if not self._done:
-                self._held_since = now
+                self._held_since = now - took
             self._done.append(Done(claim, result))
-            hold = bool(self._waiting) and took < HOLD_SECONDS and now - self._held_since < HOLD_SECONDS
+            hold = bool(self._waiting) and now - self._held_since < HOLD_SECONDS
         if not hold:
-            self._flush(claim=not self._waiting, current=claim.id)
+            self._record(current=claim.id)
 
     def look(self) -> None:
-        """Called by the watch: see that a step that takes its time holds up neither results nor other steps."""
+        """See that a step that takes its time holds up neither results nor other steps.  The watch calls it."""
         if not self._lock.acquire(blocking=False):
             return
         try:
@@ -121,14 +112,84 @@ class Slice:
             waiting = list(self._waiting)
             self._waiting.clear()
             if done:
-                wakeups, _ = self._record(done, None)
-                self.runtime.publisher.publish(wakeups)
+                self._settle(self._call(done, None), None)
             for claim in waiting:
                 self._give_back(claim)
             if waiting:
                 self._pace.slow_down()
         finally:
             self._lock.release()
+
+    # -- in between ------------------------------------------------------------------------------
+
+    def _next(self) -> Claim | None:
+        """Return the next step to run; None when the slice is over."""
+        with self._lock:
+            held_long = bool(self._done) and time.monotonic() - self._held_since >= HOLD_SECONDS
+            recording = held_long or (not self._waiting and (bool(self._done) or not self._over))
+        if recording:
+            self._record()
+        with self._lock:
+            if not self._waiting:
+                return None
+            self._steps += 1
+            self._called_at = time.monotonic()
+            return self._waiting.popleft()
+
+    def _record(self, *, current: str | None = None) -> None:
+        """Record what is done; claim what is next when nothing that was claimed is left."""
+        with self._lock:
+            done, self._done = self._done, []
+        try:
+            self._exchange(done, current=current)
+        except (StaleAttempt, DBAPIError):  # all that could be recorded is
+            raise
+        except BaseException:
+            with self._lock:  # recorded or not: the same outcome may be recorded twice
+                self._done = done + self._done
+            raise
+
+    def _exchange(self, done: list[Done], *, own: Own | None = None, current: str | None = None) -> bool:
+        """Tell Postgres what is done, and have it tell what is next; return whether ``own`` is still ready."""
+        *early, last = _apart(done)
+        refused: BaseException | None = None
+        for part in early:
+            refused = self._settle(self._call(part, current), current) or refused
+        if self._waiting:
+            found = self._call(last, current)
+        else:
+            self._pace.ended()
+            room = not self._over and self._steps < _MOST_STEPS and time.monotonic() < self._ends_at
+            if room:
+                found = self._call(last, current, own=own, most=self._pace.steps_at_once, others=True)
+            else:
+                found = self._call(last, current, peek=True)  # others are to go on where this slice ends
+            with self._lock:
+                self._over = not found.claims
+                self._waiting.extend(found.claims)
+            self._pace.began(len(found.claims))
+        refused = self._settle(found, current) or refused
+        if refused is not None:
+            raise refused
+        return found.own_is_ready
+
+    def _settle(self, found: Work, current: str | None) -> BaseException | None:
+        """Publish what became ready, and say what was refused; return why the current step's result was."""
+        self.runtime.publisher.publish(found.wakeups)
+        for step_id, why in found.refused.items():
+            if step_id != current:
+                log.info("not recorded: %s", why)
+        return found.refused.get(current or "")
+
+    def _abandon(self) -> None:
+        """After an error that should not be: leave no step behind that this process has claimed, for it lives on."""
+        with self._lock:
+            done, self._done = self._done, []
+            waiting, current = [*self._waiting], self._current
+            self._waiting.clear()
+        self._settle(self._call(done, None), None)
+        for claim in [*waiting, *([current] if current else [])]:
+            self._give_back(claim)
 
     def _give_back(self, claim: Claim) -> None:
         store = self.runtime.patient_store
@@ -139,98 +200,63 @@ class Slice:
 
     # -- recording -------------------------------------------------------------------------------
 
-    def _flush(self, *, claim: bool, current: str | None = None) -> None:
-        """Record what is done, and claim what is next."""
-        if claim:
-            self._pace.ended()
-        with self._lock:
-            done, self._done = self._done, []
+    def _call(self, done: Sequence[Done], current: str | None, **wanted: Any) -> Work:
+        if not done and not wanted:
+            return Work()
         try:
-            self._exchange(done, claim=claim, current=current)
-        except (StaleAttempt, DBAPIError):  # all that could be recorded is
-            raise
-        except BaseException:
-            with self._lock:  # recorded or not, the same outcome may be recorded twice
-                self._done = done + self._done
-            raise
-
-    def _exchange(
-        self, done: Sequence[Done], *, own: Own | None = None, claim: bool = True, current: str | None = None
-    ) -> bool:
-        now = time.monotonic()
-        room = claim and now < self._ends_at and self._steps < _MOST_STEPS and not self._over
-        if claim:
-            self._over = True  # unless something is claimed
-        later: list[Done] = []
-        first: list[Done] = []
-        joins: dict[str, int | None] = {}
-        for one in done:  # no two groups of one run at once
-            run_id, join_no = one.claim.run_id, one.claim.join_no
-            if join_no is not None and joins.setdefault(run_id, join_no) != join_no:
-                later.append(one)
-            else:
-                first.append(one)
-        wakeups: list[Wakeup] = []
-        stale: dict[str, StaleAttempt] = {}
-        if later:
-            wakeups, stale = self._record(later, current)
-        if room:
-            found = self._call(first, current, own=own, most=self._pace.steps_at_once, others=True)
-        elif first or claim:
-            found = self._call(first, current, peek=claim)
-        else:
-            found = Work()
-        with self._lock:
-            self._waiting.extend(found.claims)
-            if found.claims:
-                self._over = False
-        self.runtime.publisher.publish([*wakeups, *found.wakeups])
-        if claim:
-            self._pace.began(len(found.claims))
-        for step_id, why in {**stale, **found.stale}.items():
-            if step_id != current:
-                log.info("not recorded: %s", why)
-        if current is not None and (mine := {**stale, **found.stale}.get(current)) is not None:
-            raise mine
-        return found.own_is_ready
-
-    def _record(self, done: list[Done], current: str | None) -> tuple[list[Wakeup], dict[str, StaleAttempt]]:
-        """Record what is done, and claim nothing."""
-        found = self._call(done, current)
-        return found.wakeups, found.stale
-
-    def _call(self, done: list[Done], current: str | None, **wanted: Any) -> Work:
-        runtime = self.runtime
-        identity: dict[str, Any] = {"worker_id": runtime.worker_id, "pid": self._pid}
-        try:
-            return runtime.patient_store.run_alone(
-                work.work, done=done, token=str(uuid.uuid4()), **identity, **wanted
-            )
+            return self._work(done=done, **wanted)
         except DBAPIError as exc:
             if not done:
                 raise
             if not work.is_unusual(exc):
-                log.debug("recording one by one: %s", first_line(exc))
-        wakeups: list[Wakeup] = []
-        stale: dict[str, StaleAttempt] = {}
+                log.warning("%d results are recorded one by one, for together: %s", len(done), first_line(exc))
+        recorded = self._one_by_one(done, current)
+        if wanted:
+            found = self._work(**wanted)
+            recorded.claims, recorded.own_is_ready = found.claims, found.own_is_ready
+            recorded.wakeups += found.wakeups
+        return recorded
+
+    def _work(self, **wanted: Any) -> Work:
+        runtime, token = self.runtime, str(uuid.uuid4())
+        return runtime.patient_store.run_alone(
+            work.work, worker_id=runtime.worker_id, pid=self._pid, token=token, **wanted
+        )
+
+    def _one_by_one(self, done: Sequence[Done], current: str | None) -> Work:
+        """Record results each in a transaction of its own: what is unusual, or is refused by Postgres."""
+        store = self.runtime.patient_store
+        recorded = Work()
         for claim, result in done:
             try:
-                wakeups += runtime.patient_store.run(steps.complete, claim.id, claim.attempt, result)
+                recorded.wakeups += store.run(steps.complete, claim.id, claim.attempt, result)
             except StaleAttempt as exc:
-                stale[claim.id] = exc
+                recorded.refused[claim.id] = exc
             except DBAPIError as exc:
                 # What Postgres refuses for good: with this result, a group's are together larger than it can hold, say.
-                if claim.id == current:
-                    runtime.publisher.publish(wakeups)
-                    raise
-                error = runtime.app.backend.encoded_error(
-                    EncodeError(f"the result cannot be recorded: {first_line(exc)}")
-                )
-                wakeups += runtime.patient_store.run(steps.fail, claim.id, claim.attempt, error)
-        if not wanted:
-            return Work([], wakeups, stale)
-        found = runtime.patient_store.run_alone(work.work, token=str(uuid.uuid4()), **identity, **wanted)
-        return Work(found.claims, [*wakeups, *found.wakeups], stale, found.own_is_ready)
+                recorded.refused[claim.id] = exc
+                if claim.id != current:
+                    bad = EncodeError(f"the result cannot be recorded: {first_line(exc)}")
+                    error = self.runtime.app.backend.encoded_error(bad)
+                    recorded.wakeups += store.run(steps.fail, claim.id, claim.attempt, error)
+        return recorded
+
+
+def _apart(done: list[Done]) -> list[list[Done]]:
+    """Part results so that no part has members of two groups of one run, whose joins must be taken one by one."""
+    parts: list[tuple[dict[str, int], list[Done]]] = [({}, [])]
+    for one in done:
+        run_id, join_no = one.claim.run_id, one.claim.join_no
+        if join_no is None:
+            parts[-1][1].append(one)
+            continue
+        for joins, part in parts:
+            if joins.setdefault(run_id, join_no) == join_no:
+                part.append(one)
+                break
+        else:
+            parts.append(({run_id: join_no}, [one]))
+    return [part for _, part in parts]
 
 
 class Pace:
@@ -262,34 +288,51 @@ class _Watch(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(name="byrd-watch", daemon=True)
-        self.on = threading.Event()
-        self.slice: Slice | None = None
-        self.pid = os.getpid()
+        self._on = threading.Event()
+        self._slice: Slice | None = None
+
+    def begin(self, begun: Slice) -> None:
+        """Watch a slice from now on."""
+        self._slice = begun
+        self._on.set()
+
+    def end(self) -> None:
+        """Stop watching."""
+        self._on.clear()
+        self._slice = None
 
     def run(self) -> None:
         while True:
-            self.on.wait()
-            time.sleep(2 * HOLD_SECONDS)
-            current = self.slice
-            if current is not None:
-                try:
-                    current.look()
-                except Exception:
-                    log.exception("a slice could not be looked after; recovery will see to its steps")
+            self._on.wait()
+            time.sleep(HOLD_SECONDS)
+            watched = self._slice
+            try:
+                if watched is not None:
+                    watched.look()
+            except Exception:
+                log.exception("a slice could not be looked after; recovery will see to its steps")
 
 
-_watching: _Watch | None = None
-_paces: dict[int, Pace] = {}
+class _OfProcess(NamedTuple):
+    pid: int
+    watch: _Watch
+    pace: Pace
 
 
-def pace_of(runtime: Runtime) -> Pace:
-    """Return this process's pace."""
-    return _paces.setdefault(id(runtime), Pace())
+_own: _OfProcess | None = None
+
+
+def _of_this_process() -> _OfProcess:
+    global _own  # noqa: PLW0603 - a forked process inherits no thread, and has a pace of its own
+    if _own is None or _own.pid != os.getpid():
+        _own = _OfProcess(os.getpid(), _Watch(), Pace())
+        _own.watch.start()
+    return _own
 
 
 def _watch() -> _Watch:
-    global _watching  # noqa: PLW0603 - one process, one watch
-    if _watching is None or _watching.pid != os.getpid():
-        _watching = _Watch()
-        _watching.start()
-    return _watching
+    return _of_this_process().watch
+
+
+def _pace() -> Pace:
+    return _of_this_process().pace

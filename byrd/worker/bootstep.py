@@ -13,7 +13,7 @@ from celery.signals import worker_init, worker_shutdown, worker_shutting_down
 
 from byrd.errors import ConfigurationError
 from byrd.task.runtime import SLICE_SECONDS, runtime_of
-from byrd.worker import broker, messages
+from byrd.worker import broker, messages, remote
 from byrd.worker.keeper import CHILD_SECONDS, Keeper, Settings, Sweeper, has_exited
 
 log = logging.getLogger(__name__)
@@ -50,10 +50,12 @@ class LeaseStep(bootsteps.StartStopStep):
             queues=lambda: sorted(app.amqp.queues.consume_from),
             children=lambda: _children(worker),
             shares=lambda: _shares(app) if runtime.slice_seconds > 0 else [],
+            listened=lambda: _is_listened_to(worker),
             publish_soon=self.sweeper.wake,
         )
         self.keeper.heartbeat()
         self.keeper.start()
+        remote.attend(self._remotely_changed)
         self.sweeper.start()
         worker_shutting_down.connect(self._told_to_stop, sender=worker.hostname, weak=False)
         _wrap(worker, "wait_for_soft_shutdown", before=self._told_to_stop)  # comes before that signal does
@@ -84,6 +86,10 @@ class LeaseStep(bootsteps.StartStopStep):
     def terminate(self, worker: Any) -> None:
         """The worker stops at once."""
         self.stop(worker)
+
+    def _remotely_changed(self) -> None:
+        if self.keeper is not None:
+            self.keeper.changed = True
 
     def _told_to_stop(self, **_: Any) -> None:
         # In a signal handler, at once: the main thread of a solo pool goes on with its step for as long as that takes.
@@ -170,6 +176,12 @@ def _shares(app: Celery) -> list[str]:
         for name, task in app.tasks.items()
         if task.rate_limit is None and task.time_limit is None and task.soft_time_limit is None
     )
+
+
+def _is_listened_to(worker: Any) -> bool:
+    """Tell whether Celery's events are sent; a monitor may ask for them at any time."""
+    dispatcher = getattr(getattr(worker, "consumer", None), "event_dispatcher", None)
+    return bool(dispatcher is not None and dispatcher.enabled)
 
 
 def _children(worker: Any) -> list[int]:

@@ -147,9 +147,12 @@ class Keeper(_Loop):
         queues: Callable[[], Sequence[str]],
         children: Callable[[], Sequence[int]] = lambda: (),
         shares: Callable[[], Sequence[str]] = lambda: (),
+        listened: Callable[[], bool] = lambda: False,
         publish_soon: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__("byrd-keeper")
+        #: Set by remote control: what others may know of this worker has changed.
+        self.changed = False
         #: Set by a signal handler, which must not wait for Postgres.
         self.told_to_stop = False
         self.runtime, self.settings, self.worker_id = runtime, settings, worker_id
@@ -161,6 +164,7 @@ class Keeper(_Loop):
             "version": version("byrd"),
         }
         self._queues, self._children, self._shares = queues, children, shares
+        self._listened = listened
         self._next_heartbeat = 0.0
         #: Pool processes that were seen to be gone; the pool has not replaced them yet.
         self._gone: set[int] = set()
@@ -188,9 +192,11 @@ class Keeper(_Loop):
         if self.told_to_stop:
             self.store.run(sweeps.stop_worker, self.worker_id)
             self.told_to_stop = False
+        self.runtime.listened = self._listened()
         gone = {pid for pid in self._children() if has_exited(pid)}
         unknown, self._gone = gone - self._gone, gone
-        if time.monotonic() >= self._next_heartbeat:
+        if self.changed or time.monotonic() >= self._next_heartbeat:
+            self.changed = False
             self._next_heartbeat = time.monotonic() + self.settings.heartbeat_seconds
             self.heartbeat()
             # Those whose steps somebody was just writing, and processes that the pool has replaced meanwhile.

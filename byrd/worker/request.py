@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -12,6 +13,7 @@ from celery.worker.request import Request
 
 from byrd.store import steps
 from byrd.task.attempt import readable_header
+from byrd.task.reports import reports_of, send_reports
 from byrd.task.runtime import runtime_of
 from byrd.worker.messages import check_request
 
@@ -31,6 +33,19 @@ class DurableRequest(Request):
             raise InvalidTaskError(f"the message of a task cannot be read: {exc!r}") from exc
         if self.durable:  # when a step may start, Postgres knows; no message of ours says it
             self._eta = self._expires = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Celery makes a class of its own for each task, whose ``on_success`` calls none of ours."""
+        super().__init_subclass__(**options)
+        plain = cls.on_success
+
+        @functools.wraps(plain)
+        def on_success(self: DurableRequest, failed__retval__runtime: Any, **kwargs: Any) -> None:
+            if self.durable:  # what else ran in the same slice is reported with it
+                send_reports(self._eventer, reports_of(failed__retval__runtime))
+            plain(self, failed__retval__runtime, **kwargs)
+
+        cls.on_success = on_success
 
     @property
     def durable(self) -> bool:
@@ -94,6 +109,7 @@ class DurableRequest(Request):
                 steps.preempt,
                 runtime.worker_id,
                 step=attempt,
+                pid=self.worker_pid,  # another process of this worker may run the step, without its message
                 reason=reason,
                 max_preemptions=runtime.max_preemptions,
             )

@@ -36,6 +36,13 @@ def total(values: list[Any]) -> Any:
 
 
 @app.task
+def linger(value: Any) -> Any:
+    """Take long enough for others to interfere."""
+    time.sleep(0.03)
+    return value
+
+
+@app.task
 def echo(value: Any = None) -> Any:
     """The value itself."""
     return value

@@ -23,7 +23,7 @@ RUNS = 200
 
 def work(app: Any, log: Path) -> Any:
     """A canvas with each way of going on: a chain, a group, a chord."""
-    return chain(app.add.s(1, 1), app.add.s(1), group(app.add.s(n) for n in range(3)), app.total.s(), app.echo.s())
+    return chain(app.add.s(1, 1), app.add.s(1), group(app.add.s(n) for n in range(3)), app.total.s(), app.linger.s())
 
 
 def submit_all(app: Any, tmp_path: Path, count: int = RUNS) -> list[Run]:
@@ -204,7 +204,7 @@ def test_the_relay_does_not_flood_a_queue_that_nobody_consumes(cluster: Cluster)
     wait_until(lambda: time.monotonic() - seen > 8, timeout=20)
     assert "lost its messages" not in worker.log_text()  # a broker that nobody has asked before is no broken one
     with cluster.redis() as client:
-        assert client.llen("nobody") == 50
+        assert 0 < client.llen("nobody") <= 16  # enough for whoever comes
     cluster.worker(APP, queues=["nobody"])
     assert [run.get(timeout=30) for run in runs] == [3] * 50
 

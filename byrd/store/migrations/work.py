@@ -72,7 +72,8 @@ BEGIN
               FROM unnest(f_runs, f_nos) AS f (run_id, no)
               JOIN byrd.steps n ON n.run_id = f.run_id AND n.after = f.no
               JOIN byrd.runs r ON r.id = f.run_id
-             WHERE n.status || '' = 'pending' AND NOT n.on_failure AND NOT n.replaced AND (n.kind <> 'join' OR n.waiting = 0)),
+             WHERE n.status || '' = 'pending' AND NOT n.on_failure AND NOT n.replaced
+               AND (n.kind <> 'join' OR n.waiting = 0)),
         ranked AS (
             SELECT id, kind, fits AND claimed + row_number() OVER (ORDER BY NOT fits) <= most AS mine FROM next),
         released AS (
@@ -139,7 +140,8 @@ BEGIN
     -- Runs that may be over.  Their rows first, so that of two last steps that end at once the second sees the first.
     FOR a_run, a_status IN
         SELECT r.id, r.status FROM byrd.runs r
-         WHERE r.id IN (SELECT DISTINCT a FROM unnest(all_runs) a WHERE a <> ALL (going)) ORDER BY r.id FOR NO KEY UPDATE
+         WHERE r.id IN (SELECT DISTINCT a FROM unnest(all_runs) a WHERE a <> ALL (going))
+         ORDER BY r.id FOR NO KEY UPDATE
     LOOP
         CONTINUE WHEN EXISTS (SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.status = 'ready')
                    OR EXISTS (SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.status = 'running');

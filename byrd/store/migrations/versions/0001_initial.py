@@ -92,7 +92,7 @@ def _steps() -> None:
         sa.Column("compensates", sa.Integer),
         _zero("waiting"),
         sa.Column("replaced", sa.Boolean, nullable=False, server_default=sa.false()),
-        # It runs only by a message of its own: it has options of a message, or a limit that Celery's main process keeps.
+        # It runs only by a message of its own, for what that message bears, or Celery counts messages for.
         sa.Column("solo", sa.Boolean, nullable=False, server_default=sa.true()),
         sa.Column("group_id", sa.Text),
         sa.Column("countdown", sa.Float),
