@@ -117,7 +117,7 @@ def _finish(engine: Byrd, run: Run, *, as_json: bool) -> None:
     except KeyboardInterrupt:
         say("The run goes on without you: ", (f"byrd show {run.id[:8]} --watch", "bold"))
         raise click.exceptions.Exit(130) from None
-    status, result, error, run_status, _ = engine.runtime.store.run(run_store.outcome_of, run.id, run.info.output)
+    _, status, result, error, run_status, _ = engine.runtime.store.run(run_store.outcome, run.id)
     succeeded = run_status == RunStatus.SUCCEEDED
     if as_json:
         shape = _run_with_tally(engine, run.id)

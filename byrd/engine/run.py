@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from byrd.engine.engine import Byrd
 
 #: How often a waiting caller asks Postgres: at first quickly, then more and more slowly.
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.25
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.25
 
 
 class Run:
@@ -53,11 +53,10 @@ class Run:
         ``TaskRevokedError`` when the run was cancelled, and ``celery.exceptions.TimeoutError`` after ``timeout``
         seconds.
         """
-        output = (self._row or self.info).output
         deadline = None if timeout is None else time.monotonic() + timeout
         pause = _FIRST_PAUSE
         while True:
-            status, result, error, run_status, ignored = self._store.run(runs.outcome_of, self.id, output)
+            no, status, result, error, run_status, ignored = self._store.run_alone(runs.outcome, self.id)
             if status in FINAL_STEP:
                 break
             if deadline is not None and time.monotonic() >= deadline:
@@ -65,10 +64,10 @@ class Run:
                     f"run {self.id} is {run_status} after {timeout} s; `byrd why {self.id}` says why"
                 )
             time.sleep(pause if deadline is None else max(0.0, min(pause, deadline - time.monotonic())))
-            pause = min(_LONGEST_PAUSE, pause * 1.3)
+            pause = min(_LONGEST_PAUSE, pause * 1.4)
         if status == "succeeded":
             return None if ignored or result is None else loads(result)
-        error = self._store.run(runs.root_error, self.id, output) or error
+        error = self._store.run(runs.root_error, self.id, no) or error
         exc, _ = self.engine.app.backend.decoded_error(error)
         if not isinstance(exc, BaseException):
             exc = RuntimeError(f"run {self.id} ended as {run_status} without an error on record")
@@ -90,7 +89,7 @@ class Run:
             if deadline is not None and time.monotonic() >= deadline:
                 raise self._timed_out(status, timeout)
             time.sleep(pause)
-            pause = min(_LONGEST_PAUSE, pause * 1.3)
+            pause = min(_LONGEST_PAUSE, pause * 1.4)
 
     def steps(self) -> list[StepRow]:
         """Return the run's steps, in the plan's order, as they stand now."""

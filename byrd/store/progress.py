@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import Connection
 
@@ -49,9 +50,30 @@ def save(conn: Connection, step_id: str, attempt: int, name: str, counts: Counts
         raise StaleAttempt(f"step {step_id}: attempt {attempt} may not save a checkpoint: another one owns the step")
 
 
+def save_and_look(conn: Connection, step_id: str, attempt: int, name: str, counts: Counts) -> ControlFlow | None:
+    """Record progress, and return what should stop the step at this checkpoint: one statement."""
+    row = query(
+        conn,
+        f"""WITH saved AS (
+              INSERT INTO byrd.checkpoints (step_id, name, attempt, cursor, completed, failed, done)
+              SELECT %(id)s, %(name)s, %(attempt)s, %(cursor)s, %(completed)s, %(failed)s, %(done)s WHERE {_OWNED}
+              ON CONFLICT (step_id, name) DO UPDATE SET attempt = excluded.attempt, cursor = excluded.cursor,
+                 completed = excluded.completed, failed = excluded.failed, done = excluded.done,
+                 updated_at = clock_timestamp()
+              RETURNING step_id)
+            SELECT {_REASON} FROM saved JOIN byrd.steps s ON s.id = saved.step_id
+              JOIN byrd.runs r ON r.id = s.run_id LEFT JOIN byrd.workers w ON w.id = s.worker_id""",
+        {"id": step_id, "name": name, "attempt": attempt, **counts._asdict()},
+    ).first()
+    if row is None:
+        raise StaleAttempt(f"step {step_id}: attempt {attempt} may not save a checkpoint: another one owns the step")
+    return _reason(step_id, row)
+
+
 #: FOR KEY SHARE: the step cannot be given to another attempt between this check and the commit.
 _OWNED = """EXISTS (SELECT 1 FROM byrd.steps s WHERE s.id = %(id)s AND s.attempt = %(attempt)s
                     AND s.status = 'running' FOR SHARE)"""
+_REASON = "r.status, coalesce(w.stopping, false) AS stopping"
 
 
 def remembered(conn: Connection, step_id: str, name: str) -> str | None:
@@ -143,13 +165,17 @@ def stop_reason(conn: Connection, step_id: str, attempt: int) -> ControlFlow | N
     """Return what should stop the step at this checkpoint, if anything does."""
     row = query(
         conn,
-        """SELECT r.status, coalesce(w.stopping, false) AS stopping FROM byrd.steps s
+        f"""SELECT {_REASON} FROM byrd.steps s
            JOIN byrd.runs r ON r.id = s.run_id LEFT JOIN byrd.workers w ON w.id = s.worker_id
            WHERE s.id = %(id)s AND s.attempt = %(attempt)s AND s.status = 'running'""",
         {"id": step_id, "attempt": attempt},
     ).first()
     if row is None:
         return StaleAttempt(f"step {step_id}: attempt {attempt} does not own it any more")
+    return _reason(step_id, row)
+
+
+def _reason(step_id: str, row: Any) -> ControlFlow | None:
     if row.status == "cancelling":
         return StepCancelled(f"step {step_id}: its run is being cancelled")
     if row.status == "paused":

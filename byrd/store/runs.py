@@ -468,20 +468,23 @@ def _step(row: Any) -> StepRow:
     return StepRow.from_row({**row, "run_id": str(row["run_id"]), "worker_id": str(worker) if worker else None})
 
 
-def outcome_of(conn: Connection, run_id: str, no: int) -> tuple[str, str | None, str | None, str, bool]:
-    """Return (step status, result, error, run status, ignored) of a step; a skipped one bears its cause's error."""
+def outcome(conn: Connection, run_id: str, no: int | None = None) -> tuple[int, str, str | None, str | None, str, bool]:
+    """Return (number, step status, result, error, run status, ignored) of a step, or of the one with the run's value.
+
+    A step that was skipped bears its cause's error.
+    """
     row = query(
         conn,
-        """SELECT s.status, s.result, coalesce(s.error, c.error, r.error) AS error, r.status AS run_status,
+        """SELECT s.no, s.status, s.result, coalesce(s.error, c.error, r.error) AS error, r.status AS run_status,
                   coalesce((s.options::json->>'ignore_result')::bool, false) AS ignored
-           FROM byrd.runs r JOIN byrd.steps s ON s.run_id = r.id AND s.no = %(no)s
+           FROM byrd.runs r JOIN byrd.steps s ON s.run_id = r.id AND s.no = coalesce(%(no)s, r.output)
            LEFT JOIN byrd.steps c ON c.run_id = s.run_id AND c.no = s.cause
            WHERE r.id = %(run)s""",
         {"run": run_id, "no": no},
     ).first()
     if row is None:
         raise RunNotFoundError(f"no run has the id {run_id}")
-    return (row.status, row.result, row.error, row.run_status, row.ignored)
+    return (row.no, row.status, row.result, row.error, row.run_status, row.ignored)
 
 
 def root_error(conn: Connection, run_id: str, no: int) -> str | None:

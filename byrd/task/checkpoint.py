@@ -37,6 +37,8 @@ Enumerator = Callable[[Cursor], Iterable[tuple[Cursor, Item]]]
 
 #: While a task waits (for its interval, for an item's next try) it looks this often whether it should stop.
 _LOOK_SECONDS = 0.5
+#: A batch that ends so soon after the last checkpoint is saved with the next one.
+_HOLD_SECONDS = 0.03
 #: Of an item's error, which is for people to read.
 _MOST_ERROR_CHARACTERS = 10_000
 #: Not an item's failure but the whole task's business.
@@ -85,6 +87,11 @@ class _Iteration:
     item_retries: int
     item_retry_delay: float
 
+    @property
+    def alone(self) -> bool:
+        """True when each batch has a checkpoint of its own, however little time it took."""
+        return self.save is not None or self.min_interval > 0
+
 
 @dataclass(slots=True)
 class _OpenTransaction:
@@ -116,6 +123,8 @@ class CheckpointTask(DurableTask):
         item_retry_delay: float = 1.0,
     ) -> Progress:
         """Process all items that ``enumerator`` yields, in batches, with a checkpoint after each.
+
+        Without ``save``, batches that take no time share a checkpoint: one at least each 30 ms.
 
         ``enumerator(cursor)`` yields (cursor, item) pairs, JSON values, for the items strictly after ``cursor``;
         it gets None at the very start, and the last saved cursor when the step resumes.
@@ -167,9 +176,7 @@ class CheckpointTask(DurableTask):
         if open_one is not None:
             open_one.checkpoints[name] = counts
             return
-        store = attempt.runtime.patient_store
-        store.run(progress.save, attempt.step_id, attempt.number, name, counts)
-        _stop_if_asked(attempt)
+        _save(attempt, name, counts)
 
     def progress(self, name: str = "checkpoint") -> Progress | None:
         """Return the last checkpoint of that name (``"items"`` for :meth:`iterate`), or None at the first attempt."""
@@ -232,11 +239,21 @@ class CheckpointTask(DurableTask):
         self, attempt: Attempt, settings: _Iteration, pool: _Pool, counts: Counts, enumerator: Enumerator
     ) -> Counts:
         cursor = loads(counts.cursor) if counts.cursor is not None else None
-        for batch in _batches(enumerator(cursor), settings.batch_size):
-            pool.keep_interval(attempt)
-            done, failed = pool.run([_Try(cursor, item, 1) for cursor, item in batch])
-            last = _encoded(attempt, batch[-1][0], "the cursor")
-            counts = self._commit(attempt, settings, counts, counts._replace(cursor=last), done, failed)
+        saved, saved_at = counts, time.monotonic()
+        try:
+            for batch in _batches(enumerator(cursor), settings.batch_size):
+                pool.keep_interval(attempt)
+                done, failed = pool.run([_Try(cursor, item, 1) for cursor, item in batch])
+                last = _encoded(attempt, batch[-1][0], "the cursor")
+                if settings.alone or failed or time.monotonic() - saved_at > _HOLD_SECONDS:
+                    counts = self._commit(attempt, settings, counts, counts._replace(cursor=last), done, failed)
+                    saved, saved_at = counts, time.monotonic()
+                else:  # with the next one
+                    counts = counts._replace(cursor=last, completed=counts.completed + len(done))
+        except Exception:
+            if counts != saved:
+                attempt.runtime.patient_store.run(progress.save, attempt.step_id, attempt.number, settings.name, counts)
+            raise
         return counts
 
     def _further_tries(self, attempt: Attempt, settings: _Iteration, pool: _Pool, counts: Counts) -> Counts:
@@ -267,6 +284,10 @@ class CheckpointTask(DurableTask):
         )
         recovered = [to_json(tried.cursor) for tried, _ in done if tried.tries > 1]
         outcomes = [Outcome(tried.cursor, tried.item, value) for tried, value in done]
+
+        if settings.save is None and not items and not recovered:
+            _save(attempt, settings.name, after)
+            return after
 
         def transition(conn: Connection) -> None:
             found = progress.load(conn, attempt.step_id, settings.name)
@@ -385,6 +406,14 @@ def _pause(attempt: Attempt, seconds: float) -> None:
         time.sleep(min(left, _LOOK_SECONDS))
         if left > _LOOK_SECONDS:
             _stop_if_asked(attempt)
+
+
+def _save(attempt: Attempt, name: str, counts: Counts) -> None:
+    """Save a checkpoint; raise what stops the step there."""
+    store = attempt.runtime.patient_store
+    reason = store.run_alone(progress.save_and_look, attempt.step_id, attempt.number, name, counts)
+    if reason is not None:
+        raise reason
 
 
 def _stop_if_asked(attempt: Attempt) -> None:

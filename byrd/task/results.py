@@ -176,7 +176,7 @@ class DurableResults:
         if step.status == "succeeded":
             meta["result"] = loads(step.result)
         elif status in states.PROPAGATE_STATES:
-            _, _, error, _, _ = runtime_of(self.app).store.run(runs.outcome_of, step.run_id, step.no)
+            _, _, _, error, _, _ = runtime_of(self.app).store.run(runs.outcome, step.run_id, step.no)
             meta["result"], meta["traceback"] = self.decoded_error(error)
         elif status in (states.STARTED, states.PENDING):
             own: dict[str, Any] = super().get_task_meta(step.id, cache=cache)  # type: ignore[misc]
