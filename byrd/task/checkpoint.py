@@ -38,7 +38,7 @@ Enumerator = Callable[[Cursor], Iterable[tuple[Cursor, Item]]]
 #: While a task waits (for its interval, for an item's next try) it looks this often whether it should stop.
 _LOOK_SECONDS = 0.5
 #: A batch that ends so soon after the last checkpoint is saved with the next one.
-_HOLD_SECONDS = 0.03
+_HOLD_SECONDS = 0.05
 #: Of an item's error, which is for people to read.
 _MOST_ERROR_CHARACTERS = 10_000
 #: Not an item's failure but the whole task's business.
@@ -88,6 +88,11 @@ class _Iteration:
     item_retry_delay: float
 
     @property
+    def plain(self) -> bool:
+        """True when items are processed one after the other, for their effects only."""
+        return self.save is None and self.parallelism == 1 and self.timeout is None
+
+    @property
     def alone(self) -> bool:
         """True when each batch has a checkpoint of its own, however little time it took."""
         return self.save is not None or self.min_interval > 0
@@ -124,7 +129,7 @@ class CheckpointTask(DurableTask):
     ) -> Progress:
         """Process all items that ``enumerator`` yields, in batches, with a checkpoint after each.
 
-        Without ``save``, batches that take no time share a checkpoint: one at least each 30 ms.
+        Without ``save``, batches that take no time share a checkpoint: one at least each 50 ms.
 
         ``enumerator(cursor)`` yields (cursor, item) pairs, JSON values, for the items strictly after ``cursor``;
         it gets None at the very start, and the last saved cursor when the step resumes.
@@ -243,13 +248,18 @@ class CheckpointTask(DurableTask):
         try:
             for batch in _batches(enumerator(cursor), settings.batch_size):
                 pool.keep_interval(attempt)
-                done, failed = pool.run([_Try(cursor, item, 1) for cursor, item in batch])
+                done: list[tuple[_Try, Any]] = []
+                if settings.plain:
+                    failed = _failures(settings.process, batch)
+                else:
+                    done, failed = pool.run([_Try(cursor, item, 1) for cursor, item in batch])
                 last = _encoded(attempt, batch[-1][0], "the cursor")
+                after = counts._replace(cursor=last, completed=counts.completed + len(batch) - len(failed))
                 if settings.alone or failed or time.monotonic() - saved_at > _HOLD_SECONDS:
-                    counts = self._commit(attempt, settings, counts, counts._replace(cursor=last), done, failed)
+                    counts = self._commit(attempt, settings, counts, after, done, failed)
                     saved, saved_at = counts, time.monotonic()
                 else:  # with the next one
-                    counts = counts._replace(cursor=last, completed=counts.completed + len(done))
+                    counts = after
         except Exception:
             if counts != saved:
                 attempt.runtime.patient_store.run(progress.save, attempt.step_id, attempt.number, settings.name, counts)
@@ -265,7 +275,8 @@ class CheckpointTask(DurableTask):
                 continue
             pool.keep_interval(attempt)
             done, failed = pool.run([_Try(loads(i.cursor), loads(i.item), i.tries + 1) for i in due])
-            counts = self._commit(attempt, settings, counts, counts, done, failed)
+            after = counts._replace(completed=counts.completed + len(done))
+            counts = self._commit(attempt, settings, counts, after, done, failed)
         return counts
 
     def _commit(
@@ -279,9 +290,7 @@ class CheckpointTask(DurableTask):
     ) -> Counts:
         """Save one batch: counts, failed items and the user's own writes, in one transaction."""
         items = [_failed_item(attempt, settings, tried, exc) for tried, exc in failed]
-        after = after._replace(
-            completed=before.completed + len(done), failed=before.failed + sum(item.quarantined for item in items)
-        )
+        after = after._replace(failed=before.failed + sum(item.quarantined for item in items))
         recovered = [to_json(tried.cursor) for tried, _ in done if tried.tries > 1]
         outcomes = [Outcome(tried.cursor, tried.item, value) for tried, value in done]
 
@@ -375,6 +384,19 @@ def _caught(process: Callable[[Item], Any], item: Item) -> tuple[bool, Any]:
         raise
     except Exception as exc:  # noqa: BLE001 - any error is the item's, and is recorded
         return False, exc
+
+
+def _failures(process: Callable[[Item], Any], batch: list[tuple[Cursor, Item]]) -> list[tuple[_Try, BaseException]]:
+    """Process a batch whose values nobody wants, one item after the other; return what failed."""
+    failed: list[tuple[_Try, BaseException]] = []
+    for cursor, item in batch:
+        try:
+            process(item)
+        except _NOT_AN_ITEMS:
+            raise
+        except Exception as exc:  # noqa: BLE001 - any error is the item's, and is recorded
+            failed.append((_Try(cursor, item, 1), exc))
+    return failed
 
 
 def _failed_item(attempt: Attempt, settings: _Iteration, tried: _Try, exc: BaseException) -> FailedItem:
