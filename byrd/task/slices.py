@@ -161,7 +161,9 @@ class Slice:
             self._pace.ended()
             room = not self._over and self._steps < _MOST_STEPS and time.monotonic() < self._ends_at
             if room:
-                found = self._call(last, current, own=own, most=self._pace.steps_at_once, others=True)
+                # What follows each step that is done is run on here, whatever the pace.
+                most = max(self._pace.steps_at_once, len(last))
+                found = self._call(last, current, own=own, most=most, others=True)
             else:
                 found = self._call(last, current, peek=True)  # others are to go on where this slice ends
             with self._lock:

@@ -181,7 +181,9 @@ def _shares(app: Celery) -> list[str]:
 def _is_listened_to(worker: Any) -> bool:
     """Tell whether Celery's events are sent; a monitor may ask for them at any time."""
     dispatcher = getattr(getattr(worker, "consumer", None), "event_dispatcher", None)
-    return bool(dispatcher is not None and dispatcher.enabled)
+    if dispatcher is None or not dispatcher.enabled:
+        return False
+    return not dispatcher.groups or "task" in dispatcher.groups  # a worker's own heartbeats are events, too
 
 
 def _children(worker: Any) -> list[int]:
