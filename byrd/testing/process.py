@@ -87,6 +87,7 @@ class Forked:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         if self._status is None:
+            os.kill(self.pid, signal.SIGKILL)  # one that was forked a moment ago has no group of its own yet
             self._status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         if self._reader >= 0:
             os.close(self._reader)

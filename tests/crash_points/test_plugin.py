@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import psutil
 import pytest
 
 from byrd.testing import CrashPoints
+from byrd.testing.probe import Orders
+from byrd.testing.process import Forked
 from tests.cluster import Cluster
 
 #: Enough to show how it works: from the claim of the step to its completion.
@@ -221,6 +224,24 @@ def test_a_run_that_never_ends_is_named_with_its_reason(
     byrd_crash_points.timeout, byrd_crash_points.pool = 3.0, pool
     with pytest.raises(AssertionError, match=r"after 3 s still open: (?s:.)* is delayed until"):
         byrd_crash_points(app.engine, lambda: app.engine.submit(app.add.s(1, 1).set(countdown=600)))
+
+
+def test_a_process_can_be_ended_before_it_has_done_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine a worker may not have come to its first line when its trial is over."""
+    begin = os.setsid
+
+    def begin_late() -> None:
+        time.sleep(10)
+        begin()
+
+    monkeypatch.setattr(os, "setsid", begin_late)
+    orders = Orders("worker", tmp_path / "record", None, tmp_path / "spent")
+    process = Forked(lambda: time.sleep(60), orders=orders, log=tmp_path / "log")
+    started = time.monotonic()
+    process.end()
+    assert process.killed
+    assert time.monotonic() - started < 8
+    assert not orders.record.exists()
 
 
 def test_it_leaves_no_process_behind(cluster: Cluster, byrd_crash_points: CrashPoints) -> None:
