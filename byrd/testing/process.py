@@ -23,6 +23,7 @@ from typing import Any
 from billiard.util import _run_after_forkers
 from celery import Celery
 from celery.concurrency import get_implementation
+from celery.signals import worker_ready
 
 from byrd.testing import probe
 
@@ -179,9 +180,12 @@ def warm_up(app: Celery, pool: str) -> None:
     _ = app.backend
 
 
-def run_worker(app: Celery, *, pool: str, concurrency: int, queues: list[str], settings: dict[str, Any]) -> None:
-    """Be a Celery worker, until killed."""
+def run_worker(
+    app: Celery, *, pool: str, concurrency: int, queues: list[str], settings: dict[str, Any], ready: Path
+) -> None:
+    """Be a Celery worker, until killed.  ``ready``: a file to make once it takes messages."""
     app.conf.update(settings)
+    worker_ready.connect(lambda **_: ready.touch(), weak=False)
     worker = app.Worker(
         hostname=f"crash-{os.getpid()}@localhost",
         pool=pool,
