@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Any, ClassVar
 
 from django.contrib import admin, messages
+from django.contrib.admin.models import CHANGE, LogEntry
 from django.db import DatabaseError
 from django.db.models import Case, Value, When
 from django.http import HttpRequest
@@ -88,7 +89,9 @@ class ScheduleAdmin(admin.ModelAdmin):
 
     @admin.action(description="Pause selected schedules", permissions=["change"])
     def pause(self, request: HttpRequest, queryset: Any) -> None:
-        count = queryset.update(enabled=False, last_run_at=None, date_changed=timezone.now())
+        active = queryset.filter(enabled=True)
+        _log_switch(request, active)
+        count = active.update(enabled=False, last_run_at=None, date_changed=timezone.now())
         PeriodicTasks.update_changed()
         self.message_user(request, f"Paused: {count}.")
 
@@ -96,6 +99,7 @@ class ScheduleAdmin(admin.ModelAdmin):
     def resume(self, request: HttpRequest, queryset: Any) -> None:
         # What was due meanwhile counts as done: `date_changed` is where a schedule without a last run starts.
         paused = queryset.filter(enabled=False)
+        _log_switch(request, paused)
         count = paused.update(enabled=True, last_run_at=None, date_changed=timezone.now())
         PeriodicTasks.update_changed()
         self.message_user(request, f"Resumed: {count}.")
@@ -121,6 +125,11 @@ class ScheduleAdmin(admin.ModelAdmin):
         PeriodicTasks.update_changed()  # django-celery-beat's signal knows its own model only, not the proxy
 
 
+def _log_switch(request: HttpRequest, queryset: Any) -> None:
+    """Leave in the admin's history who pauses or resumes, as a change in the form does: ``byrd why`` tells it."""
+    LogEntry.objects.log_actions(request.user.pk, queryset.all(), CHANGE, [{"changed": {"fields": ["Active"]}}])
+
+
 def _shown(moment: datetime | None) -> str | None:
     return None if moment is None else str(timezone.localtime(moment).strftime("%Y-%m-%d %H:%M:%S"))
 
@@ -134,9 +143,23 @@ class OrdinaryTaskAdmin(PeriodicTaskAdmin):
 
     @admin.action(description="Enable selected tasks")
     def enable_tasks(self, request: HttpRequest, queryset: Any) -> None:
-        queryset.filter(enabled=False).update(date_changed=timezone.now())
+        self._switch(request, queryset.filter(enabled=False))
         super().enable_tasks(request, queryset)
+
+    @admin.action(description="Disable selected tasks")
+    def disable_tasks(self, request: HttpRequest, queryset: Any) -> None:
+        self._switch(request, queryset.filter(enabled=True))
+        super().disable_tasks(request, queryset)
+
+    @admin.action(description="Toggle activity of selected tasks")
+    def toggle_tasks(self, request: HttpRequest, queryset: Any) -> None:
+        self._switch(request, queryset)
+        super().toggle_tasks(request, queryset)
+
+    def _switch(self, request: HttpRequest, queryset: Any) -> None:
+        _log_switch(request, queryset)
+        queryset.update(date_changed=timezone.now())
 
     def _toggle_tasks_activity(self, queryset: Any) -> Any:
         switched = Case(When(enabled=True, then=Value(False)), default=Value(True))
-        return queryset.update(enabled=switched, last_run_at=None, date_changed=timezone.now())
+        return queryset.update(enabled=switched, last_run_at=None)

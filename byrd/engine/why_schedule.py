@@ -41,7 +41,10 @@ def _standing(schedule: Schedule) -> str:
     if not schedule.enabled and schedule.one_off and schedule.fired:
         return f"It was to fire once ({timing}), and has, so it is paused since {changed}."
     if not schedule.enabled:
-        return f"It is paused since {changed}: it submits nothing ({timing}) until it is resumed in the admin."
+        return (
+            f"It is paused since {changed}: it submits nothing ({timing}) until it is resumed in the admin"
+            f"{_switched(schedule)}."
+        )
     due = _due(schedule)
     if due is None:
         return f"It is active ({timing})."
@@ -51,6 +54,14 @@ def _standing(schedule: Schedule) -> str:
         f"It was due at {since(due, now)}, and has not fired ({timing}): no beat runs on this database (`celery -A "
         "<app> beat --scheduler=beat.scheduler:ByrdScheduler`), or its run is refused, which beat's log says."
     )
+
+
+def _switched(schedule: Schedule) -> str:
+    """Say who paused it, as far as the admin's history has it: code that does so leaves no trace there."""
+    if schedule.switched is None:
+        return ""
+    by, at, added = schedule.switched
+    return f", whose history says that {by} {'added it' if added else 'switched it last'} at {since(at, schedule.now)}"
 
 
 def _timing(schedule: Schedule) -> str:

@@ -137,6 +137,15 @@ class Schedule:
     solar: str | None
     run_id: str | None
     run_status: str | None
+    switched: Switch | None
+
+
+class Switch(NamedTuple):
+    """Who paused, resumed or ``added`` a schedule last, as far as the admin's history has it."""
+
+    by: str
+    at: datetime
+    added: bool
 
 
 class ServerFacts(NamedTuple):
@@ -282,8 +291,21 @@ def schedule(conn: Connection, name: str, *, task: str) -> Schedule | None:
             continue
         row = query(conn, _SCHEDULE.format(schema=schema), {"name": name, "task": task}).mappings().first()
         if row is not None:
-            return Schedule(**{**row, "run_id": row["run_id"] and str(row["run_id"])})
+            run_id = row["run_id"] and str(row["run_id"])
+            return Schedule(**{**row, "run_id": run_id}, switched=_switched(conn, name, schema))
     return None
+
+
+def _switched(conn: Connection, name: str, schema: str) -> Switch | None:
+    """Return who switched a schedule last; None where the admin is not installed, its users are of another kind, or
+    their tables not ours to read.
+    """
+    tables = [f"{schema}{table}" for table in ("django_admin_log", "django_content_type", "auth_user")]
+    readable = "SELECT bool_and(has_table_privilege(to_regclass(t), 'SELECT') IS TRUE) FROM unnest(%(tables)s) t"
+    if not query(conn, readable, {"tables": tables}).scalar():
+        return None
+    row = query(conn, _SWITCHED.format(schema=schema), {"name": name}).first()
+    return Switch._make(row) if row is not None else None
 
 
 #: The scheduler notes when it has fired right after it has submitted the run, which bears the schedule's key.
@@ -303,6 +325,18 @@ SELECT p.name, clock_timestamp() AS now, p.enabled, p.one_off, p.args, p.kwargs,
                         AND r.created_at BETWEEN p.last_run_at - interval '1 min' AND p.last_run_at + interval '1 min'
                       ORDER BY r.created_at DESC LIMIT 1) r ON true
  WHERE p.name = %(name)s AND p.task = %(task)s
+"""
+#: The history names the fields that were changed, but not their values.  What beat/ calls active, django-celery-beat
+#: calls enabled; 1 stands for an addition, 2 for a change.
+_SWITCHED = """
+SELECT u.username, l.action_time, l.action_flag = 1
+  FROM {schema}django_celery_beat_periodictask p
+  JOIN {schema}django_admin_log l ON l.object_id = p.id::text
+  JOIN {schema}django_content_type t ON t.id = l.content_type_id
+   AND (t.app_label, t.model) IN (('beat', 'schedule'), ('django_celery_beat', 'periodictask'))
+  JOIN {schema}auth_user u ON u.id = l.user_id
+ WHERE p.name = %(name)s AND (l.action_flag = 1 OR l.action_flag = 2 AND l.change_message ~ '"(Active|Enabled)"')
+ ORDER BY l.action_time DESC, l.id DESC LIMIT 1
 """
 
 

@@ -335,7 +335,7 @@ class _Series:
         queues = sorted({*self.engine.app.amqp.queues, *self.store.run(_queues, since)})
         for life in count(1):
             kill = kills[life - 1] if life <= len(kills) else None
-            spent = folder / f"spent{life}"
+            spent, ready = folder / f"spent{life}", folder / f"worker{life}.ready"
             settings = {"byrd_sweep_seconds": 0.05}
             if patient and life == 2:
                 settings["byrd_lease_seconds"] = 1.0
@@ -346,6 +346,7 @@ class _Series:
                 concurrency=self.options.concurrency,
                 queues=queues,
                 settings=settings,
+                ready=ready,
             )
             orders = Orders("worker", folder / f"worker{life}", kill, spent)
             worker = Forked(work, orders=orders, log=folder / f"worker{life}.log")
@@ -353,16 +354,19 @@ class _Series:
             armed = None if kill is None or spent.exists() else spent
             faultless = kills == [None, None]
             whole = faultless or armed is not None or (survey and life == 2)
-            if self._watch(worker, since, deadline, armed, orders.record if whole else None):
+            if self._watch(worker, since, deadline, armed, (ready, orders.record) if whole else None):
                 return
             if not worker.killed or not spent.exists():
                 raise AssertionError(f"the worker ended by itself ({worker.poll()}):\n{worker.tail()}")
             self._pass_time(worker.pid, recover=not (patient and life == 1))
 
-    def _watch(self, worker: Forked, since: datetime, deadline: float, armed: Path | None, record: Path | None) -> bool:
+    def _watch(
+        self, worker: Forked, since: datetime, deadline: float, armed: Path | None, whole: tuple[Path, Path] | None
+    ) -> bool:
         """Wait until all runs are at rest (True) or the worker is dead (False).
 
-        ``record``: where the worker writes its boundaries, if it is to reach those that come after the end, too.
+        ``whole``: the file that the worker makes when it is ready, and where it writes its boundaries, if it is to
+        reach those that come after the end, too.
         """
         while True:
             dead = worker.poll() is not None
@@ -370,15 +374,16 @@ class _Series:
                 armed = None  # a pool process died, and the worker lives
                 self._pass_time(None, recover=False)
             waiting = self.store.run(_open_runs, since)
-            if dead or (not waiting and (record is None or _quiet(record))):
+            if dead or (not waiting and (whole is None or _quiet(*whole))):
                 return not waiting
-            if waiting and time.monotonic() > deadline:
+            if time.monotonic() > deadline:
                 raise AssertionError(self._stuck(waiting, worker))
             time.sleep(0.02)
 
     def _stuck(self, waiting: list[str], worker: Forked) -> str:
         why = [sentence for run_id in waiting for sentence in self.engine.get(run_id).why()]
-        return "\n".join([f"after {self.options.timeout:.0f} s still open: {', '.join(waiting)}", *why, worker.tail()])
+        what = f"still open: {', '.join(waiting)}" if waiting else "all runs are at rest, but the worker is not"
+        return "\n".join([f"after {self.options.timeout:.0f} s {what}", *why, worker.tail()])
 
     def _pass_time(self, dead_pid: int | None, *, recover: bool) -> None:
         """Let the time pass that the others wait before they give up a dead worker and its messages."""
@@ -442,10 +447,10 @@ def _reached(record: Path) -> _Reached:
     return {name: kind for kind, _, name in (line.partition("\t") for line in lines)}
 
 
-def _quiet(record: Path) -> bool:
-    """Tell whether the worker has been at its boundaries, and reaches no new one any more."""
+def _quiet(ready: Path, record: Path) -> bool:
+    """Tell whether the worker has come to take messages, and reaches no new boundary any more."""
     try:
-        return time.time() - record.stat().st_mtime > _LINGER_SECONDS
+        return time.time() - max(ready.stat().st_mtime, record.stat().st_mtime) > _LINGER_SECONDS
     except FileNotFoundError:
         return False
 

@@ -23,6 +23,7 @@ from typing import Any
 from billiard.util import _run_after_forkers
 from celery import Celery
 from celery.concurrency import get_implementation
+from celery.signals import worker_ready
 
 from byrd.testing import probe
 
@@ -87,6 +88,7 @@ class Forked:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         if self._status is None:
+            os.kill(self.pid, signal.SIGKILL)  # one that was forked a moment ago has no group of its own yet
             self._status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         if self._reader >= 0:
             os.close(self._reader)
@@ -178,9 +180,12 @@ def warm_up(app: Celery, pool: str) -> None:
     _ = app.backend
 
 
-def run_worker(app: Celery, *, pool: str, concurrency: int, queues: list[str], settings: dict[str, Any]) -> None:
-    """Be a Celery worker, until killed."""
+def run_worker(
+    app: Celery, *, pool: str, concurrency: int, queues: list[str], settings: dict[str, Any], ready: Path
+) -> None:
+    """Be a Celery worker, until killed.  ``ready``: a file to make once it takes messages."""
     app.conf.update(settings)
+    worker_ready.connect(lambda **_: ready.touch(), weak=False)
     worker = app.Worker(
         hostname=f"crash-{os.getpid()}@localhost",
         pool=pool,

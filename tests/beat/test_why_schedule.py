@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import psycopg2
 import pytest
 from click.testing import CliRunner
 
 from byrd.cli import main
-from tests.beat.conftest import APP, Process, wait_until
+from tests.beat.conftest import APP, Process, libpq_url, wait_until
 from tests.cluster import open_cluster
 
 TIME = r"(\d{4}-\d\d-\d\d )?\d\d:\d\d:\d\d"
@@ -87,6 +89,75 @@ def test_paused_due_ended_and_refused(why: Callable[[str], list[str]]) -> None:
     is_said(why("unfit"), "It is active .*", r"Its run is refused: its arguments, .*, do not fit: too many .*")
     schedule("ordinary", task="shop.note", interval=every(3600))
     assert "no run has the id ordinary" in why("ordinary")[0]
+
+
+def act(action: str, *tasks: Any, model: str = "beat_schedule", by: str = "alice") -> None:
+    """Have a person choose an action for schedules in the admin."""
+    chosen = {"action": action, "_selected_action": [task.pk for task in tasks]}
+    post(f"admin:{model}_changelist", chosen, by=by)
+
+
+def post(name: str, data: dict[str, Any], *args: Any, by: str) -> None:
+    """Have a person send a form of the admin."""
+    from django.contrib.auth.models import User
+    from django.test import Client
+    from django.urls import reverse
+
+    client = Client(headers={"host": "localhost"})
+    client.force_login(User.objects.filter(username=by).first() or User.objects.create_superuser(by))
+    answer = client.post(reverse(name, args=args), data)
+    assert answer.status_code == 302, answer.content.decode()
+
+
+def test_who_paused_it_in_the_admin(why: Callable[[str], list[str]]) -> None:
+    from django_celery_beat.models import PeriodicTask
+
+    def says(by: str, what: str = "switched it last") -> bool:
+        [said] = why("daily")
+        pattern = (
+            rf"It is paused since {SINCE}: .* resumed in the admin, whose history says that {by} {what} at {SINCE}\."
+        )
+        return re.fullmatch(pattern, said) is not None
+
+    form = {"name": "daily", "workflow": "shop.tick", "cron": "0 4 * * *", "timezone": "UTC"}
+    post("admin:beat_schedule_add", form, by="alice")
+    assert says("alice", "added it")
+    task = PeriodicTask.objects.get(name="daily")
+    act("resume", task, by="bob")
+    assert why("daily")[0].startswith("It is active")
+    act("pause", task, by="carol")
+    assert says("carol")
+    act("pause", task, by="bob")  # changes nothing
+    post("admin:beat_schedule_change", {**form, "description": "paused"}, task.pk, by="bob")
+    assert says("carol")
+    post("admin:beat_schedule_change", {**form, "enabled": "on"}, task.pk, by="bob")
+    assert why("daily")[0].startswith("It is active")
+    post("admin:beat_schedule_change", form, task.pk, by="dave")
+    assert says("dave")
+    for action, by in (
+        ("enable_tasks", "bob"),
+        ("disable_tasks", "erin"),
+        ("toggle_tasks", "bob"),
+        ("toggle_tasks", "al"),
+    ):
+        act(action, task, model="django_celery_beat_periodictask", by=by)
+        assert why("daily")[0].startswith("It is active") if by == "bob" else says(by)
+    ordinary = {"name": "daily", "task": "byrd.submit", "crontab": task.crontab_id, "args": task.args, "kwargs": "{}"}
+    post("admin:django_celery_beat_periodictask_change", {**ordinary, "enabled": "on"}, task.pk, by="bob")
+    post("admin:django_celery_beat_periodictask_change", ordinary, task.pk, by="frank")
+    assert says("frank")
+
+
+@pytest.mark.parametrize("missing", ["django_admin_log", "auth_user"])
+def test_it_says_nobody_s_name_without_the_admin_s_tables(
+    why: Callable[[str], list[str]], schedules_url: str, missing: str
+) -> None:
+    task = schedule("daily", crontab=crontab("0 4 * * *"))
+    act("pause", task)
+    assert "says that alice switched it last" in why("daily")[0]
+    with closing(psycopg2.connect(libpq_url(schedules_url))) as connection, connection, connection.cursor() as cursor:
+        cursor.execute(f"DROP TABLE beat.{missing} CASCADE")
+    is_said(why("daily"), rf"It is paused since {SINCE}: .* until it is resumed in the admin\.")
 
 
 def test_a_crontab_is_due_when_beat_will_fire_it(why: Callable[[str], list[str]]) -> None:

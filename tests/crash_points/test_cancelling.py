@@ -8,7 +8,7 @@ import pytest
 from celery import chain
 
 from byrd.testing import CrashPoints
-from tests.crash_points.scenarios import START, Try, effects, slow
+from tests.crash_points.scenarios import START, Try, effects, sees_each_kind, slow
 
 
 @slow
@@ -41,3 +41,4 @@ def test_who_cancels_dies(app: Any, byrd_crash_points: CrashPoints) -> None:
     report = byrd_crash_points(app.engine, submit_and_cancel, reset=reset, same=lambda run: str(run.status))
     assert any("submitter: before the commit of" in name for name in report.boundaries)
     assert report.tried > 20
+    sees_each_kind(report)

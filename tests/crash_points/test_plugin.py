@@ -7,13 +7,16 @@ import re
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from byrd.testing import CrashPoints
+from byrd.testing import CrashPoints, crash
+from byrd.testing.probe import Orders
+from byrd.testing.process import Forked, run_worker
 from tests.cluster import Cluster
 
 #: Enough to show how it works: from the claim of the step to its completion.
@@ -223,6 +226,24 @@ def test_a_run_that_never_ends_is_named_with_its_reason(
         byrd_crash_points(app.engine, lambda: app.engine.submit(app.add.s(1, 1).set(countdown=600)))
 
 
+def test_a_process_can_be_ended_before_it_has_done_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine a worker may not have come to its first line when its trial is over."""
+    begin = os.setsid
+
+    def begin_late() -> None:
+        time.sleep(10)
+        begin()
+
+    monkeypatch.setattr(os, "setsid", begin_late)
+    orders = Orders("worker", tmp_path / "record", None, tmp_path / "spent")
+    process = Forked(lambda: time.sleep(60), orders=orders, log=tmp_path / "log")
+    started = time.monotonic()
+    process.end()
+    assert process.killed
+    assert time.monotonic() - started < 8
+    assert not orders.record.exists()
+
+
 def test_it_leaves_no_process_behind(cluster: Cluster, byrd_crash_points: CrashPoints) -> None:
     app: Any = cluster.app("tests.apps.crash")
     byrd_crash_points.skip = _MOST
@@ -230,6 +251,27 @@ def test_it_leaves_no_process_behind(cluster: Cluster, byrd_crash_points: CrashP
     report = byrd_crash_points(app.engine, lambda: app.engine.submit(app.add.s(1, 1)))
     assert report.tried == 1
     assert set(psutil.Process().children()) == before
+
+
+def test_a_worker_that_is_slow_to_start_is_waited_for(
+    cluster: Cluster, byrd_crash_points: CrashPoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though its run has ended before: the boundaries of what it does with the run's message count."""
+    app: Any = cluster.app("tests.apps.crash")
+
+    def run_late(*args: Any, **options: Any) -> None:
+        time.sleep(1)
+        run_worker(*args, **options)
+
+    def submit_and_cancel() -> Any:
+        run = app.engine.submit(app.add.s(1, 1))
+        run.cancel()
+        return run
+
+    monkeypatch.setattr(crash, "run_worker", run_late)
+    byrd_crash_points.only = "submitter: before SELECT to_regclass('byrd.alembic_version')"
+    report = byrd_crash_points(app.engine, submit_and_cancel)
+    assert report.kinds["acknowledgements"] == 2
 
 
 def test_connections_that_the_test_has_used_before_do_no_harm(cluster: Cluster, byrd_crash_points: CrashPoints) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from byrd.engine import Run
 from byrd.errors import ArgumentError, StepLostError
 from tests.cluster import Cluster, Worker, wait_until
 from tests.invariants import check_database
+from tests.reliability.memory import MemoryGroup, NoMemoryGroupError, memory_group
+from tests.reliability.test_workers import history, lines
 
 APP = "tests.apps.rough"
 
@@ -30,11 +33,6 @@ def app(module_cluster: Cluster, worker: Worker) -> Iterator[Any]:
     yield module_cluster.app(APP)
     check_database(module_cluster.database_url)
     assert worker.running
-
-
-def lines(path: Path) -> list[Any]:
-    """Return what tasks noted."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def bystander(app: Any, path: Path) -> Run:
@@ -106,6 +104,46 @@ def test_a_task_without_memory_fails(app: Any) -> None:
     with pytest.raises(MemoryError):
         run.get(timeout=60)
     assert app.engine.submit(app.add.s(1, 2)).get(timeout=30) == 3
+
+
+@pytest.fixture
+def little_memory() -> Iterator[MemoryGroup]:
+    """A control group, to put processes into that are to have little memory."""
+    with ExitStack() as stack:
+        try:
+            group = stack.enter_context(memory_group())
+        except NoMemoryGroupError as exc:
+            pytest.skip(str(exc))
+        yield group
+
+
+@pytest.mark.parametrize("whose", ["its process", "its worker"])
+def test_a_pool_process_that_the_kernel_kills_for_want_of_memory(
+    cluster: Cluster, little_memory: MemoryGroup, tmp_path: Path, whose: str
+) -> None:
+    """The OOM killer takes the process that has most, and gives no reason: its step runs again, the others go on.
+
+    The limit is that of the process, or of the whole worker, as in a container.
+    """
+    app = cluster.app(APP)
+    worker = cluster.worker(APP, concurrency=2)
+    beside = bystander(app, tmp_path / "beside")
+    run = app.engine.submit(app.outgrows.s(str(tmp_path), 1024) | app.echo.s())
+    wait_until(lambda: lines(tmp_path / "notes"))
+    [victim] = lines(tmp_path / "notes")
+    little_memory.limit(256)
+    little_memory.add(*([victim] if whose == "its process" else [worker.pid, *worker.pids()]))
+    (tmp_path / "go").touch()
+    assert run.get(timeout=60) == 2
+    assert little_memory.kills() == 1
+    assert victim not in worker.pids()
+    assert f"the pool process {victim} is gone while it ran" in worker.log_text()
+    assert history(cluster, run) == [(0, 1, "preempted")]
+    (tmp_path / "beside").touch()
+    assert beside.get(timeout=30) == 2
+    assert history(cluster, beside) == []
+    assert worker.running
+    check_database(cluster.database_url)
 
 
 # -- exceptions ------------------------------------------------------------------------------------

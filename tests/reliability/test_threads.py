@@ -7,15 +7,12 @@ import signal
 import time
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import psycopg2
 import pytest
 from celery.exceptions import TimeLimitExceeded
 
 from byrd.embedded import EmbeddedPostgres
-from byrd.store import sweeps
-from byrd.worker import Settings, Sweeper
 from tests.cluster import Cluster, ClusterFactory, wait_until
 from tests.invariants import check_database
 from tests.reliability.test_workers import APP, ended, history, lines, running
@@ -106,26 +103,38 @@ def test_a_cold_shutdown_ends_the_lease(cluster: Cluster, tmp_path: Path) -> Non
 
 
 def test_a_loss_of_the_broker_is_noticed_again_by_the_next_if_the_first_dies_over_it(cluster: Cluster) -> None:
+    """Who has noticed it, and is killed before the steps are marked for it, leaves the broker without its mark."""
     app = cluster.app(APP)
+    first = cluster.worker(APP, queues=["other"])
+    wait_until(lambda: cluster.rows("SELECT 1 FROM byrd.brokers"))  # the broker is new, and gets its mark
     run = app.engine.submit(app.add.s(1, 2))
-    sweeper = Sweeper(app.engine.runtime, Settings())
-    try:
-        sweeper.relay()  # the broker is new, and gets its mark
-        assert _doubted(cluster) == 0
+    # Nobody would look at the step for an hour, but for the loss.
+    cluster.rows("UPDATE byrd.steps SET wake_at = now() + interval '1 hour'")
+    cluster.rows(_HOLD_UP)
+    with closing(psycopg2.connect(cluster.database_url)) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT pg_advisory_xact_lock(1)")
         with cluster.redis() as redis:
+            wait_until(lambda: redis.keys("byrd.relay.*"))
             redis.flushdb()
-        sweeper.store.run(sweeps.doubt_all)  # as one does that is killed before it has marked the broker
-        cluster.rows("UPDATE byrd.steps SET wake_at = now() + interval '1 hour' RETURNING 1")
-        sweeper._last_look = 0.0
-        sweeper.relay()
-        with cluster.redis() as redis:
-            assert redis.llen("celery") == 1
-            assert len(redis.keys("byrd.relay.*")) == 1
-    finally:
-        sweeper.stop()
+        wait_until(lambda: held_up(cluster))
+        first.kill()
+    wait_until(lambda: not held_up(cluster))
+    cluster.rows("DROP TRIGGER hold_up ON byrd.steps")
     cluster.worker(APP)
     assert run.get(timeout=30) == 3
 
 
-def _doubted(cluster: Cluster) -> Any:
-    return cluster.rows("SELECT count(*) FROM byrd.steps WHERE status = 'ready' AND wake_at = ready_at")[0][0]
+#: Whoever looks at published steps again, for the broker has lost their messages, waits for a lock first.
+_HOLD_UP = """
+CREATE FUNCTION hold_up() RETURNS trigger LANGUAGE plpgsql AS
+  'BEGIN PERFORM pg_advisory_xact_lock(1); RETURN NEW; END';
+CREATE TRIGGER hold_up BEFORE UPDATE ON byrd.steps FOR EACH ROW
+  WHEN (NEW.wake_at = NEW.ready_at AND OLD.wake_at > OLD.ready_at) EXECUTE FUNCTION hold_up()
+"""
+
+
+def held_up(cluster: Cluster) -> list[tuple[int]]:
+    """Return the sessions that wait for that lock."""
+    return cluster.rows(
+        "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND objid = 1 AND classid = 0 AND NOT granted"
+    )
