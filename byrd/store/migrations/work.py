@@ -37,7 +37,8 @@ DECLARE
     all_runs uuid[]; f_runs uuid[]; f_nos int[]; f_joins int[];
     n_runs uuid[]; n_nos int[];
     going uuid[] := '{}'; ended uuid[] := '{}'; ready_ids text[] := '{}'; some_ready text[]; some_runs uuid[];
-    unusual boolean; a_run uuid; a_join int; a_count int; left_over int; a_kind text; a_status text; own_left boolean;
+    unusual boolean; uncalled boolean;
+    a_run uuid; a_join int; a_count int; left_over int; a_kind text; a_status text; own_left boolean;
 BEGIN
     -- A worker is not given up between this check and the commit, or nobody would ever recover what is claimed here.
     IF most > 0 OR peek THEN
@@ -145,22 +146,25 @@ BEGIN
     LOOP
         CONTINUE WHEN EXISTS (SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.status = 'ready')
                    OR EXISTS (SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.status = 'running');
-        IF EXISTS (SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.status = 'pending') THEN
+        uncalled := EXISTS (SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.status = 'pending');
+        IF uncalled THEN
             CONTINUE WHEN EXISTS (
-                WITH RECURSIVE uncalled AS (
+                WITH RECURSIVE below AS (
                     SELECT s.no FROM byrd.steps s WHERE s.run_id = a_run AND s.status = 'pending' AND s.on_failure
                     UNION
-                    SELECT s.no FROM byrd.steps s JOIN uncalled u ON s.after = u.no
+                    SELECT s.no FROM byrd.steps s JOIN below u ON s.after = u.no
                      WHERE s.run_id = a_run AND s.status = 'pending')
                 SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.status = 'pending'
-                   AND s.no NOT IN (SELECT u.no FROM uncalled u));
-            UPDATE byrd.steps s SET status = 'skipped', finished_at = clock_timestamp()
-             WHERE s.run_id = a_run AND s.status = 'pending';
+                   AND s.no NOT IN (SELECT u.no FROM below u));
         END IF;
         IF a_status NOT IN ('running','paused') OR EXISTS (
             SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.kind IN ('task','join','callback')
                AND s.status IN ('failed','skipped','cancelled')) THEN
             RAISE EXCEPTION 'not for the fast path' USING ERRCODE = 'BY001';
+        END IF;
+        IF uncalled THEN  -- only now, for the groups of errbacks that nobody has called are no failures
+            UPDATE byrd.steps s SET status = 'skipped', finished_at = clock_timestamp()
+             WHERE s.run_id = a_run AND s.status = 'pending';
         END IF;
         ended := ended || a_run;
     END LOOP;
