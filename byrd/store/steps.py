@@ -294,10 +294,11 @@ def revoke(
 
 def revoke_waiting(conn: Connection, step_id: str) -> list[Wakeup]:
     """ready → cancelled; a step that is pending is cancelled once it is ready.  What runs goes on, as in Celery."""
-    # First the one, then the other: a step that becomes ready in between is found by the second.
+    # First the one, then the other: a step that becomes ready in between is found by the second.  solo: its message is
+    # what ends it, and nobody runs it without.
     query(
         conn,
-        f"""UPDATE byrd.steps SET expires_in = NULL, expires_at = {flow.REVOKED}
+        f"""UPDATE byrd.steps SET expires_in = NULL, expires_at = {flow.REVOKED}, solo = true
             WHERE id = %(id)s AND status = 'pending' AND kind <> 'join'""",
         {"id": step_id},
     )

@@ -14,8 +14,9 @@ from sqlalchemy import Connection
 from byrd.canvas import Plan, compile_canvas
 from byrd.errors import StaleAttempt
 from byrd.model import StepKind
-from byrd.store import Claim, RunRow, StepRow, Store, Wakeup, plans, runs, steps, sweeps
+from byrd.store import Claim, RunRow, StepRow, Store, Wakeup, plans, runs, steps, sweeps, work
 from byrd.store.rows import query
+from byrd.store.work import Done, Own, Work
 from tests.invariants import check_invariants
 
 app = Celery("store-tests", set_as_current=False)
@@ -29,15 +30,23 @@ def sig(name: str, *args: Any, **options: Any) -> Any:
     return signature(name, args=args, options=options, app=app)
 
 
-def plan_of(canvas: Any) -> Plan:
-    """Compile a canvas as the engine does, with queues and compensations."""
+def plan_of(canvas: Any, *, shared: bool = False) -> Plan:
+    """Compile a canvas as the engine does, with queues and compensations.
+
+    ``shared``: whoever is awake may run a step, unless it has a priority, may expire, or is an errback's.
+    """
     plan = compile_canvas(canvas, app)
-    return Plan(tuple(step if step.kind is StepKind.JOIN else _frozen(step) for step in plan.steps), plan.output)
+    frozen = (step if step.kind is StepKind.JOIN else _frozen(step, shared=shared) for step in plan.steps)
+    return Plan(tuple(frozen), plan.output)
 
 
-def _frozen(step: Any) -> Any:
+def _frozen(step: Any, *, shared: bool) -> Any:
     undo = json.dumps({"task": f"undo_{step.task}", "queue": "work", "options": "{}"})
-    return replace(step, queue="work", compensation=undo if SAGA in step.task else None)
+    own = "priority" in step.options or step.expires_in is not None or step.kind is StepKind.ERRBACK
+    queue = step.options.get("queue", "work")
+    return replace(
+        step, queue=queue, compensation=undo if SAGA in step.task else None, solo=own or step.on_failure or not shared
+    )
 
 
 class World:
@@ -52,10 +61,19 @@ class World:
 
     # -- what people do --------------------------------------------------------------------------
 
-    def submit(self, canvas: Any, *, key: str | None = None, deadline: float | None = None) -> str:
+    def submit(
+        self, canvas: Any, *, key: str | None = None, deadline: float | None = None, shared: bool = False
+    ) -> str:
         """Submit a canvas; return the run's id."""
-        run_id, _ = self.do(submit, str(uuid.uuid4()), plan_of(canvas), key=key, deadline=deadline)
+        plan = plan_of(canvas, shared=shared)
+        run_id, _ = self.do(submit, str(uuid.uuid4()), plan, key=key, deadline=deadline)
+        if shared:
+            self.share_all()
         return str(run_id)
+
+    def share_all(self) -> None:
+        """Let the workers run the steps of all tasks that there are without messages."""
+        self.sql("UPDATE byrd.workers SET shares = (SELECT array_agg(DISTINCT task) FROM byrd.steps) RETURNING 1")
 
     def do(self, statement: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a statement in a transaction of its own."""
@@ -120,6 +138,31 @@ class World:
             token=str(uuid.uuid4()),
         )
         return found
+
+    def work(
+        self,
+        done: Iterable[Claim | Done] = (),
+        *,
+        own: Claim | StepRow | None = None,
+        most: int = 0,
+        others: bool = False,
+        peek: bool = False,
+        worker_id: str | None = None,
+        pid: int = 1,
+        token: str | None = None,
+    ) -> Work:
+        """Record in one statement that tasks have returned their names, and claim."""
+        return self.store.run_alone(
+            work.work,
+            worker_id=worker_id or self.worker_id,
+            pid=pid,
+            token=token or str(uuid.uuid4()),
+            done=[c if isinstance(c, Done) else Done(c, json.dumps(c.task)) for c in done],
+            own=Own(own.id, own.attempt, own.task or "") if own is not None else None,
+            most=most,
+            others=others,
+            peek=peek,
+        )
 
     def settle(self, claim: Claim) -> list[Wakeup]:
         """End an attempt: the task returns its name, or raises."""

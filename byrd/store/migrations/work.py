@@ -37,7 +37,8 @@ DECLARE
     all_runs uuid[]; f_runs uuid[]; f_nos int[]; f_joins int[];
     n_runs uuid[]; n_nos int[];
     going uuid[] := '{}'; ended uuid[] := '{}'; ready_ids text[] := '{}'; some_ready text[]; some_runs uuid[];
-    unusual boolean; a_run uuid; a_join int; a_count int; left_over int; a_kind text; a_status text; own_left boolean;
+    unusual boolean; uncalled boolean;
+    a_run uuid; a_join int; a_count int; left_over int; a_kind text; a_status text; own_left boolean;
 BEGIN
     -- A worker is not given up between this check and the commit, or nobody would ever recover what is claimed here.
     IF most > 0 OR peek THEN
@@ -76,13 +77,15 @@ BEGIN
                AND (n.kind <> 'join' OR n.waiting = 0)),
         ranked AS (
             SELECT id, kind, fits AND claimed + row_number() OVER (ORDER BY NOT fits) <= most AS mine FROM next),
+        -- NOT solo, again: of a revoke that commits while this waits for the row, nothing else is seen.
         released AS (
             UPDATE byrd.steps s
-               SET status = CASE WHEN k.mine THEN 'running' ELSE 'ready' END,
-                   attempt = s.attempt + k.mine::int,
-                   started_at = CASE WHEN k.mine THEN clock_timestamp() END,
-                   worker_id = CASE WHEN k.mine THEN me END, pid = CASE WHEN k.mine THEN child END,
-                   claim = CASE WHEN k.mine THEN token END,
+               SET status = CASE WHEN k.mine AND NOT s.solo THEN 'running' ELSE 'ready' END,
+                   attempt = s.attempt + (k.mine AND NOT s.solo)::int,
+                   started_at = CASE WHEN k.mine AND NOT s.solo THEN clock_timestamp() END,
+                   worker_id = CASE WHEN k.mine AND NOT s.solo THEN me END,
+                   pid = CASE WHEN k.mine AND NOT s.solo THEN child END,
+                   claim = CASE WHEN k.mine AND NOT s.solo THEN token END,
                    ready_at = clock_timestamp(),
                    run_at = coalesce(s.eta, clock_timestamp() + coalesce(s.countdown, 0) * interval '1 second'),
                    wake_at = CASE WHEN coalesce(s.eta <= clock_timestamp(), coalesce(s.countdown, 0) <= 0)
@@ -92,7 +95,7 @@ BEGIN
                      THEN 1 ELSE 0 END,
                    expires_at = coalesce(clock_timestamp() + s.expires_in * interval '1 second', s.expires_at)
               FROM ranked k WHERE s.id = k.id AND s.status || '' = 'pending' AND k.kind IN ('task','callback')
-            RETURNING s.id, s.run_id, k.mine)
+            RETURNING s.id, s.run_id, s.status = 'running' AS mine)
         SELECT (SELECT bool_or(k.kind NOT IN ('task','callback')) FROM ranked k),
                count(*) FILTER (WHERE l.mine), array_agg(l.id) FILTER (WHERE NOT l.mine), array_agg(l.run_id)
           INTO unusual, found_rows, some_ready, some_runs FROM released l;
@@ -145,22 +148,25 @@ BEGIN
     LOOP
         CONTINUE WHEN EXISTS (SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.status = 'ready')
                    OR EXISTS (SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.status = 'running');
-        IF EXISTS (SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.status = 'pending') THEN
+        uncalled := EXISTS (SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.status = 'pending');
+        IF uncalled THEN
             CONTINUE WHEN EXISTS (
-                WITH RECURSIVE uncalled AS (
+                WITH RECURSIVE below AS (
                     SELECT s.no FROM byrd.steps s WHERE s.run_id = a_run AND s.status = 'pending' AND s.on_failure
                     UNION
-                    SELECT s.no FROM byrd.steps s JOIN uncalled u ON s.after = u.no
+                    SELECT s.no FROM byrd.steps s JOIN below u ON s.after = u.no
                      WHERE s.run_id = a_run AND s.status = 'pending')
                 SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.status = 'pending'
-                   AND s.no NOT IN (SELECT u.no FROM uncalled u));
-            UPDATE byrd.steps s SET status = 'skipped', finished_at = clock_timestamp()
-             WHERE s.run_id = a_run AND s.status = 'pending';
+                   AND s.no NOT IN (SELECT u.no FROM below u));
         END IF;
         IF a_status NOT IN ('running','paused') OR EXISTS (
             SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.kind IN ('task','join','callback')
                AND s.status IN ('failed','skipped','cancelled')) THEN
             RAISE EXCEPTION 'not for the fast path' USING ERRCODE = 'BY001';
+        END IF;
+        IF uncalled THEN  -- only now, for the groups of errbacks that nobody has called are no failures
+            UPDATE byrd.steps s SET status = 'skipped', finished_at = clock_timestamp()
+             WHERE s.run_id = a_run AND s.status = 'pending';
         END IF;
         ended := ended || a_run;
     END LOOP;
@@ -170,7 +176,8 @@ BEGIN
     END IF;
 
     -- The step that the message names.
-    IF own_id IS NOT NULL AND most > 0 THEN
+    own_left := own_id IS NOT NULL;
+    IF own_left AND claimed < most THEN
         UPDATE byrd.steps s
            SET status = 'running', attempt = s.attempt + 1, started_at = clock_timestamp(), worker_id = me,
                pid = child, claim = token
