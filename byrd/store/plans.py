@@ -112,7 +112,7 @@ _COLUMNS = {
     "id": "text", "no": "int", "kind": "text", "task": "text", "queue": "text", "args": "text", "kwargs": "text",
     "options": "text", "compensation": "text", "after": "int", "on_failure": "bool", "input": "int", "join_no": "int",
     "join_pos": "int", "waiting": "int", "group_id": "text", "countdown": "float8", "eta": "timestamptz",
-    "expires_in": "float8", "expires_at": "timestamptz",
+    "expires_in": "float8", "expires_at": "timestamptz", "signal": "text", "fallback": "text",
 }  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def _row(step: Step) -> tuple[Any, ...]:
     return (
         step.id, step.no, step.kind.value, step.task, step.queue, step.args, step.kwargs, json.dumps(dict(options)),
         step.compensation, step.after, step.on_failure, step.input, step.into, step.position, step.members,
-        step.group_id, step.countdown, step.eta, step.expires_in, step.expires_at,
+        step.group_id, step.countdown, step.eta, step.expires_in, step.expires_at, step.signal, step.fallback,
     )  # fmt: skip
 
 

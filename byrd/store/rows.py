@@ -128,6 +128,7 @@ class StepRow:
     compensates: int | None
     waiting: int
     replaced: bool
+    signal: str | None
     attempt: int
     retries: int
     preemptions: int
