@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sqlalchemy import Connection
@@ -27,7 +27,7 @@ REVOKED = "'epoch'::timestamptz"
 
 _DUE = f"coalesce(s.eta <= {_NOW}, coalesce(s.countdown, 0) <= 0)"
 # A step that is due is published by whoever commits this, so the relay looks again later; one that is not, at its time.
-_RELEASE = f"""
+_SET_RELEASED = f"""
 UPDATE byrd.steps s
    SET status = CASE WHEN s.kind = 'wait' THEN 'waiting' ELSE 'ready' END, ready_at = {_NOW},
        run_at = coalesce(s.eta, {_NOW} + coalesce(s.countdown, 0) * interval '1 second'),
@@ -35,9 +35,14 @@ UPDATE byrd.steps s
                       ELSE coalesce(s.eta, {_NOW} + s.countdown * interval '1 second') END,
        sends = CASE WHEN {_DUE} THEN 1 ELSE 0 END,
        expires_at = coalesce({_NOW} + s.expires_in * interval '1 second', s.expires_at)
- WHERE s.run_id = %(run)s AND s.status = 'pending' AND s.kind <> 'join' AND NOT s.replaced
 """
+_RELEASABLE = "s.status = 'pending' AND s.kind <> 'join' AND NOT s.replaced"
+_RELEASE = f"{_SET_RELEASED} WHERE s.run_id = %(run)s AND {_RELEASABLE}"
 _RELEASE_AFTER = f"{_RELEASE} AND s.after = %(no)s AND s.on_failure = %(failed)s RETURNING {WAKEUP}"
+_RELEASE_AFTER_ALL = f"""{_SET_RELEASED}
+  FROM unnest(%(runs)s::uuid[], %(numbers)s::int[]) AS done (run_id, no)
+ WHERE s.run_id = done.run_id AND s.after = done.no AND NOT s.on_failure AND {_RELEASABLE}
+RETURNING {WAKEUP}, s.after"""
 _RELEASE_ROOTS = f"{_RELEASE} AND s.no = ANY(%(numbers)s) RETURNING {WAKEUP}"
 
 
@@ -79,6 +84,26 @@ def begin_waits(conn: Connection, released: Iterable[Wakeup]) -> bool:
     if any(row.due for row in rows):
         query(conn, f"NOTIFY {CHANNEL}")
     return True
+
+
+def release_after(conn: Connection, done: Sequence[tuple[str, int]]) -> tuple[list[Wakeup], set[tuple[str, int]]]:
+    """pending → ready, waits → waiting, for what comes right after the success of steps of many runs.
+
+    Returns what became ready, and those of the steps that :func:`advance` has nothing to add to.
+    """
+    params = {"runs": [run_id for run_id, _ in done], "numbers": [no for _, no in done]}
+    rows = query(conn, _RELEASE_AFTER_ALL, params).all()
+    released = wakeups_of(rows)
+    begin_waits(conn, released)
+    empty_groups = query(
+        conn,
+        """SELECT s.run_id::text, s.after FROM unnest(%(runs)s::uuid[], %(numbers)s::int[]) AS done (run_id, no)
+             JOIN byrd.steps s ON s.run_id = done.run_id AND s.after = done.no
+            WHERE s.kind = 'join' AND s.waiting = 0 AND s.status = 'pending' AND NOT s.on_failure""",
+        params,
+    )
+    settled = {(str(row.run_id), row.after) for row in rows} - {(row.run_id, row.after) for row in empty_groups}
+    return [step for step in released if step.kind != StepKind.WAIT], settled
 
 
 def advance(
