@@ -151,7 +151,7 @@ def test_bad_signals_are_refused_by_name(shared: Any) -> None:
 
 WRONG = enumerate(
     [
-        lambda: byrd.sleep(),
+        byrd.sleep,
         lambda: byrd.sleep(1, until=datetime.now(UTC)),
         lambda: byrd.sleep(-1),
         lambda: byrd.sleep(float("nan")),
@@ -197,8 +197,9 @@ def test_what_a_wait_cannot_take(shared: Any) -> None:
 
 
 def test_outside_a_run_a_wait_says_where_it_belongs(shared: Any) -> None:
-    for call in (lambda: byrd.sleep(1).delay(), lambda: byrd.sleep(1).apply().get(), lambda: byrd.wait_for("a")()):
-        with pytest.raises(WaitOutsideRunError, match="submit the canvas with engine.submit"):
+    calls: list[Any] = [lambda: byrd.sleep(1).delay(), lambda: byrd.sleep(1).apply().get(), byrd.wait_for("a")]
+    for call in calls:
+        with pytest.raises(WaitOutsideRunError, match=r"submit the canvas with engine\.submit"):
             call()
     with pytest.raises(WaitOutsideRunError):
         chain(byrd.sleep(1), shared.echo.s()).apply_async()
