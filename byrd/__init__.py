@@ -11,6 +11,7 @@ from byrd import errors
 from byrd.engine import Byrd, Run, Workflow
 from byrd.model import RunStatus, StepStatus
 from byrd.task import CheckpointTask, DurableTask, Outcome, Progress, SagaTask
+from byrd.waits import sleep, wait_for
 
 try:
     __version__ = version("byrd")
@@ -30,4 +31,6 @@ __all__ = [
     "Workflow",
     "__version__",
     "errors",
+    "sleep",
+    "wait_for",
 ]

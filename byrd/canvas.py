@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 from celery import Celery
@@ -24,6 +24,7 @@ from kombu.utils.json import dumps
 
 from byrd.errors import ArgumentError, CanvasError
 from byrd.model import StepKind
+from byrd.waits import NOT_GIVEN, Wait, is_wait, wait_of
 
 #: Options that Celery writes while it freezes or sends a canvas; the plan has its own words for them.
 _FROZEN_OPTIONS = frozenset({
@@ -46,7 +47,9 @@ class Step:
 
     ``after``: the step that must be done first (succeeded, or failed when ``on_failure``).
     ``input``: the step whose value is put before ``args``.  ``into``/``position``: the join that gets the value.
-    ``members``: how many values a join waits for.  ``solo``: it runs by a message of its own only.
+    ``members``: how many values a join waits for.  ``solo``: it runs by a message of its own only.  ``signal``: what a
+    wait waits for, if not for its time alone, which is in ``countdown`` and ``eta``; ``fallback``: its value (JSON)
+    when that has come, unless it has an ``input``.
     """
 
     no: int
@@ -70,6 +73,8 @@ class Step:
     queue: str | None = None
     compensation: str | None = None
     solo: bool = True
+    signal: str | None = None
+    fallback: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +222,8 @@ class _Builder:
             return self.chord(sig, given)
         if sig.task == _CHUNKS:
             return self.chunks(sig, given)
+        if is_wait(sig):
+            return self.wait(sig, given)
         return self.task(sig, given)
 
     def task(self, sig: Signature, given: _Given) -> int:
@@ -246,6 +253,40 @@ class _Builder:
                 input=source,
                 group_id=options.get("group_id"),
                 **_times(options, sig.task),
+            )
+        )
+        self.hang(no, given, given.links_of(sig), given.errbacks_of(sig))
+        return no
+
+    def wait(self, sig: Signature, given: _Given) -> int:
+        """Add a step that calls no task.  A sleep hands on its one argument; what waits for a signal takes none."""
+        wait, options = wait_of(sig), _merged(sig, given.options)
+        literal, source = tuple(sig.args), None
+        if not sig.immutable:
+            literal = (*given.args, *sig.args)
+            source = given.after if given.value else None
+        if not sig.immutable and given.kwargs:
+            raise ArgumentError(f"{sig.task} takes no keyword argument {min(given.kwargs)!r} of the canvas around it")
+        fallback = None
+        if wait.signal is not None:
+            source = None
+            fallback = None if wait.default is NOT_GIVEN else _json(wait.default, sig.task, "default")
+        elif len(literal) + (source is not None) > 1:
+            raise ArgumentError(f"{sig.task} hands on one value, and is given {len(literal) + (source is not None)}")
+        elif source is None:
+            fallback = _json(literal[0] if literal else None, sig.task, "argument")
+        no = self.add(
+            Step(
+                no=len(self.steps),
+                id=str(sig.options.get("task_id") or uuid.uuid4()),
+                kind=StepKind.WAIT,
+                task=sig.task,
+                after=given.after,
+                on_failure=given.on_failure,
+                input=source,
+                signal=wait.signal,
+                fallback=fallback,
+                **_time_of(wait, _times(options, sig.task)),
             )
         )
         self.hang(no, given, given.links_of(sig), given.errbacks_of(sig))
@@ -448,6 +489,18 @@ def _times(options: Mapping[str, Any], task: str) -> dict[str, Any]:
             times["expires_in"] = _seconds(expires, "expires", task)
         else:
             times["expires_at"] = _moment(expires, "expires", task)
+    return times
+
+
+def _time_of(wait: Wait, times: dict[str, Any]) -> dict[str, Any]:
+    """Return when a wait is over, in the plan's words; a delay that its options ask for comes before it."""
+    start, delay = times.pop("eta", None), times.pop("countdown", 0.0)
+    if wait.until is not None:
+        times["eta"] = wait.until if start is None else max(wait.until, start)
+    elif wait.seconds is not None and start is not None:
+        times["eta"] = start + timedelta(seconds=wait.seconds)
+    elif wait.seconds is not None:
+        times["countdown"] = max(0.0, delay) + wait.seconds
     return times
 
 

@@ -19,6 +19,8 @@
     ├── RunNotFoundError          no run has this id
     ├── IllegalTransitionError    the run's status does not allow that
     ├── CheckpointError           a checkpoint that cannot be saved
+    ├── SignalTimeoutError        a signal did not come in time
+    ├── WaitOutsideRunError       a sleep or a wait that is no step of a run
     ├── StepLostError             a step was preempted too often
     ├── RunTimeoutError           a run did not end before its deadline
     └── EmbeddedServerError       an embedded server did not start
@@ -98,6 +100,14 @@ class IllegalTransitionError(ByrdError):
 
 class CheckpointError(ByrdError):
     """A checkpoint that cannot be saved."""
+
+
+class SignalTimeoutError(ByrdError):
+    """The signal that a step waited for did not come in time, and no default was given."""
+
+
+class WaitOutsideRunError(ByrdError):
+    """``byrd.sleep`` or ``byrd.wait_for`` was called as a task, outside a run."""
 
 
 class StepLostError(ByrdError):

@@ -39,6 +39,7 @@ class StepStatus(StrEnum):
     PENDING = "pending"
     READY = "ready"
     RUNNING = "running"
+    WAITING = "waiting"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     SKIPPED = "skipped"
@@ -51,10 +52,14 @@ class StepStatus(StrEnum):
 
 
 class StepKind(StrEnum):
-    """What a step is for.  Only a join calls no task: it gathers the values of a group."""
+    """What a step is for.
+
+    Two kinds call no task: a join gathers the values of a group, a wait lets time pass, or a signal come.
+    """
 
     TASK = "task"
     JOIN = "join"
+    WAIT = "wait"
     CALLBACK = "callback"
     ERRBACK = "errback"
     COMPENSATION = "compensation"
@@ -73,7 +78,7 @@ class Outcome(StrEnum):
 
 FINAL_RUN = frozenset({RunStatus.SUCCEEDED, RunStatus.FAILED, RunStatus.CANCELLED})
 FINAL_STEP = frozenset({StepStatus.SUCCEEDED, StepStatus.FAILED, StepStatus.SKIPPED, StepStatus.CANCELLED})
-OPEN_STEP = frozenset({StepStatus.PENDING, StepStatus.READY, StepStatus.RUNNING})
+OPEN_STEP = frozenset({StepStatus.PENDING, StepStatus.READY, StepStatus.RUNNING, StepStatus.WAITING})
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +118,18 @@ STEP_TRANSITIONS: tuple[Transition, ...] = (
     _step("preempt", "running", "ready failed", "its worker is gone; failed once it was preempted too often"),
     _step("hand_back", "running", "ready", "its worker shuts down, or its run is paused: it goes on later"),
     _step("replace", "running", "pending", "its task replaced itself by a canvas, whose value it will have"),
-    _step("revoke", "ready running", "cancelled", "Celery's revoke, or it expired before it started"),
+    _step("begin_wait", "pending", "waiting", "its predecessor is done, and it is a sleep or waits for a signal"),
+    _step(
+        "end_wait", "waiting", "succeeded failed", "its time or its signal has come; failed when no signal came in time"
+    ),
+    _step("revoke", "ready running waiting", "cancelled", "Celery's revoke, or it expired before it started"),
     _step("abandon", "running", "cancelled", "its run is being cancelled, and it stopped at a checkpoint"),
     _step("ignore", "running", "cancelled", "its task raised Ignore"),
-    _step("expire", "ready", "cancelled", "its time to start was over"),
+    _step("expire", "ready waiting", "cancelled", "its time to start was over"),
     _step("finish_join", "pending", "succeeded failed", "all that it waits for is done"),
     _step("fail_body", "pending", "failed", "a member of the group that it waits for failed (ChordError)"),
     _step("skip", "pending", "skipped", "what it waits for failed"),
-    _step("cancel_step", "pending ready", "cancelled", "its run is being cancelled"),
+    _step("cancel_step", "pending ready waiting", "cancelled", "its run is being cancelled"),
     _step("reopen", "failed skipped cancelled", "pending", "its run is retried"),
     _step("recall", "succeeded", "pending", "its run is retried, and it is an errback: a new failure calls it anew"),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from byrd.cli import chaos, dev, runs, setup
+from byrd.cli import chaos, dev, runs, setup, waits
 from byrd.cli.session import Session
 
 __all__ = ["main"]
@@ -26,4 +26,5 @@ def main(ctx: click.Context, app_name: str | None) -> None:
 dev.add_to(main)
 setup.add_to(main)
 runs.add_to(main)
+waits.add_to(main)
 chaos.add_to(main)

@@ -24,6 +24,7 @@ SIGNS: Mapping[str, tuple[str, str]] = {
     StepStatus.PENDING: ("·", "dim"),
     StepStatus.READY: ("○", "cyan"),
     StepStatus.RUNNING: ("●", "bold blue"),
+    StepStatus.WAITING: ("◷", "cyan"),
     StepStatus.SUCCEEDED: ("✔", "green"),
     StepStatus.FAILED: ("✘", "bold red"),
     StepStatus.SKIPPED: ("–", "dim"),
@@ -85,7 +86,10 @@ def _progress(snapshot: Snapshot) -> RenderableType:
     states = Counter(step.status for step in steps)
     done = sum(number for status, number in states.items() if StepStatus(status).final)
     words = Text(f"{done:,} of {len(steps):,} done")
-    for status in (StepStatus.RUNNING, StepStatus.READY, StepStatus.FAILED, StepStatus.SKIPPED, StepStatus.CANCELLED):
+    for status in (
+        StepStatus.RUNNING, StepStatus.READY, StepStatus.WAITING, StepStatus.FAILED, StepStatus.SKIPPED,
+        StepStatus.CANCELLED,
+    ):  # fmt: skip
         if states[status]:
             words.append(", ").append(f"{states[status]:,} {status}", style=SIGNS[status][1])
     row = Table.grid(padding=(0, 1))
@@ -239,6 +243,8 @@ class _Tree:
     def _name(self, step: StepRow) -> str:
         if step.kind == StepKind.JOIN:
             return f"group of {len(self.forest.members(step)):,}"
+        if step.signal is not None:
+            return f"{step.task} {step.signal}"
         return (step.task or "") + (", replaced by" if step.replaced else "")
 
     def _words(self, step: StepRow, state: StepStatus) -> list[tuple[str, str]]:
@@ -247,6 +253,8 @@ class _Tree:
             words.append((str(state), SIGNS[state][1]))
         if step.status == StepStatus.READY:
             words.append((self._waiting(step), "cyan"))
+        if step.status == StepStatus.WAITING:
+            words.append((self._until(step), "cyan"))
         if step.status == StepStatus.RUNNING:
             words.append((f"on {self.snapshot.holders.get(step.worker_id or '', 'a worker that is gone')}", "blue"))
         if (took := self._took(step)) is not None:
@@ -282,6 +290,11 @@ class _Tree:
             again = "again at" if step.attempt else "at"
             return f"{again} {moment(step.run_at, self.now)} ({_until(step.run_at, self.now)}){after}"
         return f"ready, queue {step.queue}{after}"
+
+    def _until(self, step: StepRow) -> str:
+        if step.run_at is None:
+            return f"since {moment(step.ready_at, self.now)}"
+        return f"until {moment(step.run_at, self.now)} ({ago(step.run_at, self.now)})"
 
     def _checkpoints(self, step: StepRow) -> list[Text]:
         found = self.snapshot.checkpoints.get(step.no, [])
@@ -321,4 +334,7 @@ def _plain(text: str, style: str) -> Text:
 
 
 def _uncalled(step: StepRow) -> bool:
-    return step.kind == StepKind.ERRBACK and step.status in (StepStatus.PENDING, StepStatus.SKIPPED)
+    return (step.kind == StepKind.ERRBACK or step.on_failure) and step.status in (
+        StepStatus.PENDING,
+        StepStatus.SKIPPED,
+    )

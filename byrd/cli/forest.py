@@ -9,7 +9,10 @@ from byrd.model import StepKind, StepStatus
 from byrd.store import StepRow
 
 #: Of several states below one node, the one that says most about it.
-_TELLING = (StepStatus.RUNNING, StepStatus.READY, StepStatus.FAILED, StepStatus.PENDING, StepStatus.CANCELLED)
+_TELLING = (
+    StepStatus.RUNNING, StepStatus.READY, StepStatus.WAITING, StepStatus.FAILED, StepStatus.PENDING,
+    StepStatus.CANCELLED,
+)  # fmt: skip
 
 
 class Forest:
@@ -97,7 +100,7 @@ class Forest:
     def _kind(self, step: StepRow) -> str:
         while step.kind == StepKind.JOIN and self.members(step):
             step = self.members(step)[0]
-        return StepKind.TASK if step.kind == StepKind.JOIN else step.kind
+        return StepKind.TASK if step.kind in (StepKind.JOIN, StepKind.WAIT) else step.kind
 
     def _heads_of(self, join_no: int) -> list[StepRow]:
         start = self.steps[join_no].after if join_no in self.steps else None

@@ -69,7 +69,7 @@ def _add_submit(group: click.Group) -> None:
         For example: byrd submit shop.order 42 '"express"' --kwarg gift=true --key order-42 --wait
         """
         engine = session.engine(patience=_SUBMIT_PATIENCE)
-        values = [_value(text) for text in args]
+        values = [json_value(text) for text in args]
         named = dict(_pair(text) for text in pairs)
         run = _submit(engine, name, values, named, key=key, timeout=timeout)
         if wait:
@@ -95,7 +95,8 @@ def _submit(engine: Byrd, name: str, args: list[Any], kwargs: dict[str, Any], **
     return engine.submit(name, *args, **options, **kwargs)
 
 
-def _value(text: str) -> Any:
+def json_value(text: str) -> Any:
+    """Return a value that was given as JSON; raise :class:`ArgumentError` for what is none."""
     try:
         return json.loads(text)
     except ValueError:
@@ -107,7 +108,7 @@ def _pair(text: str) -> tuple[str, Any]:
     name, separator, value = text.partition("=")
     if not separator or not name.isidentifier():
         raise ArgumentError(f"--kwarg {text}: write it as name=value, the value in JSON")
-    return name, _value(value)
+    return name, json_value(value)
 
 
 def _finish(engine: Byrd, run: Run, *, as_json: bool) -> None:
@@ -330,7 +331,7 @@ def _operate(
     found = [engine.get(run_id) for run_id in run_ids]  # all of them, before anything happens to one
     done = []
     for run in found:
-        act(run, _operator())
+        act(run, operator())
         status = run.status
         message = tell(run.id[:8], status)
         done.append({"run": run.id, "status": str(status), "message": message})
@@ -340,7 +341,7 @@ def _operate(
         print_json({"runs": done})
 
 
-def _operator() -> str:
+def operator() -> str:
     """Return who is at this command line, for the run's history."""
     try:
         user = getpass.getuser()

@@ -11,6 +11,7 @@ from byrd.engine.doctor import Check
 from byrd.engine.words import error_fields
 from byrd.store import Counts, RunRow, StepRow, WorkerRow
 from byrd.store.insight import Snapshot, Tally
+from byrd.store.waits import Awaited
 
 
 def run_shape(run: RunRow, tally: Tally | None, *, now: datetime | None = None) -> dict[str, Any]:
@@ -75,6 +76,22 @@ def worker_shape(worker: WorkerRow) -> dict[str, Any]:
     }
 
 
+def awaited_shape(step: Awaited) -> dict[str, Any]:
+    """Return a step that waits for a signal."""
+    return {
+        "run": step.run_id,
+        "workflow": step.workflow,
+        "title": step.title,
+        "run_status": step.run_status,
+        "step": step.step_no,
+        "signal": step.signal,
+        "since": step.since,
+        "until": step.until,
+        "has_default": step.default is not None,
+        "default": json.loads(step.default) if step.default is not None else None,
+    }
+
+
 def checks_shape(checks: Sequence[Check]) -> dict[str, Any]:
     """Return what the doctor found."""
     levels = [str(check.level) for check in checks]
@@ -93,6 +110,7 @@ def _step_shape(step: StepRow) -> dict[str, Any]:
         "kind": step.kind,
         "task": step.task,
         "queue": step.queue,
+        "signal": step.signal,
         "status": step.status,
         "after": step.after,
         "on_failure": step.on_failure,

@@ -26,9 +26,11 @@ from byrd.errors import (
     UnknownWorkflowError,
 )
 from byrd.model import RunStatus
-from byrd.store import WorkerRow, plans, runs, sweeps
+from byrd.store import WorkerRow, plans, runs, sweeps, waits
+from byrd.store.waits import Awaited
 from byrd.task import Runtime, adopt_app
 from byrd.task.durable import adopt_task
+from byrd.waits import add_tasks as add_waits
 from byrd.worker import prepare_worker
 
 #: The task that a schedule runs: it submits a workflow by name.
@@ -61,6 +63,7 @@ class Byrd:
         prepare_worker(app)
         app.byrd = self
         self._add_submit_task()
+        add_waits(app)
 
     # -- submitting ------------------------------------------------------------------------------
 
@@ -232,6 +235,11 @@ class Byrd:
                 raise ArgumentError(f"{wanted!r} is no status of a run; the statuses are {', '.join(RunStatus)}")
         rows = self.runtime.store.run(runs.list_runs, workflow=workflow, statuses=statuses, limit=limit)
         return [Run(self, row.id, row) for row in rows]
+
+    def waiting(self, *, signal: str | None = None, workflow: str | None = None, limit: int = 50) -> Sequence[Awaited]:
+        """Return the steps that wait for a signal, those that have waited longest first: what awaits whom."""
+        self.check_live()
+        return self.runtime.store.run(waits.list_awaited, signal=signal, workflow=workflow, limit=limit)
 
     def workers(self) -> Sequence[WorkerRow]:
         """Return the registered workers."""

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 from celery.exceptions import TimeoutError as CeleryTimeoutError
 from kombu.utils.json import loads
 
+from byrd.errors import ArgumentError
 from byrd.model import FINAL_STEP, RunStatus
-from byrd.store import RunRow, StepRow, Store, Wakeup, runs
+from byrd.store import RunRow, StepRow, Store, Wakeup, runs, waits
+from byrd.task.attempt import text_of, to_json
+from byrd.waits import checked_name
 
 if TYPE_CHECKING:
     from byrd.engine.engine import Byrd
@@ -126,6 +129,19 @@ class Run:
         """Try again what did not succeed in a failed or cancelled run, or the compensation that is stuck."""
         self._publish(self._store.run(runs.retry, self.id, by=by, token=_token()))
 
+    def signal(self, name: str, payload: Any = None, *, by: str | None = None) -> None:
+        """Send the run a signal: the step that waits for it, now or later, has ``payload`` (a JSON value) as its value.
+
+        Signals of one name are delivered in the order in which they were sent, each to one wait.
+        Raises :class:`ArgumentError` for a payload that JSON cannot hold or that is too large, :class:`CanvasError` for
+        what is no name of a signal, and :class:`IllegalTransitionError` for a run that has ended or is being stopped.
+        """
+        checked_name(name)
+        text = _payload_json(name, payload)
+        if too_large := self.engine.runtime.too_large(len(text)):
+            raise ArgumentError(f"the payload of signal {name!r} is {too_large}")
+        self._publish(self._store.run(waits.signal, self.id, name, text, by=by, token=_token()))
+
     @property
     def _store(self) -> Store:
         return self.engine.runtime.store
@@ -144,6 +160,16 @@ class Run:
 
     def __repr__(self) -> str:
         return f"<Run {self.id}>"
+
+
+def _payload_json(name: str, payload: Any) -> str:
+    try:
+        text = to_json(payload)
+    except (TypeError, ValueError, OverflowError, RecursionError) as exc:
+        raise ArgumentError(f"the payload of signal {name!r} cannot be held by JSON: {text_of(exc)}") from None
+    if "\\u0000" in text:
+        raise ArgumentError(f"the payload of signal {name!r} contains a NUL character; remove it")
+    return text
 
 
 def _token() -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from byrd.engine.words import ago, count, error_text, moment, shortened, since, span
-from byrd.model import RunStatus, StepKind
+from byrd.model import RunStatus, StepKind, StepStatus
 from byrd.store import Store, insight
 from byrd.store.insight import OpenStep, Standing
 from byrd.worker.bootstep import settings_of
@@ -36,6 +36,10 @@ class _Case:
     @property
     def store(self) -> Store:
         return self.engine.runtime.store
+
+    @property
+    def paused(self) -> bool:
+        return self.standing.run.status == RunStatus.PAUSED
 
     @property
     def short(self) -> str:
@@ -70,13 +74,14 @@ def explain(engine: Byrd, run_id: str) -> list[str]:
     sentences = [said for said in (_overdue(case, status), _of_run(case, status)) if said]
     if status is RunStatus.PAUSED:
         sentences += _told([_held(case, step, paused=True) for step in standing.open_steps if _runs(step)])
+        sentences += _told([_waits(case, step) for step in standing.open_steps if step.status == StepStatus.WAITING])
         return sentences
     reasons = [_reason(case, step) for step in standing.open_steps]
     sentences += _told(reasons, more=standing.open_count - len(standing.open_steps))
     if not reasons:
         sentences.append(
-            f"None of its steps is ready or running, which should never be: please report it, with the output of "
-            f"`byrd show {case.short} --json`."
+            "None of its steps is ready, running or waiting, which should never be: please report it, with the output "
+            f"of `byrd show {case.short} --json`."
         )
     return sentences
 
@@ -186,7 +191,7 @@ def _told(reasons: list[_Reason], *, more: int = 0) -> list[str]:
         else:
             sentences += [f"{_subject(reason.step)} {reason.text(False)}." for reason in found]
     if more > 0:
-        sentences.append(f"{count(more, 'more step is', 'more steps are')} ready or running.")
+        sentences.append(f"{count(more, 'more step is', 'more steps are')} ready, running or waiting.")
     return sentences
 
 
@@ -198,6 +203,8 @@ def _subject(step: OpenStep) -> str:
 def _reason(case: _Case, step: OpenStep) -> _Reason:
     if _runs(step):
         return _held(case, step)
+    if step.status == StepStatus.WAITING:
+        return _waits(case, step)
     if not step.due:
         return _delayed(case, step)
     return _due(case, step)
@@ -282,6 +289,36 @@ def _delayed(case: _Case, step: OpenStep) -> _Reason:
         )
     return _Reason(
         step, ("delayed",), lambda many: f"{'are delayed, the first' if many else 'is delayed'} until {when}"
+    )
+
+
+def _waits(case: _Case, step: OpenStep) -> _Reason:
+    """A sleep, or a wait for a signal."""
+    now, until = case.standing.now, step.run_at
+    time = f"{moment(until, now)} ({ago(until, now)})" if until is not None else ""
+    late = ""
+    if step.due and not case.paused:
+        helped = any(worker.alive for worker in case.standing.workers)
+        late = "; it is about to end" if helped else "; a worker, or `byrd relay`, ends it once one is started"
+    elif step.due:
+        late = ", and ends when the run is resumed"
+    if step.signal is None:
+        return _Reason(
+            step,
+            ("asleep", bool(late)),
+            lambda many: f"{'sleep, the first' if many else 'sleeps'} until {time}{late}",
+        )
+    began = since(step.ready_at, now) if step.ready_at else "a moment ago"
+    then = f"then it goes on with its default, {shortened(step.default, 60)}" if step.default else "then it fails"
+    end = f", until {time}: {then}{late}" if until is not None else ", for as long as it takes"
+    send = f"`byrd signal {case.short} {step.signal} [JSON]` sends it"
+    return _Reason(
+        step,
+        ("signal", step.signal, bool(late)),
+        lambda many: (
+            f"{'wait' if many else 'waits'} for the signal {step.signal!r}{', the first' if many else ''} since {began}"
+            f"{end}; {send}"
+        ),
     )
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sqlalchemy import Connection
 
-from byrd.store.rows import WAKEUP, Wakeup, query, wakeups_of
+from byrd.model import StepKind
+from byrd.store.rows import CHANNEL, WAKEUP, Wakeup, query, wakeups_of
 
 #: A ready step whose message was just published is looked at again by the relay after this time.
 RESEND_SECONDS = 2.0
@@ -26,24 +27,83 @@ REVOKED = "'epoch'::timestamptz"
 
 _DUE = f"coalesce(s.eta <= {_NOW}, coalesce(s.countdown, 0) <= 0)"
 # A step that is due is published by whoever commits this, so the relay looks again later; one that is not, at its time.
-_RELEASE = f"""
+_SET_RELEASED = f"""
 UPDATE byrd.steps s
-   SET status = 'ready', ready_at = {_NOW},
+   SET status = CASE WHEN s.kind = 'wait' THEN 'waiting' ELSE 'ready' END, ready_at = {_NOW},
        run_at = coalesce(s.eta, {_NOW} + coalesce(s.countdown, 0) * interval '1 second'),
        wake_at = CASE WHEN {_DUE} THEN {_NOW} + {RESEND_SECONDS} * interval '1 second'
                       ELSE coalesce(s.eta, {_NOW} + s.countdown * interval '1 second') END,
        sends = CASE WHEN {_DUE} THEN 1 ELSE 0 END,
        expires_at = coalesce({_NOW} + s.expires_in * interval '1 second', s.expires_at)
- WHERE s.run_id = %(run)s AND s.status = 'pending' AND s.kind <> 'join' AND NOT s.replaced
 """
+_RELEASABLE = "s.status = 'pending' AND s.kind <> 'join' AND NOT s.replaced"
+_RELEASE = f"{_SET_RELEASED} WHERE s.run_id = %(run)s AND {_RELEASABLE}"
 _RELEASE_AFTER = f"{_RELEASE} AND s.after = %(no)s AND s.on_failure = %(failed)s RETURNING {WAKEUP}"
+_RELEASE_AFTER_ALL = f"""{_SET_RELEASED}
+  FROM unnest(%(runs)s::uuid[], %(numbers)s::int[]) AS done (run_id, no)
+ WHERE s.run_id = done.run_id AND s.after = done.no AND NOT s.on_failure AND {_RELEASABLE}
+RETURNING {WAKEUP}, s.after"""
 _RELEASE_ROOTS = f"{_RELEASE} AND s.no = ANY(%(numbers)s) RETURNING {WAKEUP}"
 
 
 def release(conn: Connection, run_id: str, numbers: Iterable[int]) -> list[Wakeup]:
-    """pending → ready for the steps whose predecessors are known to be done."""
-    found = query(conn, _RELEASE_ROOTS, {"run": run_id, "numbers": list(numbers)})
-    return wakeups_of(found)
+    """pending → ready, waits → waiting, for the steps whose predecessors are known to be done."""
+    found = wakeups_of(query(conn, _RELEASE_ROOTS, {"run": run_id, "numbers": list(numbers)}))
+    begin_waits(conn, found)
+    return [step for step in found if step.kind != StepKind.WAIT]
+
+
+#: When somebody should look at the wait ``s``: at once when its signal was kept for it, or it was revoked before.
+LOOK_AT = f"""CASE WHEN s.expires_at <= s.ready_at OR s.signal IS NOT NULL AND EXISTS
+      (SELECT 1 FROM byrd.signals g WHERE g.run_id = s.run_id AND g.name = s.signal AND g.delivered_at IS NULL)
+    THEN {_NOW} ELSE coalesce(s.run_at, 'infinity'::timestamptz) END"""
+
+
+def begin_waits(conn: Connection, released: Iterable[Wakeup]) -> bool:
+    """Have those of the steps that are waits, and have just begun, looked at in their time; tell whether there are any.
+
+    One that waits for a signal only has no time: its ``run_at`` is NULL.  None ends in this transaction, which does not
+    have the run to itself; the relay is told of those that can end already.
+    """
+    waits = [step.id for step in released if step.kind == StepKind.WAIT]
+    if not waits:
+        return False
+    query(
+        conn,
+        """UPDATE byrd.steps SET sends = 0, started_at = ready_at,
+                  run_at = CASE WHEN eta IS NULL THEN ready_at + countdown * interval '1 second' ELSE eta END
+            WHERE id = ANY(%(waits)s)""",
+        {"waits": waits},
+    )
+    rows = query(
+        conn,
+        f"""UPDATE byrd.steps s SET wake_at = {LOOK_AT} WHERE id = ANY(%(waits)s)
+            RETURNING s.wake_at <= {_NOW} AS due""",
+        {"waits": waits},
+    )
+    if any(row.due for row in rows):
+        query(conn, f"NOTIFY {CHANNEL}")
+    return True
+
+
+def release_after(conn: Connection, done: Sequence[tuple[str, int]]) -> tuple[list[Wakeup], set[tuple[str, int]]]:
+    """pending → ready, waits → waiting, for what comes right after the success of steps of many runs.
+
+    Returns what became ready, and those of the steps that :func:`advance` has nothing to add to.
+    """
+    params = {"runs": [run_id for run_id, _ in done], "numbers": [no for _, no in done]}
+    rows = query(conn, _RELEASE_AFTER_ALL, params).all()
+    released = wakeups_of(rows)
+    begin_waits(conn, released)
+    empty_groups = query(
+        conn,
+        """SELECT s.run_id::text, s.after FROM unnest(%(runs)s::uuid[], %(numbers)s::int[]) AS done (run_id, no)
+             JOIN byrd.steps s ON s.run_id = done.run_id AND s.after = done.no
+            WHERE s.kind = 'join' AND s.waiting = 0 AND s.status = 'pending' AND NOT s.on_failure""",
+        params,
+    )
+    settled = {(str(row.run_id), row.after) for row in rows} - {(row.run_id, row.after) for row in empty_groups}
+    return [step for step in released if step.kind != StepKind.WAIT], settled
 
 
 def advance(
@@ -51,7 +111,8 @@ def advance(
 ) -> tuple[list[Wakeup], bool]:
     """Do all that follows from the outcome of step ``no`` within the plan.
 
-    Returns the steps that became ready, and whether a join still waits for others: if neither, the run may be over.
+    Returns the steps that became ready, and whether a join still waits for others, or a wait has begun: if neither, the
+    run may be over.
     """
     wakeups: list[Wakeup] = []
     still_waiting = False
@@ -59,7 +120,9 @@ def advance(
     while done:
         current, into, good = done.popleft()
         arrived: Counter[int] = Counter([into] if into is not None else [])
-        wakeups += wakeups_of(query(conn, _RELEASE_AFTER, {"run": run_id, "no": current, "failed": not good}))
+        released = wakeups_of(query(conn, _RELEASE_AFTER, {"run": run_id, "no": current, "failed": not good}))
+        still_waiting |= begin_waits(conn, released)
+        wakeups += [step for step in released if step.kind != StepKind.WAIT]
         done.extend((n, j, True) for n, j in _finish_empty_joins(conn, run_id, current, failed=not good))
         if not good:
             arrived.update(_skip_after(conn, run_id, current))

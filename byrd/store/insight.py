@@ -31,13 +31,15 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class OpenStep:
-    """A step that is ready or running, with its worker's lease and the end of its last attempt."""
+    """A step that is ready, running or waiting, with its worker's lease and the end of its last attempt."""
 
     no: int
     kind: str
     task: str
     queue: str
     status: str
+    signal: str | None
+    default: str | None
     compensates: int | None
     attempt: int
     retries: int
@@ -189,7 +191,7 @@ def standing(conn: Connection, run_id: str, *, limit: int = 2000) -> Standing:
     rows = query(conn, _OPEN_STEPS, {"run": run_id, "limit": limit}).mappings()
     count = query(
         conn,
-        "SELECT count(*) FROM byrd.steps WHERE run_id = %(run)s AND status IN ('ready','running')",
+        "SELECT count(*) FROM byrd.steps WHERE run_id = %(run)s AND status IN ('ready','running','waiting')",
         {"run": run_id},
     ).scalar_one()
     events = query(
@@ -210,8 +212,10 @@ def standing(conn: Connection, run_id: str, *, limit: int = 2000) -> Standing:
 
 #: 'infinity' is how a paused run's steps stay out of the relay's sight; it is no time to show to anybody.
 _OPEN_STEPS = """
-SELECT s.no, s.kind, s.task, s.queue, s.status, s.compensates, s.attempt, s.retries, s.preemptions, s.sends,
-       s.run_at <= clock_timestamp() AS due, s.run_at, nullif(s.wake_at, 'infinity') AS wake_at, s.ready_at,
+SELECT s.no, s.kind, s.task, coalesce(s.queue, '') AS queue, s.status, s.signal,
+       CASE WHEN s.signal IS NOT NULL THEN s.fallback END AS default, s.compensates, s.attempt, s.retries,
+       s.preemptions, s.sends, coalesce(s.run_at <= clock_timestamp(), false) AS due, s.run_at,
+       nullif(s.wake_at, 'infinity') AS wake_at, s.ready_at,
        s.started_at, s.expires_at, s.pid, w.hostname AS worker, w.lease_until, w.stopping,
        a.outcome AS last_outcome, a.error AS last_error, a.worker AS last_worker, a.ended_at AS last_ended_at,
        c.updated_at AS checkpoint_at, c.completed, c.failed
@@ -221,8 +225,8 @@ SELECT s.no, s.kind, s.task, s.queue, s.status, s.compensates, s.attempt, s.retr
                       WHERE a.step_id = s.id ORDER BY a.attempt DESC LIMIT 1) a ON true
   LEFT JOIN LATERAL (SELECT updated_at, completed, failed FROM byrd.checkpoints c
                       WHERE c.step_id = s.id AND c.name NOT LIKE 'step:%%' ORDER BY c.updated_at DESC LIMIT 1) c ON true
- WHERE s.run_id = %(run)s AND s.status IN ('ready','running')
- ORDER BY s.status DESC, s.no LIMIT %(limit)s
+ WHERE s.run_id = %(run)s AND s.status IN ('ready','running','waiting')
+ ORDER BY array_position(ARRAY['running','ready'], s.status), s.no LIMIT %(limit)s
 """
 
 

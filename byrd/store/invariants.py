@@ -13,7 +13,7 @@ from byrd.store.database import Store
 from byrd.store.rows import query
 
 _FINAL_RUN = "('succeeded','failed','cancelled')"
-_OPEN_STEP = "('pending','ready','running')"
+_OPEN_STEP = "('pending','ready','running','waiting')"
 
 #: Each selects (run_id, no, detail) of what breaks it.
 RULES = {
@@ -24,10 +24,10 @@ RULES = {
         SELECT r.id, NULL, r.status FROM byrd.runs r
          WHERE r.status IN ('running','paused','cancelling','compensating') AND NOT EXISTS
            (SELECT 1 FROM byrd.steps s WHERE s.run_id = r.id AND (s.status = 'running'
-             OR s.status = 'ready' AND (s.kind = 'compensation') = (r.status = 'compensating')))""",
+             OR s.status IN ('ready','waiting') AND (s.kind = 'compensation') = (r.status = 'compensating')))""",
     "a run that is being cancelled starts nothing more": """
         SELECT s.run_id, s.no, s.status FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
-         WHERE r.status = 'cancelling' AND s.status IN ('pending','ready')""",
+         WHERE r.status = 'cancelling' AND s.status IN ('pending','ready','waiting')""",
     "a rollback is stuck on a compensation that did not succeed": """
         SELECT r.id, NULL, r.status FROM byrd.runs r WHERE r.status = 'rollback_stuck' AND NOT EXISTS
            (SELECT 1 FROM byrd.steps s WHERE s.run_id = r.id AND s.kind = 'compensation'
@@ -77,13 +77,14 @@ RULES = {
     "a step starts after its predecessor only": """
         SELECT s.run_id, s.no, s.status || ' after ' || p.status FROM byrd.steps s
           JOIN byrd.steps p ON p.run_id = s.run_id AND p.no = s.after
-         WHERE (s.status IN ('ready','running','succeeded') OR s.status = 'failed' AND s.attempt > 0) AND NOT s.replaced
+         WHERE (s.status IN ('ready','running','waiting','succeeded') OR s.status = 'failed' AND s.attempt > 0)
+           AND NOT s.replaced
            AND NOT (CASE WHEN s.on_failure THEN p.status IN ('failed','cancelled') ELSE p.status = 'succeeded' END)""",
     "each attempt is accounted for, once": """
         SELECT s.run_id, s.no, s.attempt || ' attempts, ' || a.ended || ' ended, ' || s.status
           FROM byrd.steps s, LATERAL
             (SELECT count(*) AS ended FROM byrd.attempts a WHERE a.step_id = s.id AND a.attempt <= s.attempt) a
-         WHERE s.kind <> 'join' AND NOT (s.kind = 'errback' AND s.attempt > a.ended)
+         WHERE s.kind NOT IN ('join','wait') AND NOT (s.kind = 'errback' AND s.attempt > a.ended)
            AND s.attempt <> a.ended + (s.status = 'running' OR s.status = 'succeeded' AND NOT s.replaced)::int""",
     "an attempt that ended otherwise neither runs nor completed the step": """
         SELECT s.run_id, s.no, a.outcome || ', ' || s.status FROM byrd.steps s
@@ -95,6 +96,23 @@ RULES = {
     "a ready step of a run that moves is in the relay's sight": """
         SELECT s.run_id, s.no, s.wake_at::text FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
          WHERE s.status = 'ready' AND s.wake_at = 'infinity' AND r.status IN ('running','compensating')""",
+    "a wait of a run that moves is ended in its time": """
+        SELECT s.run_id, s.no, s.run_at || ', ' || s.wake_at FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
+         WHERE s.status = 'waiting' AND r.status = 'running' AND s.wake_at > coalesce(s.run_at, 'infinity')""",
+    "a wait has no attempt": """
+        SELECT s.run_id, s.no, s.attempt::text FROM byrd.steps s WHERE s.kind = 'wait' AND s.attempt > 0""",
+    "a signal is delivered to a step that waits for it": """
+        SELECT g.run_id, g.step_no, g.name FROM byrd.signals g
+          LEFT JOIN byrd.steps s ON s.run_id = g.run_id AND s.no = g.step_no AND s.signal = g.name
+         WHERE g.delivered_at IS NOT NULL AND s.no IS NULL""",
+    "a signal that is awaited is about to be delivered": """
+        SELECT s.run_id, s.no, s.signal FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
+         WHERE s.status = 'waiting' AND s.signal IS NOT NULL AND r.status IN ('running','paused')
+           AND (s.expires_at IS NULL OR s.expires_at > s.ready_at)
+           AND EXISTS (SELECT 1 FROM byrd.signals g WHERE g.run_id = s.run_id AND g.name = s.signal
+                        AND g.delivered_at IS NULL)
+           AND NOT EXISTS (SELECT 1 FROM byrd.steps o WHERE o.run_id = s.run_id AND o.status = 'waiting'
+                            AND o.signal = s.signal AND o.wake_at <= clock_timestamp())""",
     "compensations run one at a time": """
         SELECT s.run_id, NULL, count(*)::text FROM byrd.steps s
          WHERE s.kind = 'compensation' AND s.status IN ('ready','running') GROUP BY s.run_id HAVING count(*) > 1""",

@@ -12,8 +12,8 @@ from sqlalchemy import Connection
 
 from byrd.store.rows import query
 
-#: One process at a time relays, and recovers.
-RELAY, RECOVERY = 0x62797264_02, 0x62797264_03
+#: One process at a time relays, recovers, and ends waits.
+RELAY, RECOVERY, WAITS = 0x62797264_02, 0x62797264_03, 0x62797264_04
 
 _RUN = "1652126308, hashtext({run}::text)"
 
@@ -22,6 +22,9 @@ SHARE_RUN_OF_STEP = f"""(SELECT pg_advisory_xact_lock_shared({_RUN.format(run="r
     FROM byrd.steps WHERE id = %(id)s) shared_run"""
 #: An expression that shares the run ``s.run_id`` unless somebody has it to himself; false then.
 TRY_SHARE_RUN = f"pg_try_advisory_xact_lock_shared({_RUN.format(run='s.run_id')})"
+
+#: An expression that has the run ``w.run_id`` to itself unless somebody shares it; false then.
+TRY_OWN_RUN = f"pg_try_advisory_xact_lock({_RUN.format(run='w.run_id')})"
 
 
 def own_run(conn: Connection, run_id: str) -> None:

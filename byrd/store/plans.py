@@ -34,6 +34,7 @@ class NewRun:
         return all(
             (step.kind in _PLAIN and (step.after is not None or (step.countdown is None and step.eta is None)))
             or (step.kind is StepKind.JOIN and step.members > 0)
+            or (step.kind is StepKind.WAIT and step.after is not None)
             for step in self.plan.steps
         )
 
@@ -202,7 +203,7 @@ _COLUMNS = {
     "id": "text", "no": "int", "kind": "text", "task": "text", "queue": "text", "args": "text", "kwargs": "text",
     "options": "text", "compensation": "text", "after": "int", "on_failure": "bool", "input": "int", "join_no": "int",
     "join_pos": "int", "waiting": "int", "group_id": "text", "countdown": "float8", "eta": "timestamptz",
-    "expires_in": "float8", "expires_at": "timestamptz", "solo": "bool",
+    "expires_in": "float8", "expires_at": "timestamptz", "solo": "bool", "signal": "text", "fallback": "text",
 }  # fmt: skip
 #: What ``byrd.write_runs`` puts in place of NULL.
 _DEFAULTS = {"kind": "task", "args": "[]", "kwargs": "{}", "options": "{}", "on_failure": False, "waiting": 0,
@@ -242,7 +243,8 @@ def _row(step: Step) -> tuple[Any, ...]:
     return (
         step.id, step.no, step.kind.value, step.task, step.queue, step.args, step.kwargs, options_json(step),
         step.compensation, step.after, step.on_failure, step.input, step.into, step.position, step.members,
-        step.group_id, step.countdown, step.eta, step.expires_in, step.expires_at, step.solo,
+        step.group_id, step.countdown, step.eta, step.expires_in, step.expires_at, step.solo, step.signal,
+        step.fallback,
     )  # fmt: skip
 
 

@@ -130,6 +130,7 @@ class StepRow:
     compensates: int | None
     waiting: int
     replaced: bool
+    signal: str | None
     attempt: int
     retries: int
     preemptions: int

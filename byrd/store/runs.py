@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 from byrd.errors import IllegalTransitionError, RunNotFoundError
 from byrd.model import RUN_TRANSITIONS, sources
 from byrd.store import flow, locks
-from byrd.store.rows import WAKEUP, RunRow, StepRow, Wakeup, query, wakeups_of
+from byrd.store.rows import CHANNEL, WAKEUP, RunRow, StepRow, Wakeup, query, wakeups_of
 
 _NOW = "clock_timestamp()"
 
@@ -76,7 +76,7 @@ def finish_if_done(conn: Connection, run_id: str) -> list[Wakeup]:
 
 def _is_open(conn: Connection, run_id: str) -> bool:
     """Tell whether a step of the run can still change; those of an errback that nobody called end with their run."""
-    going = "SELECT 1 FROM byrd.steps WHERE run_id = %(run)s AND status IN ('ready','running') LIMIT 1"
+    going = "SELECT 1 FROM byrd.steps WHERE run_id = %(run)s AND status IN ('ready','running','waiting') LIMIT 1"
     if query(conn, going, {"run": run_id}).first():
         return True
     waiting = """
@@ -92,7 +92,7 @@ def _is_open(conn: Connection, run_id: str) -> bool:
 
 def pause(conn: Connection, run_id: str, *, by: str | None = None, token: str | None = None) -> None:
     """running → paused.  What runs goes on to its next checkpoint; nothing else starts."""
-    if _done_before(conn, run_id, token):
+    if done_before(conn, run_id, token):
         return
     _move(conn, run_id, "pause", "paused")
     # 'infinity' takes the steps out of the relay's sight, so that a paused run costs it nothing.
@@ -104,7 +104,7 @@ def pause(conn: Connection, run_id: str, *, by: str | None = None, token: str | 
 
 def resume(conn: Connection, run_id: str, *, by: str | None = None, token: str | None = None) -> list[Wakeup]:
     """paused → running."""
-    if _done_before(conn, run_id, token):
+    if done_before(conn, run_id, token):
         return []
     _move(conn, run_id, "resume", "running")
     record(conn, run_id, "resumed", _by(by), token=token)
@@ -122,7 +122,7 @@ def cancel(
     token: str | None = None,
 ) -> list[Wakeup]:
     """running or paused → cancelling.  What has not started never will; what runs stops at its next checkpoint."""
-    if _done_before(conn, run_id, token):
+    if done_before(conn, run_id, token):
         return []
     _move(conn, run_id, "cancel", "cancelling")
     query(
@@ -133,7 +133,7 @@ def cancel(
     query(
         conn,
         f"""UPDATE byrd.steps SET status = 'cancelled', finished_at = {_NOW}, error = %(error)s
-            WHERE run_id = %(run)s AND status IN ('pending','ready')""",
+            WHERE run_id = %(run)s AND status IN ('pending','ready','waiting')""",
         {"run": run_id, "error": error or flow.error_json("TaskRevokedError", "celery.exceptions", ["cancelled"])},
     )
     record(conn, run_id, "cancel_requested", {"compensate": compensate, "outcome": outcome, **_by(by)}, token=token)
@@ -156,9 +156,9 @@ def retry(conn: Connection, run_id: str, *, by: str | None = None, token: str | 
 
     rollback_stuck → compensating: the compensation that failed is tried again.
     """
-    if _done_before(conn, run_id, token):
+    if done_before(conn, run_id, token):
         return []
-    run = _locked(conn, run_id)
+    run = locked(conn, run_id)
     if run.status == "rollback_stuck":
         _move(conn, run_id, "retry_rollback", "compensating")
         rows = _reopen(conn, run_id, "kind = 'compensation' AND status IN ('failed','cancelled')")
@@ -283,11 +283,19 @@ def _wake(conn: Connection, run_id: str) -> list[Wakeup]:
             WHERE s.run_id = %(run)s AND s.status = 'ready' RETURNING {WAKEUP}""",
         {"run": run_id},
     )
-    return wakeups_of(rows)
+    wakeups = wakeups_of(rows)
+    waits = query(
+        conn,
+        f"UPDATE byrd.steps s SET wake_at = {flow.LOOK_AT} WHERE s.run_id = %(run)s AND s.status = 'waiting'",
+        {"run": run_id},
+    )
+    if waits.rowcount:
+        query(conn, f"NOTIFY {CHANNEL}")
+    return wakeups
 
 
 def _has_failed(conn: Connection, run_id: str) -> bool:
-    sql = """SELECT 1 FROM byrd.steps WHERE run_id = %(run)s AND kind IN ('task','join','callback')
+    sql = """SELECT 1 FROM byrd.steps WHERE run_id = %(run)s AND kind IN ('task','join','wait','callback')
              AND status IN ('failed','skipped','cancelled') LIMIT 1"""
     return query(conn, sql, {"run": run_id}).first() is not None
 
@@ -352,7 +360,7 @@ def _by(name: str | None) -> dict[str, str]:
     return {"by": name} if name else {}
 
 
-def _done_before(conn: Connection, run_id: str, token: str | None) -> bool:
+def done_before(conn: Connection, run_id: str, token: str | None) -> bool:
     """Tell whether the command with this token was committed before, and only its answer lost."""
     if token is None:
         return False
@@ -365,7 +373,7 @@ def _done_before(conn: Connection, run_id: str, token: str | None) -> bool:
     return found is not None
 
 
-def _locked(conn: Connection, run_id: str) -> Any:
+def locked(conn: Connection, run_id: str) -> Any:
     """Have the run to oneself; return its row, locked."""
     locks.own_run(conn, run_id)
     sql = "SELECT id, status FROM byrd.runs WHERE id = %(run)s FOR NO KEY UPDATE"
@@ -377,7 +385,7 @@ def _locked(conn: Connection, run_id: str) -> Any:
 
 def _move(conn: Connection, run_id: str, name: str, target: str) -> None:
     """The guarded UPDATE of a transition that an operator asks for; raises when the status does not allow it."""
-    run = _locked(conn, run_id)
+    run = locked(conn, run_id)
     row = query(
         conn,
         "UPDATE byrd.runs SET status = %(target)s WHERE id = %(run)s AND status = ANY(%(sources)s) RETURNING id",

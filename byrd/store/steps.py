@@ -277,7 +277,7 @@ def preempt(
 def revoke(
     conn: Connection, step_id: str, reason: str, *, attempt: int | None = None, owner: str | None = None
 ) -> list[Wakeup]:
-    """ready, or running in ``attempt``, → cancelled: Celery's revoke, or the step expired before it started."""
+    """ready, waiting, or running in ``attempt``, → cancelled: Celery's revoke, or it expired before it started."""
     error = error_json("TaskRevokedError", "celery.exceptions", [reason])
     row = None
     if attempt is not None:
@@ -286,14 +286,15 @@ def revoke(
         row = query(
             conn,
             f"""UPDATE byrd.steps s SET status = 'cancelled', error = %(error)s, finished_at = {_NOW}
-                FROM {SHARE_RUN_OF_STEP} WHERE s.id = %(id)s AND s.status = 'ready' RETURNING {_ENDED}""",
+                FROM {SHARE_RUN_OF_STEP}
+                WHERE s.id = %(id)s AND s.status IN ('ready','waiting') RETURNING {_ENDED}""",
             {"id": step_id, "error": error},
         ).first()
     return _after_failure(conn, row) if row is not None else []
 
 
 def revoke_waiting(conn: Connection, step_id: str) -> list[Wakeup]:
-    """ready → cancelled; a step that is pending is cancelled once it is ready.  What runs goes on, as in Celery."""
+    """ready, waiting → cancelled; a pending step is cancelled once it is ready.  What runs goes on, as in Celery."""
     # First the one, then the other: a step that becomes ready in between is found by the second.  solo: its message is
     # what ends it, and nobody runs it without.
     query(

@@ -179,7 +179,9 @@ def seconds_until_due(conn: Connection, *, at_most: float, shared: bool = True) 
         conn,
         f"""SELECT extract(epoch FROM least(
                 (SELECT wake_at FROM byrd.steps WHERE status = 'ready' AND sends = 0 AND wake_at < 'infinity'
-                  ORDER BY wake_at LIMIT 1), {", ".join(published)}) - clock_timestamp())""",
+                  ORDER BY wake_at LIMIT 1), {", ".join(published)},
+                (SELECT wake_at FROM byrd.steps WHERE status = 'waiting' AND wake_at < 'infinity'
+                  ORDER BY wake_at LIMIT 1)) - clock_timestamp())""",
     ).scalar()
     return at_most if found is None else max(0.0, min(at_most, float(found)))
 
@@ -317,8 +319,8 @@ def follow_clock_back(conn: Connection) -> bool:
     """Set right what bears times to come, for Postgres's clock was set back: leases, and times to start by.
 
     Else nobody could give up a dead worker, claim a step that was ready, or send it again, until the clock has caught
-    up.  A lease ends one lease from now, a delay is as long as it was; an eta, and a run's deadline, mean a time of day
-    and stay.  Returns False when another process is about to do it.
+    up.  A lease ends one lease from now, a delay or a sleep is as long as it was; an eta, and a run's deadline, mean a
+    time of day and stay.  Returns False when another process is about to do it.
     """
     if not locks.alone(conn, locks.RECOVERY):
         return False
@@ -338,11 +340,22 @@ def follow_clock_back(conn: Connection) -> bool:
            shared AS MATERIALIZED (
              SELECT id, ready_at - now() AS ahead FROM byrd.steps
               WHERE status = 'ready' AND sends > 0 AND NOT solo AND wake_at > now() AND ready_at > now()
-              FOR NO KEY UPDATE)
+              FOR NO KEY UPDATE),
+           waits AS MATERIALIZED (
+             SELECT id, ready_at - now() AS ahead FROM byrd.steps
+              WHERE status = 'waiting' AND wake_at > now() AND ready_at > now() FOR NO KEY UPDATE)
            UPDATE byrd.steps s SET ready_at = now(),
                   run_at = CASE WHEN s.run_at = s.eta THEN s.eta ELSE s.run_at - ahead END,
                   wake_at = CASE WHEN s.wake_at IN (s.eta, 'infinity') THEN s.wake_at ELSE s.wake_at - ahead END
-             FROM (TABLE due UNION ALL TABLE sent UNION ALL TABLE shared) early WHERE s.id = early.id""",
+             FROM (TABLE due UNION ALL TABLE sent UNION ALL TABLE shared UNION ALL TABLE waits)
+                  early WHERE s.id = early.id""",
+    )
+    # A signal that came is no matter of time.
+    query(
+        conn,
+        """UPDATE byrd.steps s SET wake_at = now() FROM byrd.signals g
+            WHERE g.delivered_at IS NULL AND s.run_id = g.run_id AND s.signal = g.name AND s.status = 'waiting'
+              AND s.wake_at > now()""",
     )
     return True
 

@@ -26,6 +26,7 @@ _STATES = {
     "pending": states.PENDING,
     "ready": states.PENDING,
     "running": states.STARTED,
+    "waiting": states.PENDING,
     "succeeded": states.SUCCESS,
     "failed": states.FAILURE,
     "skipped": states.FAILURE,

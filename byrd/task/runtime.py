@@ -153,12 +153,14 @@ class Runtime:
     ) -> Plan:
         """Compile a canvas, and freeze what only the app knows: queues, task options, compensations."""
         plan = compile_canvas(canvas, self.app, args=args, kwargs=kwargs, inner=inner)
-        if too_large := self.too_large(sum(len(step.args) + len(step.kwargs) for step in plan.steps)):
+        if too_large := self.too_large(
+            sum(len(step.args) + len(step.kwargs) + len(step.fallback or "") for step in plan.steps)
+        ):
             raise ArgumentError(f"the arguments of {len(plan.steps):,} steps are together {too_large}")
         return Plan(tuple(self._frozen(step) for step in plan.steps), plan.output)
 
     def _frozen(self, step: Step) -> Step:
-        if step.kind is StepKind.JOIN:
+        if step.kind in (StepKind.JOIN, StepKind.WAIT):
             return step
         task = self.app.tasks.get(step.task)
         if task is None:

@@ -23,7 +23,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from byrd.errors import NotLiveError, StaleAttempt
-from byrd.store import Store, Wakeup, steps, sweeps
+from byrd.store import Store, Wakeup, steps, sweeps, waits
 from byrd.store.database import exceeds_limit, is_outage, is_race
 from byrd.store.rows import CHANNEL
 from byrd.task.runtime import Runtime
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 #: How often a worker looks whether one of its pool processes has died.
 CHILD_SECONDS = 0.25
+#: So many batches of waits are ended before the sweeper does something else.
+_ROUNDS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +270,7 @@ class Sweeper(_Loop):
             self._listen()
             try:
                 self.recover()
+                self.end_waits()
             finally:  # what recovery cannot do, for it takes too long, say, must not hold up what is ready
                 self.relay()
             self._last_tick = time.monotonic()  # a broker that hangs is no frozen process
@@ -378,6 +381,16 @@ class Sweeper(_Loop):
         error = json.dumps({"exc_type": "RunTimeoutError", "exc_module": "byrd.errors", "exc_message": [_DEADLINE]})
         wakeups += store.run(sweeps.end_overdue_runs, error)
         self.runtime.publisher.publish(wakeups)
+
+    def end_waits(self) -> None:
+        """End the sleeps that are over, and what has its signal or has waited for it too long."""
+        for _ in range(_ROUNDS):
+            wakeups, busy, more = self.store.run(waits.end_due)
+            self.runtime.publisher.publish(wakeups)
+            for run_id in busy:
+                self.runtime.publisher.publish(self.store.run(waits.end_due_of, run_id))
+            if not more:
+                return
 
     def _look_at_the_clock(self) -> None:
         """Leases go by Postgres's clock.  Once it was stepped, or restarted, everybody gets time for a heartbeat."""

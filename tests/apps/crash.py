@@ -21,6 +21,12 @@ def add(x: Any, y: Any) -> Any:
 
 
 @app.task
+def last(value: Any) -> Any:
+    """The value itself."""
+    return value
+
+
+@app.task
 def total(values: list[Any]) -> Any:
     """The sum of a list."""
     return sum(values)
@@ -73,6 +79,13 @@ def cancel_itself(self: Task) -> str:
     if run.status == "running":
         run.cancel(compensate=True)
     return "cancelled"
+
+
+@app.task(bind=True)
+def signal_itself(self: Task, name: str, payload: Any) -> str:
+    """Send its own run a signal, as somebody may at this very moment."""
+    engine.get(self.request.root_id).signal(name, payload)
+    return "sent"
 
 
 @app.task(base=byrd.SagaTask)

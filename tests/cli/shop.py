@@ -128,6 +128,12 @@ def trip(path: str) -> Any:
     return chain(reserve.si(path), reserve.si(path), refuse.si())
 
 
+@engine.workflow("shop.approval")
+def approval(timeout: float | None = None) -> Any:
+    """Something that a person has to approve."""
+    return chain(price.s(1), byrd.wait_for("approval", timeout=timeout), cheer.s())
+
+
 @engine.workflow("shop.late", timeout=0.5)
 def late(path: str) -> Any:
     """A run with a deadline."""

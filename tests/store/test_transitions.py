@@ -13,6 +13,7 @@ from celery import chain, chord
 from psycopg2 import IntegrityError
 from sqlalchemy.exc import DBAPIError, NoResultFound
 
+import byrd
 from byrd.errors import IllegalTransitionError, StaleAttempt
 from byrd.model import (
     FINAL_RUN,
@@ -25,7 +26,7 @@ from byrd.model import (
     StepStatus,
     Transition,
 )
-from byrd.store import Store, flow, plans, runs, steps, sweeps
+from byrd.store import Store, flow, plans, runs, steps, sweeps, waits
 from byrd.store.rows import query
 from tests.store.world import ERROR, World, plan_of, sig
 
@@ -61,7 +62,8 @@ def put_step(world: World, step_id: str, status: str) -> None:
                   finished_at = CASE WHEN %(final)s THEN now() END,
                   result = CASE WHEN %(status)s = 'succeeded' THEN '1' END,
                   error = CASE WHEN %(status)s IN ('failed','cancelled') THEN %(error)s END,
-                  run_at = now(), wake_at = now() + interval '1 minute', ready_at = now(),
+                  run_at = now(), ready_at = now(),
+                  wake_at = now() + CASE WHEN %(status)s = 'waiting' THEN interval '0' ELSE interval '1 minute' END,
                   worker_id = CASE WHEN %(running)s THEN %(worker)s::uuid END,
                   pid = CASE WHEN %(running)s THEN 1 END,
                   claim = CASE WHEN %(running)s THEN gen_random_uuid() END
@@ -161,6 +163,28 @@ def as_uncalled_errback(world: World) -> Case:
     return Case(world, run, step.id, step.no)
 
 
+def as_wait(world: World) -> Case:
+    """A wait whose time has come in the middle of a chain."""
+    run = world.submit(chain(sig("first"), byrd.wait_for("ok", timeout=0), sig("last")))
+    put_step(world, world.step(run, "first").id, "succeeded")
+    step = world.step(run, "byrd.wait_for")
+    return Case(world, run, step.id, step.no)
+
+
+def as_wait_with_a_default(world: World) -> Case:
+    """The same, with a default."""
+    case = as_wait(world)
+    world.sql("UPDATE byrd.steps SET fallback = '1' WHERE id = %(id)s RETURNING 1", id=case.step_id)
+    return case
+
+
+def as_wait_that_is_too_late(world: World) -> Case:
+    """The same, revoked before it began."""
+    case = as_wait(world)
+    world.sql("UPDATE byrd.steps SET expires_at = 'epoch' WHERE id = %(id)s RETURNING 1", id=case.step_id)
+    return case
+
+
 def new_plan() -> Any:
     return plan_of(sig("new"))
 
@@ -196,17 +220,29 @@ STEP_DRIVERS: dict[str, list[StepDriver]] = {
     ],
     "hand_back": [(in_chain, lambda c: c.do(steps.hand_back))],
     "replace": [(in_chain, lambda c: c.do(steps.replace, new_plan()))],
-    "revoke": [(in_chain, lambda c: c.world.do(steps.revoke, c.step_id, "revoked", attempt=c.attempt))],
+    "begin_wait": [(as_wait, lambda c: c.world.do(flow.release, c.run_id, [c.no]))],
+    "end_wait": [
+        (as_wait, lambda c: c.world.do(waits.end_due)),
+        (as_wait, lambda c: c.world.do(waits.end_due_of, c.run_id)),
+        (as_wait_with_a_default, lambda c: c.world.do(waits.end_due)),
+    ],
+    "revoke": [
+        (in_chain, lambda c: c.world.do(steps.revoke, c.step_id, "revoked", attempt=c.attempt)),
+        (as_wait, lambda c: c.world.do(steps.revoke, c.step_id, "revoked")),
+    ],
     "abandon": [(in_cancelled_run, lambda c: c.do(steps.abandon))],
     "ignore": [(in_chain, lambda c: c.do(steps.ignore, ERROR))],
-    "expire": [(in_chain, expire_it)],
+    "expire": [(in_chain, expire_it), (as_wait_that_is_too_late, lambda c: c.world.do(waits.end_due))],
     "finish_join": [(as_join("succeeded"), finish_join), (as_join("failed"), finish_join), (as_replaced, finish_join)],
     "fail_body": [(as_body, lambda c: c.world.do(flow._fail_bodies, c.run_id, 2))],
     "skip": [
         (lambda w: in_chain(w, before="failed"), lambda c: c.world.do(flow._skip_after, c.run_id, 0)),
         (as_uncalled_errback, lambda c: c.world.do(runs.finish_if_done, c.run_id)),
     ],
-    "cancel_step": [(in_chain, lambda c: c.world.do(runs.cancel, c.run_id))],
+    "cancel_step": [
+        (in_chain, lambda c: c.world.do(runs.cancel, c.run_id)),
+        (as_wait, lambda c: c.world.do(runs.cancel, c.run_id)),
+    ],
     "reopen": [(in_failed_run, lambda c: c.world.do(runs.retry, c.run_id))],
     "recall": [(as_errback, lambda c: c.world.do(runs._recall_errbacks, c.run_id))],
 }
@@ -216,9 +252,12 @@ MOVES_THE_RUN = {"cancel_step", "reopen", "skip", "preempt", "abandon"}
 
 
 def states_of(case: Case) -> list[StepStatus]:
-    """Return the states that the step can be in at all: a join never runs."""
-    is_join = case.world.step(case.run_id, case.no).kind == "join"
-    return [s for s in StepStatus if not (is_join and s in (StepStatus.READY, StepStatus.RUNNING))]
+    """Return the states that the step can be in at all: a join or a wait never runs, and only a wait waits."""
+    kind = case.world.step(case.run_id, case.no).kind
+    never = {StepStatus.READY, StepStatus.RUNNING} if kind in ("join", "wait") else set()
+    if kind != "wait":
+        never.add(StepStatus.WAITING)
+    return [s for s in StepStatus if s not in never]
 
 
 @pytest.mark.parametrize("transition", STEP_TRANSITIONS, ids=lambda t: t.name)
@@ -424,6 +463,9 @@ ILLEGAL = {
     "step_finished_if_final": step_with("finished_at = now()"),
     "step_result_if_succeeded": step_with("result = '1'"),
     "ready_is_due": step_with("wake_at = NULL"),
+    "wait_never_runs": step_with("status = 'ready', run_at = now(), wake_at = now()", 4),
+    "waiting_is_due": step_with("status = 'waiting', wake_at = NULL", 4),
+    "signal_of_wait": step_with("signal = 'ok'"),
     "step_counts": step_with("attempt = -1"),
     "compensation_has_step": step_with("compensates = 2"),
     "checkpoints_pkey": f"{NEW_CHECKPOINT.format(id=READY)}, ({READY}, 'items', 2)",
@@ -442,6 +484,13 @@ ILLEGAL = {
     "events_token": f"""WITH t AS (SELECT {RUN} AS run, gen_random_uuid() AS token)
                         INSERT INTO byrd.events (run_id, event, token)
                         SELECT run, 'x', token FROM t UNION ALL SELECT run, 'y', token FROM t""",
+    "signals_pkey": f"""WITH e AS (INSERT INTO byrd.signals (run_id, name, payload) VALUES ({RUN}, 'x', '1')
+                                   RETURNING id, run_id)
+                        INSERT INTO byrd.signals (id, run_id, name, payload) OVERRIDING SYSTEM VALUE
+                        SELECT id, run_id, 'y', '1' FROM e""",
+    "signals_run_id_fkey": "INSERT INTO byrd.signals (run_id, name, payload) VALUES (gen_random_uuid(), 'x', '1')",
+    "signal_delivered_to_step": f"""INSERT INTO byrd.signals (run_id, name, payload, step_no)
+                                    VALUES ({RUN}, 'x', '1', 1)""",
     "workers_pkey": NEW_WORKER,
     "brokers_pkey": "INSERT INTO byrd.brokers (mark) VALUES ('m'), ('m')",
 }
@@ -449,7 +498,7 @@ ILLEGAL = {
 
 @pytest.mark.parametrize("name", ILLEGAL)
 def test_the_schema_refuses_an_illegal_row(world: World, name: str) -> None:
-    run = world.submit(chain(chord([sig("saga_a"), sig("b")], sig("c"))), key="k")
+    run = world.submit(chain(chord([sig("saga_a"), sig("b")], sig("c")), byrd.sleep(1)), key="k")
     world.sql(
         """INSERT INTO byrd.steps (id, run_id, no, kind, task, compensates)
            VALUES ('undo', %(run)s, 5, 'compensation', 'undo', 1)""",

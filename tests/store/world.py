@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 from byrd.canvas import Plan, compile_canvas
 from byrd.errors import StaleAttempt
 from byrd.model import StepKind
-from byrd.store import Claim, RunRow, StepRow, Store, Wakeup, plans, runs, steps, sweeps, work
+from byrd.store import Claim, RunRow, StepRow, Store, Wakeup, plans, runs, steps, sweeps, waits, work
 from byrd.store.rows import query
 from byrd.store.work import Done, Own, Work
 from tests.invariants import check_invariants
@@ -36,7 +36,9 @@ def plan_of(canvas: Any, *, shared: bool = False) -> Plan:
     ``shared``: whoever is awake may run a step, unless it has a priority, may expire, or is an errback's.
     """
     plan = compile_canvas(canvas, app)
-    frozen = (step if step.kind is StepKind.JOIN else _frozen(step, shared=shared) for step in plan.steps)
+    frozen = (
+        step if step.kind in (StepKind.JOIN, StepKind.WAIT) else _frozen(step, shared=shared) for step in plan.steps
+    )
     return Plan(tuple(frozen), plan.output)
 
 
@@ -171,6 +173,20 @@ class World:
             return list(self.do(steps.fail, claim.id, claim.attempt, ERROR))
         return list(self.do(steps.complete, claim.id, claim.attempt, json.dumps(claim.task)))
 
+    def end_waits(self) -> list[Wakeup]:
+        """End the waits whose time or signal has come."""
+        wakeups, busy, _ = self.do(waits.end_due)
+        assert not busy
+        return list(wakeups)
+
+    def wake(self, run_id: str, no: int | str) -> None:
+        """Let the time of a wait come now."""
+        self.sql(
+            """UPDATE byrd.steps SET run_at = now(), wake_at = now() WHERE id = %(id)s AND status = 'waiting'
+               RETURNING 1""",
+            id=self.step(run_id, no).id,
+        )
+
     def drive(self, run_id: str, *, until: Iterable[str] = (), check: bool = True) -> RunRow:
         """Run ready steps, the lowest number first, until none is left or each task of ``until`` has been run."""
         wanted = set(until)
@@ -213,7 +229,7 @@ class World:
 
     def rows(self) -> dict[str, list[Any]]:
         """Return every row of every table, to compare before and after; the clock of leases excepted."""
-        tables = ("runs", "steps", "checkpoints", "failed_items", "attempts", "events")
+        tables = ("runs", "steps", "checkpoints", "failed_items", "attempts", "events", "signals")
         return {table: self.sql(f"SELECT * FROM byrd.{table} t ORDER BY t::text") for table in tables}
 
     def check(self) -> None:

@@ -147,7 +147,8 @@ BEGIN
          ORDER BY r.id FOR NO KEY UPDATE
     LOOP
         CONTINUE WHEN EXISTS (SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.status = 'ready')
-                   OR EXISTS (SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.status = 'running');
+                   OR EXISTS (SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.status = 'running')
+                   OR EXISTS (SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.status = 'waiting');
         uncalled := EXISTS (SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.status = 'pending');
         IF uncalled THEN
             CONTINUE WHEN EXISTS (
@@ -160,7 +161,7 @@ BEGIN
                    AND s.no NOT IN (SELECT u.no FROM below u));
         END IF;
         IF a_status NOT IN ('running','paused') OR EXISTS (
-            SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.kind IN ('task','join','callback')
+            SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.kind IN ('task','join','wait','callback')
                AND s.status IN ('failed','skipped','cancelled')) THEN
             RAISE EXCEPTION 'not for the fast path' USING ERRCODE = 'BY001';
         END IF;

@@ -1,4 +1,4 @@
-"""The tables of Byrd 0.1: runs, steps, checkpoints, failed items, attempts, events, workers, brokers.
+"""The tables of Byrd 0.1: runs, steps, checkpoints, failed items, attempts, events, signals, workers, brokers.
 
 Revision ID: 0001
 Revises:
@@ -22,7 +22,7 @@ depends_on = None
 
 SCHEMA = "byrd"
 RUN_STATUSES = "'running','paused','cancelling','compensating','rollback_stuck','succeeded','failed','cancelled'"
-STEP_STATUSES = "'pending','ready','running','succeeded','failed','skipped','cancelled'"
+STEP_STATUSES = "'pending','ready','running','waiting','succeeded','failed','skipped','cancelled'"
 OUTCOMES = "'failed','retried','preempted','handed_back','replaced','cancelled'"
 
 
@@ -99,6 +99,10 @@ def _steps() -> None:
         _time("eta"),
         sa.Column("expires_in", sa.Float),
         _time("expires_at"),
+        # Of a wait, whose time is in countdown and eta: the signal, if it waits for one, and its value (JSON) when its
+        # time comes; a sleep that has an input passes that on instead.
+        sa.Column("signal", sa.Text),
+        sa.Column("fallback", sa.Text),
         # Where it stands.
         sa.Column("status", sa.Text, nullable=False, server_default="pending"),
         _zero("attempt"),
@@ -118,9 +122,14 @@ def _steps() -> None:
         sa.Column("cause", sa.Integer),
         sa.UniqueConstraint("run_id", "no", name="steps_run_no"),
         sa.CheckConstraint(f"status IN ({STEP_STATUSES})", name="step_status_known"),
-        sa.CheckConstraint("kind IN ('task','join','callback','errback','compensation')", name="step_kind_known"),
+        sa.CheckConstraint(
+            "kind IN ('task','join','wait','callback','errback','compensation')", name="step_kind_known"
+        ),
         sa.CheckConstraint("(kind = 'join') = (task IS NULL)", name="step_has_task_unless_join"),
         sa.CheckConstraint("kind <> 'join' OR status NOT IN ('ready','running')", name="join_never_runs"),
+        sa.CheckConstraint("kind <> 'wait' OR status NOT IN ('ready','running')", name="wait_never_runs"),
+        sa.CheckConstraint("status <> 'waiting' OR (kind = 'wait' AND wake_at IS NOT NULL)", name="waiting_is_due"),
+        sa.CheckConstraint("kind = 'wait' OR (signal IS NULL AND fallback IS NULL)", name="signal_of_wait"),
         sa.CheckConstraint("(status = 'running') = (worker_id IS NOT NULL)", name="step_running_has_worker"),
         sa.CheckConstraint("(status = 'running') = (claim IS NOT NULL)", name="step_running_has_claim"),
         sa.CheckConstraint(
@@ -139,7 +148,7 @@ def _steps() -> None:
     )
     op.execute("CREATE INDEX steps_after ON byrd.steps (run_id, after) WHERE after IS NOT NULL")
     op.execute("CREATE INDEX steps_join ON byrd.steps (run_id, join_no) WHERE join_no IS NOT NULL")
-    op.execute("CREATE INDEX steps_open ON byrd.steps (run_id) WHERE status IN ('pending','ready','running')")
+    op.execute("CREATE INDEX steps_open ON byrd.steps (run_id) WHERE status IN ('pending','ready','running','waiting')")
     # A ready step is in one of these three: to be published when its time comes, or published and not yet taken, by its
     # own message or by whoever is awake.
     op.execute("CREATE INDEX steps_due ON byrd.steps (wake_at) WHERE status = 'ready' AND sends = 0")
@@ -147,6 +156,8 @@ def _steps() -> None:
     op.execute(
         "CREATE INDEX steps_shared ON byrd.steps (queue, wake_at) WHERE status = 'ready' AND sends > 0 AND NOT solo"
     )
+    op.execute("CREATE INDEX steps_waiting ON byrd.steps (wake_at) WHERE status = 'waiting'")
+    op.execute("CREATE INDEX steps_awaiting ON byrd.steps (ready_at) WHERE status = 'waiting' AND signal IS NOT NULL")
     op.execute("CREATE INDEX steps_running ON byrd.steps (worker_id) WHERE status = 'running'")
 
 
@@ -239,19 +250,86 @@ def _events_and_workers() -> None:
     )
 
 
+def _signals() -> None:
+    op.create_table(
+        "signals",
+        sa.Column("id", sa.BigInteger, sa.Identity(always=True), primary_key=True),
+        sa.Column("run_id", pg.UUID(as_uuid=False), sa.ForeignKey("byrd.runs.id", ondelete="CASCADE"), nullable=False),
+        sa.Column("name", sa.Text, nullable=False),
+        sa.Column("payload", sa.Text, nullable=False),
+        _time("sent_at", nullable=False),
+        # The wait that has it: one signal, one wait.
+        sa.Column("step_no", sa.Integer),
+        _time("delivered_at"),
+        sa.CheckConstraint("(step_no IS NULL) = (delivered_at IS NULL)", name="signal_delivered_to_step"),
+        schema=SCHEMA,
+    )
+    op.execute("CREATE INDEX signals_run ON byrd.signals (run_id)")
+    op.execute("CREATE INDEX signals_kept ON byrd.signals (run_id, name, id) WHERE delivered_at IS NULL")
+    op.execute(_SIGNAL)
+
+
+# The lock is that of byrd.store.locks.own_run: no wait begins while a signal is written, so each sees the other.
+_SIGNAL = """
+CREATE FUNCTION byrd.signal(run uuid, name text, payload text DEFAULT 'null', sender text DEFAULT session_user,
+                            token uuid DEFAULT NULL) RETURNS bigint LANGUAGE plpgsql AS $$
+DECLARE
+  run_status text;
+  signal_id bigint;
+BEGIN
+  IF signal.name IS NULL OR signal.name !~ '^[A-Za-z0-9_.:/-]{1,200}$' THEN
+    RAISE EXCEPTION 'the name of a signal is 1 to 200 letters, digits or any of . : - / _, not %', signal.name
+      USING ERRCODE = 'invalid_parameter_value';
+  END IF;
+  PERFORM signal.payload::json;
+  PERFORM pg_advisory_xact_lock(1652126308, hashtext(signal.run::text));
+  SELECT r.status INTO run_status FROM byrd.runs r WHERE r.id = signal.run FOR NO KEY UPDATE;
+  IF run_status IS NULL THEN
+    RAISE EXCEPTION 'no run has the id %', signal.run USING ERRCODE = 'no_data_found';
+  END IF;
+  IF run_status NOT IN ('running', 'paused') THEN
+    RAISE EXCEPTION 'run % is %: a signal needs it to be running or paused', signal.run, run_status
+      USING ERRCODE = 'object_not_in_prerequisite_state';
+  END IF;
+  INSERT INTO byrd.signals (run_id, name, payload) VALUES (signal.run, signal.name, coalesce(signal.payload, 'null'))
+    RETURNING id INTO signal_id;
+  INSERT INTO byrd.events (run_id, event, detail, token)
+  VALUES (signal.run, 'signalled', json_build_object('signal', signal.name, 'id', signal_id, 'by', signal.sender,
+            'payload', CASE WHEN octet_length(signal.payload) <= 1000 THEN signal.payload::json END)::text,
+          signal.token);
+  -- The relay gives it to the first that waits, and lets the others wait on.
+  UPDATE byrd.steps s SET wake_at = clock_timestamp()
+   WHERE s.run_id = signal.run AND s.status = 'waiting' AND s.signal = signal.name;
+  NOTIFY byrd;
+  RETURN signal_id;
+END $$
+"""
+
+
 def upgrade() -> None:
     """Create the tables."""
     _runs()
     _steps()
     _progress()
     _events_and_workers()
+    _signals()
     op.execute(WORK)
     op.execute(WRITE_RUNS)
 
 
 def downgrade() -> None:
     """Drop the tables, and with them every run."""
-    op.execute("DROP FUNCTION byrd.work")
-    op.execute("DROP FUNCTION byrd.write_runs")
-    for table in ("brokers", "workers", "events", "attempts", "failed_items", "checkpoints", "steps", "runs"):
+    for function in ("signal", "work", "write_runs"):
+        op.execute(f"DROP FUNCTION byrd.{function}")
+    for table in (
+        "signals",
+        "brokers",
+        "workers",
+        "events",
+        "attempts",
+        "failed_items",
+        "checkpoints",
+        "steps",
+        "runs",
+    ):
         op.drop_table(table, schema=SCHEMA)
