@@ -8,7 +8,7 @@ Whoever calls it names no two joins of one run, or their joins would be taken in
 
 The planner's choices are fixed, for these plans live as long as their connection: made while the tables are small, a
 sequential scan would stay when they are large.  For the same reason ``status || ''`` stands wherever a row is found by
-its key: a partial index, which looks small then, must not come in question.
+its key: an index of statuses, which looks small then, must not come in question.
 """
 
 from __future__ import annotations
@@ -146,9 +146,8 @@ BEGIN
          WHERE r.id IN (SELECT DISTINCT a FROM unnest(all_runs) a WHERE a <> ALL (going))
          ORDER BY r.id FOR NO KEY UPDATE
     LOOP
-        CONTINUE WHEN EXISTS (SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.status = 'ready')
-                   OR EXISTS (SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.status = 'running')
-                   OR EXISTS (SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.status = 'waiting');
+        CONTINUE WHEN EXISTS (SELECT 1 FROM byrd.steps s
+                               WHERE s.run_id = a_run AND s.status IN ('ready','running','waiting'));
         uncalled := EXISTS (SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.status = 'pending');
         IF uncalled THEN
             CONTINUE WHEN EXISTS (
@@ -185,7 +184,7 @@ BEGIN
           FROM byrd.runs r
          WHERE s.id = own_id AND s.status || '' = 'ready' AND s.attempt = own_attempt AND NOT s.solo
            AND s.wake_at < 'infinity' AND s.run_at <= clock_timestamp() AND s.preemptions = 0
-           AND s.task = own_task AND s.task = ANY(my_tasks) AND r.id = s.run_id AND r.status = 'running';
+           AND s.task = own_task AND s.task = ANY(my_tasks) AND r.id = s.run_id AND r.status || '' = 'running';
         GET DIAGNOSTICS found_rows = ROW_COUNT;
         claimed := claimed + found_rows;
         own_left := found_rows = 0;
@@ -201,7 +200,7 @@ BEGIN
               FROM (SELECT d.id FROM byrd.steps d JOIN byrd.runs r ON r.id = d.run_id
                      WHERE d.status = 'ready' AND d.sends > 0 AND NOT d.solo AND d.queue = a_queue
                        AND d.wake_at < 'infinity' AND d.run_at <= clock_timestamp() AND d.preemptions = 0
-                       AND d.task = ANY(my_tasks) AND r.status = 'running'
+                       AND d.task = ANY(my_tasks) AND r.status || '' = 'running'
                      ORDER BY d.wake_at LIMIT most - claimed FOR UPDATE OF d SKIP LOCKED) c
              WHERE s.id = c.id AND s.status || '' = 'ready';
             GET DIAGNOSTICS found_rows = ROW_COUNT;
