@@ -40,6 +40,8 @@ _OUTAGES = (
 _CANCELED = "57014"
 #: A statement was cancelled or took too long, a lock was not to be had in time, a configured limit is reached.
 _EXCEEDS = frozenset({_CANCELED, "55P03", "53400"})
+#: However little patience there is, a race that was lost is run again so often.
+_MOST_RACES = 10
 #: Transactions of the user's own that fail in this way more often ask for too much, rather than are unlucky.
 MOST_EXCESSES = 5
 _MISSING = (pg_errors.UndefinedTable, pg_errors.UndefinedColumn, pg_errors.InvalidSchemaName, NoSuchTableError)
@@ -183,7 +185,7 @@ class Store:
             raise exc
         if isinstance(cause, pg_errors.ReadOnlySqlTransaction):
             self.disconnect()  # this server has become a standby, perhaps: connect anew to whoever is the primary
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline and not (race and tries < _MOST_RACES):
             _unavailable(self.url, exc)
         if not race and (tries == 1 or tries % 20 == 0):
             log.warning("Postgres does not answer (try %d): %s", tries, first_line(exc))

@@ -74,6 +74,14 @@ class Claim:
     input: str | None
     after_error: str | None
     compensates: int | None
+    queue: str | None = None
+
+
+class Consumers(NamedTuple):
+    """Who consumes a queue: how many processes, and whether all of them take steps that have no message."""
+
+    processes: int
+    all_share: bool
 
 
 class Counts(NamedTuple):

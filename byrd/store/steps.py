@@ -48,7 +48,7 @@ RETURNING s.id
 # commit, or nobody would ever recover what it has just claimed.
 
 _CLAIMED = """
-SELECT s.id, s.run_id, s.no, s.kind, s.task, s.attempt, s.retries, s.preemptions, s.args, s.kwargs, s.options,
+SELECT s.id, s.run_id, s.no, s.kind, s.task, s.queue, s.attempt, s.retries, s.preemptions, s.args, s.kwargs, s.options,
        s.group_id, s.join_no, s.join_pos, s.compensates, p.id AS parent_id,
        s.on_failure, s.input AS input_no, i.result AS input, p.task AS parent_task,
        CASE WHEN s.on_failure THEN coalesce(p.error, c.error) END AS after_error
@@ -170,12 +170,15 @@ def complete(conn: Connection, step_id: str, attempt: int, result: str) -> list[
     return runs.advance(conn, str(row.run_id), row.no, row.join_no, succeeded=True)
 
 
-def fail(conn: Connection, step_id: str, attempt: int, error: str, *, owner: str | None = None) -> list[Wakeup]:
+def fail(
+    conn: Connection, step_id: str, attempt: int, error: str, *, owner: str | None = None, pid: int | None = None
+) -> list[Wakeup]:
     """running → failed, with the error (JSON text); call errbacks, skip what waited for its success.
 
-    ``owner``: the worker that must hold the step, where a message's attempt number alone is known.
+    ``owner``: the worker that must hold the step, and ``pid`` its process, where a message's attempt number alone is
+    known.
     """
-    row = _end(conn, step_id, attempt, "failed", Outcome.FAILED, error, owner=owner)
+    row = _end(conn, step_id, attempt, "failed", Outcome.FAILED, error, owner=owner, pid=pid)
     if row is None:
         _refuse_unless_recorded(conn, step_id, attempt, Outcome.FAILED)
         return []
@@ -213,10 +216,16 @@ def retry(
 
 
 def hand_back(
-    conn: Connection, step_id: str, attempt: int, *, delay: float = 0.0, owner: str | None = None
+    conn: Connection,
+    step_id: str,
+    attempt: int,
+    *,
+    delay: float = 0.0,
+    owner: str | None = None,
+    pid: int | None = None,
 ) -> list[Wakeup]:
     """running → ready, without blame: the worker shuts down or the run is paused."""
-    row = _give_back(conn, step_id, attempt, Outcome.HANDED_BACK, None, delay=delay, preempted=0, owner=owner)
+    row = _give_back(conn, step_id, attempt, Outcome.HANDED_BACK, None, delay=delay, preempted=0, owner=owner, pid=pid)
     if row is None:
         _refuse_unless_recorded(conn, step_id, attempt, Outcome.HANDED_BACK)
         return []
@@ -275,13 +284,19 @@ def preempt(
 
 
 def revoke(
-    conn: Connection, step_id: str, reason: str, *, attempt: int | None = None, owner: str | None = None
+    conn: Connection,
+    step_id: str,
+    reason: str,
+    *,
+    attempt: int | None = None,
+    owner: str | None = None,
+    pid: int | None = None,
 ) -> list[Wakeup]:
     """ready, waiting, or running in ``attempt``, → cancelled: Celery's revoke, or it expired before it started."""
     error = error_json("TaskRevokedError", "celery.exceptions", [reason])
     row = None
     if attempt is not None:
-        row = _end(conn, step_id, attempt, "cancelled", Outcome.CANCELLED, error, owner=owner)
+        row = _end(conn, step_id, attempt, "cancelled", Outcome.CANCELLED, error, owner=owner, pid=pid)
     if row is None:
         row = query(
             conn,
@@ -458,6 +473,7 @@ def _end(
     error: str | None,
     *,
     owner: str | None = None,
+    pid: int | None = None,
     extra: str = "",
     params: dict[str, Any] | None = None,
 ) -> Any:
@@ -472,7 +488,8 @@ def _end(
               SELECT o.id, o.attempt, o.started_at, (SELECT hostname FROM byrd.workers WHERE id = o.worker_id) AS host
                 FROM {SHARE_RUN_OF_STEP}, byrd.steps o
                WHERE o.id = %(id)s AND o.attempt = %(attempt)s AND o.status = 'running'
-                 AND (%(owner)s::uuid IS NULL OR o.worker_id = %(owner)s) FOR UPDATE OF o),
+                 AND (%(owner)s::uuid IS NULL OR o.worker_id = %(owner)s)
+                 AND (%(pid)s::int IS NULL OR o.pid = %(pid)s) FOR UPDATE OF o),
             ended AS (
               INSERT INTO byrd.attempts (step_id, attempt, outcome, error, worker, started_at)
               SELECT id, attempt, %(outcome)s, %(error)s, host, started_at FROM old ON CONFLICT DO NOTHING)
@@ -484,6 +501,7 @@ def _end(
             "outcome": outcome.value,
             "error": error,
             "owner": owner,
+            "pid": pid,
             **(params or {}),
         },
     ).first()
@@ -499,10 +517,13 @@ def _give_back(
     delay: float,
     preempted: int,
     owner: str | None = None,
+    pid: int | None = None,
 ) -> Any:
     return _end(
-        conn, step_id, attempt, "ready", outcome, error, owner=owner,
-        extra=f"""preemptions = s.preemptions + %(preempted)s, started_at = NULL, ready_at = {_NOW}, sends = 0,
+        conn, step_id, attempt, "ready", outcome, error, owner=owner, pid=pid,
+        # Solo once it has lost a worker: it is no longer taken along with others, which it may pull down.
+        extra=f"""preemptions = s.preemptions + %(preempted)s, solo = s.solo OR %(preempted)s > 0,
+                  started_at = NULL, ready_at = {_NOW}, sends = 0,
                   run_at = {_NOW} + %(delay)s * interval '1 second',
                   wake_at = {_NOW} + %(delay)s * interval '1 second'""",
         params={"preempted": preempted, "delay": delay},

@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 from byrd.errors import IllegalTransitionError
 from byrd.store import locks, runs, steps
 from byrd.store.flow import RESEND_SECONDS
-from byrd.store.rows import WAKEUP, Wakeup, WorkerRow, query, wakeups_of
+from byrd.store.rows import WAKEUP, Consumers, Wakeup, WorkerRow, query, wakeups_of
 
 _NOW = "clock_timestamp()"
 #: A step that nobody has claimed this long after it was published is published again, later at ever longer intervals.
@@ -290,7 +290,7 @@ def end_overdue_runs(conn: Connection, error: str) -> list[Wakeup]:
            ORDER BY deadline LIMIT 100""",
     ).all()
     wakeups: list[Wakeup] = []
-    for row in rows:
+    for row in sorted(rows, key=lambda row: str(row.id)):  # whoever shares several runs takes them in this order, too
         with suppress(IllegalTransitionError):  # it has ended meanwhile
             wakeups += runs.cancel(conn, str(row.id), compensate=True, outcome="failed", error=error)
     return wakeups
@@ -376,6 +376,18 @@ def list_workers(conn: Connection) -> list[WorkerRow]:
     return [WorkerRow(**{**row, "id": str(row["id"])}) for row in rows]
 
 
+def consumers(conn: Connection, queue: str) -> Consumers:
+    """Return who consumes a queue: the workers whose lease lasts."""
+    row = query(
+        conn,
+        f"""SELECT coalesce(sum(greatest(concurrency, 1)), 0) AS processes,
+                   coalesce(bool_and(shares <> '{{}}'), true) AS all_share
+            FROM byrd.workers WHERE %(queue)s = ANY(queues) AND lease_until > {_NOW} AND NOT stopping""",
+        {"queue": queue},
+    ).one()
+    return Consumers(int(row.processes), row.all_share)
+
+
 def running_here(conn: Connection, worker_id: str, step_id: str) -> Any:
     """Return the process (``pid``) and the ``attempt`` in which a worker runs a step; None when it does not."""
     return query(
@@ -383,6 +395,32 @@ def running_here(conn: Connection, worker_id: str, step_id: str) -> Any:
         "SELECT pid, attempt FROM byrd.steps WHERE id = %(id)s AND status = 'running' AND worker_id = %(worker)s",
         {"id": step_id, "worker": worker_id},
     ).first()
+
+
+def make_solo(conn: Connection, queue: str, *, limit: int = 10) -> None:
+    """Have steps of a queue sent by messages of their own that nobody takes, though those who wake up might.
+
+    No worker that consumes it may share their task, say, or the messages of others keep theirs from being sent.
+    """
+    query(
+        conn,
+        f"""UPDATE byrd.steps s SET solo = true
+             WHERE s.id = ANY(ARRAY(SELECT d.id FROM byrd.steps d
+                    WHERE d.status = 'ready' AND d.sends > 0 AND NOT d.solo AND d.queue = %(queue)s
+                      AND d.wake_at <= now() - {PATIENCE_SECONDS} * interval '1 second'
+                    ORDER BY d.wake_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED)) AND s.status = 'ready'""",
+        {"queue": queue, "limit": limit},
+    )
+
+
+def running_attempts(conn: Connection, worker_id: str) -> set[tuple[int, str, int]]:
+    """Return (process, step, attempt) of what a worker runs without messages of its own."""
+    rows = query(
+        conn,
+        "SELECT pid, id, attempt FROM byrd.steps WHERE worker_id = %(id)s AND status = 'running' AND NOT solo",
+        {"id": worker_id},
+    )
+    return {(row.pid, row.id, row.attempt) for row in rows}
 
 
 def running_pids(conn: Connection, worker_id: str) -> list[int]:

@@ -201,9 +201,12 @@ def execution_request(
 ) -> dict[str, Any]:
     """Return the request that the task sees: Celery's own, with the plan's facts in place of the message's."""
     claim = attempt.claim
-    request = dict(message)
-    # Never None: Celery would then take every header that it does not know for the user's, "byrd" among them.
-    headers = message.get("headers") or _custom_headers(message)
+    if message.get("id") == claim.id:
+        request = dict(message)
+        # Never None: Celery would then take every header that it does not know for the user's, "byrd" among them.
+        headers = message.get("headers") or _custom_headers(message)
+    else:
+        request, headers = _without_message(claim, message), {}
     request.update(
         byrd=attempt,
         id=claim.id,
@@ -226,6 +229,31 @@ def execution_request(
     request.pop("argsrepr", None)
     request.pop("kwargsrepr", None)
     return request
+
+
+def _without_message(claim: Claim, woken_by: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the request of a step that has no message of its own: what such a message would have said.
+
+    Of the message that woke this process, which is another step's, only what is this worker's own is in it.
+    """
+    delivery = {"exchange": "", "routing_key": claim.queue, "priority": 0, "redelivered": False}
+    return {
+        "lang": "py",
+        "task": claim.task,
+        "origin": woken_by.get("origin"),
+        "hostname": woken_by.get("hostname"),
+        "shadow": None,
+        "eta": None,
+        "expires": None,
+        "timelimit": [None, None],
+        "replaced_task_nesting": 0,
+        "stamped_headers": None,
+        "stamps": {},
+        "reply_to": "",
+        "correlation_id": claim.id,
+        "delivery_info": delivery,
+        "properties": {"correlation_id": claim.id, "reply_to": "", "delivery_mode": 2, "priority": 0},
+    }
 
 
 def _custom_headers(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from byrd.task.attempt import (
     readable_header,
     to_json,
 )
+from byrd.task.publisher import SHARED
 from byrd.task.reports import Report, report_of, with_reports
 from byrd.task.runtime import runtime_of
 
@@ -147,7 +148,7 @@ def _trace_step(task: Task, tracer: Tracer, named: Any, request: Mapping[str, An
         runtime_of(task.app).patient_store.run(sweeps.pass_on, header["step"], header["attempt"])
         return _refused(f"a message of protocol version {header.get('v')!r:.20}, this worker knows {PROTOCOL_VERSION}")
     runtime = runtime_of(task.app)
-    if header.get("shared") is True and runtime.slice_seconds > 0:
+    if header.get(SHARED) is True and runtime.slice_seconds > 0:
         reports: list[Report] | None = [] if runtime.listened else None
         work = slices.Slice(runtime, partial(_run_shared, request, reports, header["step"]))
         own_is_ready, outcome = work.work(Own(header["step"], header["attempt"], task.name))
@@ -192,6 +193,7 @@ def _tracer_of(task: Task) -> Tracer:
 def _run(task: Task, tracer: Tracer, attempt: Attempt, request: Mapping[str, Any]) -> Any:
     """Run a claimed step by Celery's tracer, and see that its outcome is recorded."""
     pid, uuid = os.getpid(), attempt.step_id
+    attempt.runtime.note_running(uuid)
     try:
         try:
             call_args, call_kwargs = _arguments(task, attempt)
@@ -215,6 +217,7 @@ def _run(task: Task, tracer: Tracer, attempt: Attempt, request: Mapping[str, Any
     finally:
         if os.getpid() != pid:
             _end_fork(attempt)
+        attempt.runtime.note_running(None)
 
 
 def _arguments(task: Task, attempt: Attempt) -> tuple[list[Any], dict[str, Any]]:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from celery import Celery
 from kombu.exceptions import OperationalError
+from sqlalchemy.exc import DBAPIError
 
+from byrd.errors import NotLiveError
 from byrd.model import PROTOCOL_VERSION
 from byrd.store import Wakeup
+from byrd.store.rows import Consumers
 
 log = logging.getLogger(__name__)
 
@@ -28,20 +31,28 @@ _NO_CALL = "byrd_step: this message names a step of a run, and is no call of the
 #: submits much meanwhile, beat say, would fall behind.
 _AWAY_SECONDS = 1.0
 
-#: So many wake-ups one after the other are enough: whoever takes one goes on with what else is ready, and sees that
-#: others are woken while there is more.
+#: So many wake-ups one after the other are enough, or one for each process that might take them: whoever takes one goes
+#: on with what else is ready, and sees that others are woken while there is more.
 _ENOUGH = 16
+#: For so long it is remembered who consumes a queue.
+_CONSUMERS_SECONDS = 3.0
+#: More than that are never wanted at once.
+_MANY = 1_000_000
 #: For so long what a queue had room for is remembered.
 _ROOM_SECONDS = 0.05
-#: What only the message of a wake-up for a step that needs no message of its own holds.
-_SHARED = b'"shared": true'
+#: In the header of a wake-up for a step that needs no message of its own: whoever takes it may run others, too.
+SHARED = "byrd_shared"
+_SHARED = f'"{SHARED}": true'.encode()
 
 
 class Publisher:
     """Sends wake-ups to the queues that Celery's router chose for their steps."""
 
-    def __init__(self, app: Celery) -> None:
+    def __init__(self, app: Celery, consumers: Callable[[str], Consumers] | None = None) -> None:
         self.app = app
+        #: Asks who consumes a queue; without it, each step gets a message of its own.
+        self._ask_consumers = consumers
+        self._consumers: dict[str, tuple[int, float]] = {}
         self._complained = self._away_until = 0.0
         #: For each queue, for how many wake-ups there was room, and when.
         self._room: dict[str, tuple[int, float]] = {}
@@ -75,35 +86,64 @@ class Publisher:
         """Leave out the wake-ups that nobody needs."""
         if all(wakeup.solo for wakeup in due) or producer.connection.transport.driver_type != "redis":
             return due
+        left: dict[str, int] = {}
         wanted = []
-        now = time.monotonic()
         for wakeup in due:
             if not wakeup.solo:
-                room, since = self._room.get(wakeup.queue, (0, 0.0))
-                if room <= 0 or now - since > _ROOM_SECONDS:
-                    room, since = self._look(producer.connection.default_channel, wakeup.queue), now
-                self._room[wakeup.queue] = (room - 1, since)
-                if room <= 0:
-                    self._room[wakeup.queue] = (0, 0.0)
+                queue = wakeup.queue
+                if queue not in left:
+                    left[queue] = self._remembered(producer, queue)
+                if left[queue] <= 0:
                     continue
+                left[queue] -= 1
             wanted.append(wakeup)
+        now = time.monotonic()
+        self._room.update({queue: (room, now) for queue, room in left.items()})
         return wanted
+
+    def _remembered(self, producer: Any, queue: str) -> int:
+        """Return how many wake-ups there is room for: that there was some is true for a while, for they are taken."""
+        room, since = self._room.get(queue, (0, 0.0))
+        if room <= 0 or time.monotonic() - since > _ROOM_SECONDS:
+            room = self._look(producer.connection.default_channel, queue)
+        return room
 
     def _look(self, channel: Any, queue: str) -> int:
         """Return how many wake-ups there is room for, as the newest messages of a queue in Redis tell."""
+        enough = self._enough(queue)
+        if enough >= _MANY:
+            return enough
         name = f"{getattr(channel, 'global_keyprefix', '') or ''}{queue}"
         with channel.client.pipeline(transaction=False) as asked:
-            length, newest, older = asked.llen(queue).lindex(name, 0).lindex(name, _ENOUGH - 1).execute()
-        if length < _ENOUGH:
-            return _ENOUGH - int(length)
+            length, newest, older = asked.llen(queue).lindex(name, 0).lindex(name, enough - 1).execute()
+        if length < enough:
+            return enough - int(length)
         return 0 if newest and older and _SHARED in newest and _SHARED in older else 1
+
+    def _enough(self, queue: str) -> int:
+        """Return how many wake-ups are enough for a queue, as its consumers are: those of threads need one each."""
+        known, since = self._consumers.get(queue, (0, 0.0))
+        if not known or time.monotonic() - since > _CONSUMERS_SECONDS:
+            known = self._ask(queue)
+            self._consumers[queue] = (known, time.monotonic())
+        return known
+
+    def _ask(self, queue: str) -> int:
+        if self._ask_consumers is None:
+            return _MANY
+        try:
+            processes, all_share = self._ask_consumers(queue)
+        except (NotLiveError, DBAPIError) as exc:
+            log.debug("who consumes %s is not known: %s", queue, exc)
+            return _MANY
+        return max(_ENOUGH, processes) if all_share else _MANY
 
     def room(self, queue: str) -> int:
         """Return for how many wake-ups of steps that need no message of their own there is room in a queue."""
         try:
             with self.app.producer_pool.acquire(block=True, timeout=5) as producer:
                 if producer.connection.transport.driver_type != "redis":
-                    return _ENOUGH
+                    return _MANY
                 producer.connection.ensure_connection(max_retries=0, timeout=5)
                 return self._look(producer.connection.default_channel, queue)
         except Exception as exc:  # noqa: BLE001 - each transport has errors of its own
@@ -174,7 +214,7 @@ class Publisher:
             "attempt": wakeup.attempt,
         }
         if not wakeup.solo:
-            headers["byrd"]["shared"] = True
+            headers["byrd"][SHARED] = True
         amqp = self.app.amqp
         stamped = options.get("stamped_headers") or []
         message = amqp.as_task_v2(

@@ -67,7 +67,7 @@ class DurableResults:
             if not attempt.closed:
                 attempt.fail(self.encoded_error(exc, traceback))
         elif header is not None:
-            self._in_main_process(steps.fail, header, self.encoded_error(exc, traceback))
+            self._in_main_process(request, steps.fail, header, self.encoded_error(exc, traceback))
         else:
             super().mark_as_failure(task_id, exc, traceback=traceback, request=request, **kwargs)  # type: ignore[misc]
 
@@ -77,7 +77,7 @@ class DurableResults:
         if attempt is not None:
             attempt.retry(self.encoded_error(exc, traceback) if exc is not None else None)
         elif header is not None:  # cancelled by the worker, which is about to stop or has lost the broker
-            self._in_main_process(steps.hand_back, header)
+            self._in_main_process(request, steps.hand_back, header)
         else:
             super().mark_as_retry(task_id, exc, traceback=traceback, request=request, **kwargs)  # type: ignore[misc]
 
@@ -90,8 +90,8 @@ class DurableResults:
         runtime = runtime_of(self.app)
         # Only a terminated process was running the step; a message that is revoked may be a duplicate.
         attempt = header["attempt"] + 1 if reason == "terminated" else None
-        owner = runtime.worker_id
-        runtime.later(steps.revoke, header["step"], str(reason), attempt=attempt, owner=owner)
+        owner, pid = runtime.worker_id, getattr(request, "worker_pid", None)
+        runtime.later(steps.revoke, header["step"], str(reason), attempt=attempt, owner=owner, pid=pid)
 
     def store_result(self, task_id: str, result: Any, state: str, *args: Any, **kwargs: Any) -> Any:
         """Store a state.  That a step has started is known already; a state of the user's own goes to the backend."""
@@ -99,10 +99,11 @@ class DurableResults:
             return result
         return super().store_result(task_id, result, state, *args, **kwargs)  # type: ignore[misc]
 
-    def _in_main_process(self, transition: Any, header: Any, *args: Any) -> None:
+    def _in_main_process(self, request: Any, transition: Any, header: Any, *args: Any) -> None:
         """Have an outcome recorded for a pool process that cannot: it was killed by a time limit, say."""
-        runtime = runtime_of(self.app)
-        runtime.later(transition, header["step"], header["attempt"] + 1, *args, owner=runtime.worker_id)
+        runtime, pid = runtime_of(self.app), getattr(request, "worker_pid", None)
+        # Another process of this worker may run the step, without its message.
+        runtime.later(transition, header["step"], header["attempt"] + 1, *args, owner=runtime.worker_id, pid=pid)
 
     def _encoded(self, result: Any) -> str:
         try:

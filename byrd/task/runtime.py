@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import mmap
@@ -20,7 +21,7 @@ from sqlalchemy.engine import URL
 from byrd.canvas import Plan, Step, compile_canvas
 from byrd.errors import ArgumentError, ConfigurationError, UnknownTaskError
 from byrd.model import StepKind
-from byrd.store import Store, Wakeup, steps
+from byrd.store import Store, Wakeup, steps, sweeps
 from byrd.task.publisher import Publisher
 
 #: Children of a pool that is spawned rather than forked learn their worker's id from here.
@@ -30,6 +31,8 @@ _RUNTIME = "_byrd_runtime"
 
 #: Seven times as much memory is needed to send a value to Postgres.
 MAX_VALUE_BYTES = 128 * 2**20
+#: A place for each pool process, by its id, that says which step it runs.
+_SLOTS, _SLOT_BYTES = 4096, 16
 #: For so long one wake-up keeps a pool process from other messages.
 SLICE_SECONDS = 0.2
 #: Options of a step that its message need not bear.
@@ -56,14 +59,15 @@ class Runtime:
         self.patient_store = Store(database_url, patience=math.inf)
         #: For transactions of the user's own, which may take long: they take no connection from the two above.
         self.user_store = Store(database_url, patience=math.inf, for_users=True)
-        self.publisher = Publisher(app)
+        self.publisher = Publisher(app, lambda queue: self.store.run(sweeps.consumers, queue))
         #: What a worker's main process has to record: its event loop must not wait for Postgres or the broker, so
         #: its recorder does it, in this order.
         self.chores: deque[Callable[[], list[Wakeup]]] = deque()
         #: What it has to publish: the sweeper does it.
         self.outbox: deque[Wakeup] = deque()
-        #: Shared with the pool processes: whether anybody listens to Celery's events.
+        #: Shared with the pool processes: whether anybody listens to Celery's events, and which step each of them runs.
         self._listened: mmap.mmap | None = None
+        self._running: mmap.mmap | None = None
         self._natures: dict[str, tuple[tuple[Any, ...], _Nature]] = {}
         self._worker_id: str | None = None
         self._main_pid: int | None = None
@@ -115,7 +119,7 @@ class Runtime:
         """Take the identity of a worker, for this process and those that its pool starts."""
         self._worker_id = os.environ[_WORKER_ID] = worker_id
         self._main_pid = os.getpid()
-        self._listened = mmap.mmap(-1, 1)
+        self._listened, self._running = mmap.mmap(-1, 1), mmap.mmap(-1, _SLOTS * _SLOT_BYTES)
 
     @property
     def listened(self) -> bool:
@@ -126,6 +130,19 @@ class Runtime:
     def listened(self, listened: bool) -> None:
         if self._listened is not None:
             self._listened[0] = listened
+
+    def note_running(self, step_id: str | None) -> None:
+        """Say which step this pool process runs from now on, for its main process."""
+        if self._running is not None:
+            at = os.getpid() % _SLOTS * _SLOT_BYTES
+            self._running[at : at + _SLOT_BYTES] = _digest(step_id) if step_id else bytes(_SLOT_BYTES)
+
+    def is_running(self, pid: int, step_id: str) -> bool:
+        """Tell whether a pool process said that it runs this step now; True when it cannot say."""
+        if self._running is None:
+            return True
+        at = pid % _SLOTS * _SLOT_BYTES
+        return self._running[at : at + _SLOT_BYTES] == _digest(step_id)
 
     @property
     def orphaned(self) -> bool:
@@ -217,6 +234,10 @@ class Runtime:
         options.update({k: v for k, v in routed.items() if v is not None and k not in options})
         queue_name = getattr(queue, "name", queue) or self.app.conf.task_default_queue
         return str(queue_name), options
+
+
+def _digest(step_id: str) -> bytes:
+    return hashlib.blake2b(step_id.encode(), digest_size=_SLOT_BYTES).digest()
 
 
 def runtime_of(app: Celery) -> Runtime:

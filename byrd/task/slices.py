@@ -54,8 +54,8 @@ class Slice:
         self._waiting: deque[Claim] = deque()
         self._done: list[Done] = []
         self._held_since = 0.0
-        #: When the task that is running was called; None between two of them.
-        self._called_at: float | None = None
+        #: Since when the current step is run, or its hooks are; None between two of them.
+        self._busy_since: float | None = None
         self._current: Claim | None = None
         self._ends_at = time.monotonic() + runtime.slice_seconds
         self._steps = 0
@@ -67,14 +67,13 @@ class Slice:
         Returns whether that step is still to be claimed, in the ordinary way, and its outcome if it was run here.
         """
         outcome = None
-        own_is_ready = self._exchange([], own=own)
         watch = _watch()
         watch.begin(self)
         try:
+            own_is_ready = self._exchange([], own=own).own_is_ready
             while (claim := self._next()) is not None:
-                self._current = claim
                 got = self._run(Attempt(self.runtime, claim, in_slice=self))
-                self._called_at = self._current = None
+                self._busy_since = self._current = None
                 if claim.id == own.step_id:
                     outcome = got
         except Exception:
@@ -91,32 +90,30 @@ class Slice:
         """
         with self._lock:
             now = time.monotonic()
-            took = now - (self._called_at or now)
-            self._called_at = None
             if not self._done:
-                self._held_since = now - took
+                self._held_since = self._busy_since or now
             self._done.append(Done(claim, result))
             hold = bool(self._waiting) and now - self._held_since < HOLD_SECONDS
         if not hold:
             self._record(current=claim.id)
+            self._busy_since = time.monotonic()  # its hooks come now: what was claimed just now waits for them
 
     def look(self) -> None:
         """See that a step that takes its time holds up neither results nor other steps.  The watch calls it."""
         if not self._lock.acquire(blocking=False):
             return
         try:
-            called_at = self._called_at
-            if called_at is None or time.monotonic() - called_at < HOLD_SECONDS or os.getpid() != self._pid:
+            busy_since = self._busy_since
+            if busy_since is None or time.monotonic() - busy_since < HOLD_SECONDS or os.getpid() != self._pid:
                 return
-            done, self._done = self._done, []
-            waiting = list(self._waiting)
-            self._waiting.clear()
-            if done:
-                self._settle(self._call(done, None), None)
-            for claim in waiting:
-                self._give_back(claim)
-            if waiting:
+            if self._done:
+                self._settle(self._call(self._done, None), None)
+                self._done = []
+            if self._waiting:
                 self._pace.slow_down()
+            while self._waiting:
+                self._give_back(self._waiting[-1])
+                self._waiting.pop()
         finally:
             self._lock.release()
 
@@ -133,28 +130,26 @@ class Slice:
             if not self._waiting:
                 return None
             self._steps += 1
-            self._called_at = time.monotonic()
-            return self._waiting.popleft()
+            self._busy_since = time.monotonic()
+            self._current = self._waiting.popleft()
+            return self._current
 
     def _record(self, *, current: str | None = None) -> None:
         """Record what is done; claim what is next when nothing that was claimed is left."""
         with self._lock:
-            done, self._done = self._done, []
-        try:
-            self._exchange(done, current=current)
-        except (StaleAttempt, DBAPIError):  # all that could be recorded is
-            raise
-        except BaseException:
-            with self._lock:  # recorded or not: the same outcome may be recorded twice
-                self._done = done + self._done
-            raise
+            done = list(self._done)
+        found = self._exchange(done, current=current)
+        with self._lock:  # not before: the same outcome may be recorded twice, but must not be forgotten
+            self._done = [one for one in self._done if one not in done]
+        if current is not None and (refused := found.refused.get(current)) is not None:
+            raise refused
 
-    def _exchange(self, done: list[Done], *, own: Own | None = None, current: str | None = None) -> bool:
-        """Tell Postgres what is done, and have it tell what is next; return whether ``own`` is still ready."""
+    def _exchange(self, done: list[Done], *, own: Own | None = None, current: str | None = None) -> Work:
+        """Tell Postgres what is done, and have it tell what is next."""
         *early, last = _apart(done)
-        refused: BaseException | None = None
+        refused: dict[str, BaseException] = {}
         for part in early:
-            refused = self._settle(self._call(part, current), current) or refused
+            refused |= self._settle(self._call(part, current), current)
         if self._waiting:
             found = self._call(last, current)
         else:
@@ -163,40 +158,45 @@ class Slice:
             if room:
                 # What follows each step that is done is run on here, whatever the pace.
                 most = max(self._pace.steps_at_once, len(last))
-                found = self._call(last, current, own=own, most=most, others=True)
+                found = self._call(last, current, own=own, most=most, others=True, peek=own is not None)
             else:
                 found = self._call(last, current, peek=True)  # others are to go on where this slice ends
             with self._lock:
                 self._over = not found.claims
                 self._waiting.extend(found.claims)
             self._pace.began(len(found.claims))
-        refused = self._settle(found, current) or refused
-        if refused is not None:
-            raise refused
-        return found.own_is_ready
+        found.refused = refused | self._settle(found, current)
+        return found
 
-    def _settle(self, found: Work, current: str | None) -> BaseException | None:
-        """Publish what became ready, and say what was refused; return why the current step's result was."""
+    def _settle(self, found: Work, current: str | None) -> dict[str, BaseException]:
+        """Publish what became ready, say what was refused, and return it."""
         self.runtime.publisher.publish(found.wakeups)
         for step_id, why in found.refused.items():
             if step_id != current:
                 log.info("not recorded: %s", why)
-        return found.refused.get(current or "")
+        return found.refused
 
     def _abandon(self) -> None:
         """After an error that should not be: leave no step behind that this process has claimed, for it lives on."""
         with self._lock:
-            done, self._done = self._done, []
-            waiting, current = [*self._waiting], self._current
+            done, left = self._done, [*self._waiting, *([self._current] if self._current else [])]
+            self._done = []
             self._waiting.clear()
-        self._settle(self._call(done, None), None)
-        for claim in [*waiting, *([current] if current else [])]:
-            self._give_back(claim)
+        try:
+            self._settle(self._call(done, None), None)
+        except Exception:
+            log.exception("%d results could not be recorded; their steps are given back", len(done))
+            left += [one.claim for one in done]
+        for claim in left:
+            try:
+                self._give_back(claim, delay=1.0)
+            except Exception:
+                log.exception("step %s could not be given back; the next slice of this process runs it", claim.id)
 
-    def _give_back(self, claim: Claim) -> None:
+    def _give_back(self, claim: Claim, *, delay: float = 0.0) -> None:
         store = self.runtime.patient_store
         try:
-            self.runtime.publisher.publish(store.run(steps.hand_back, claim.id, claim.attempt))
+            self.runtime.publisher.publish(store.run(steps.hand_back, claim.id, claim.attempt, delay=delay))
         except StaleAttempt as exc:
             log.info("nothing to give back: %s", exc)
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
+import time
 import uuid
 from collections.abc import Callable
 from typing import Any
 
 from celery import Celery, bootsteps
 from celery.signals import worker_init, worker_shutdown, worker_shutting_down
+from celery.worker import state
 
 from byrd.errors import ConfigurationError
 from byrd.task.runtime import SLICE_SECONDS, runtime_of
@@ -29,6 +32,7 @@ class LeaseStep(bootsteps.StartStopStep):
         self.keeper: Keeper | None = None
         self.sweeper: Sweeper | None = None
         self._reaping: Any = None
+        self._loop_seen_at = -math.inf
         # Before the pool starts, as above.
         runtime = runtime_of(worker.app)
         runtime.slice_steps(slice_seconds_of(worker.app) if _can_slice(worker) else 0.0)
@@ -51,6 +55,7 @@ class LeaseStep(bootsteps.StartStopStep):
             children=lambda: _children(worker),
             shares=lambda: _shares(app) if runtime.slice_seconds > 0 else [],
             listened=lambda: _is_listened_to(worker),
+            busy=self._busy,
             publish_soon=self.sweeper.wake,
         )
         self.keeper.heartbeat()
@@ -72,11 +77,18 @@ class LeaseStep(bootsteps.StartStopStep):
             self._reaping.cancel()
 
         def reap() -> None:
+            self._loop_seen_at = time.monotonic()
             if any(has_exited(pid) for pid in _children(worker)):
                 worker.pool.maintain_pool()
 
         if hasattr(worker.pool, "maintain_pool"):
             self._reaping = hub.call_repeatedly(CHILD_SECONDS, reap)
+
+    def _busy(self) -> set[int] | None:
+        """Return the pool processes that have a message; None while the event loop, which is told of it, hangs."""
+        if time.monotonic() - self._loop_seen_at > 2 * CHILD_SECONDS:
+            return None
+        return {pid for request in list(state.active_requests) if (pid := getattr(request, "worker_pid", None))}
 
     def stop(self, worker: Any) -> None:
         """The worker stops: its pool drains while the lease is kept."""
@@ -166,7 +178,8 @@ def _can_slice(worker: Any) -> bool:
     greenlets each has its own message, for neither would be seen to by anybody when it breaks off.
     """
     limits = (worker.time_limit, worker.soft_time_limit, worker.max_tasks_per_child)
-    return _pool_name(worker) in ("prefork", "solo") and not any(limits)
+    # Steps that go down with one another are failed at once when none may lose its worker.
+    return _pool_name(worker) in ("prefork", "solo") and not any(limits) and settings_of(worker.app).max_preemptions > 0
 
 
 def _shares(app: Celery) -> list[str]:

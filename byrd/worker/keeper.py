@@ -150,6 +150,7 @@ class Keeper(_Loop):
         children: Callable[[], Sequence[int]] = lambda: (),
         shares: Callable[[], Sequence[str]] = lambda: (),
         listened: Callable[[], bool] = lambda: False,
+        busy: Callable[[], set[int] | None] = lambda: None,
         publish_soon: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__("byrd-keeper")
@@ -166,7 +167,9 @@ class Keeper(_Loop):
             "version": version("byrd"),
         }
         self._queues, self._children, self._shares = queues, children, shares
-        self._listened = listened
+        self._listened, self._busy = listened, busy
+        #: What runs in processes that were seen to run nothing.
+        self._unclaimed: set[tuple[int, str, int]] = set()
         self._next_heartbeat = 0.0
         #: Pool processes that were seen to be gone; the pool has not replaced them yet.
         self._gone: set[int] = set()
@@ -203,6 +206,7 @@ class Keeper(_Loop):
             self.heartbeat()
             # Those whose steps somebody was just writing, and processes that the pool has replaced meanwhile.
             unknown |= {pid for pid in self.store.run(sweeps.running_pids, self.worker_id) if has_exited(pid)}
+            self._look_for_unclaimed()
         for pid in unknown:
             # After what is known of its step, that it ran into its time limit, say.
             self.runtime.later(
@@ -213,6 +217,26 @@ class Keeper(_Loop):
                 max_preemptions=self.settings.max_preemptions,
             )
         return CHILD_SECONDS
+
+    def _look_for_unclaimed(self) -> None:
+        """Have steps given back that a call claimed whose answer was lost, for a process that has nothing to do since.
+
+        One that has something finds them by itself.
+        """
+        busy = self._busy()
+        if busy is None:
+            self._unclaimed = set()
+            return
+        idle = {one for one in self.store.run(sweeps.running_attempts, self.worker_id) if one[0] not in busy}
+        for _, step_id, attempt in idle & self._unclaimed:
+            self.runtime.later(
+                steps.preempt,
+                self.worker_id,
+                step=(step_id, attempt),
+                reason="it was claimed for a process that never heard of it",
+                max_preemptions=self.settings.max_preemptions,
+            )
+        self._unclaimed = idle
 
     def stopping(self) -> None:
         """Let the checkpoints of this worker's steps hand back; keep the lease while the pool drains."""
@@ -332,13 +356,17 @@ class Sweeper(_Loop):
                 most = overdue if solo else min(overdue, publisher.room(queue))
                 if most == 0:
                     self._enough = True
+                    store.run(sweeps.make_solo, queue)
                     continue
-                waiting = store.run(sweeps.sent_and_waiting, queue, solo=solo, at_most=depth + overdue)
+                if not solo:  # most of them have no message, and need none
+                    due = store.run(sweeps.take_overdue, queue, solo=False, resend=most, limit=most)
+                    publisher.publish(due)
+                    sent += len(due)
+                    continue
+                waiting = store.run(sweeps.sent_and_waiting, queue, at_most=depth + overdue)
                 # No more than were counted: what is overdue only since then would be put off, as if its message were
                 # there.
-                lost: list[Wakeup] = store.run(
-                    sweeps.take_overdue, queue, solo=solo, resend=max(0, waiting - depth), limit=most
-                )
+                lost: list[Wakeup] = store.run(sweeps.take_overdue, queue, resend=max(0, waiting - depth), limit=most)
                 publisher.publish(lost)
                 sent += len(lost)
         return sent

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from celery.app.control import TERM_SIGNAME
@@ -30,6 +30,11 @@ def attend(changed: Callable[[], None]) -> None:
     _after("revoke", _terminate)
 
 
+def end_soon(runtime: Runtime, step_ids: Sequence[str], signal: Any) -> None:
+    """Have steps ended that this worker runs, and the processes in which they are run just then."""
+    runtime.chores.append(functools.partial(_end, runtime, step_ids, signals.signum(signal or TERM_SIGNAME)))
+
+
 def _after(name: str, then: Callable[..., None]) -> None:
     plain = getattr(Panel.data[name], "byrd_plain", Panel.data[name])
 
@@ -44,25 +49,26 @@ def _after(name: str, then: Callable[..., None]) -> None:
 
 
 def _terminate(state: Any, task_id: Any, terminate: bool = False, signal: Any = None, **_options: Any) -> None:  # noqa: FBT001, FBT002 - Celery's
-    """Terminate the pool process of a revoked step that runs without its message: Celery looks among those only."""
+    """End revoked steps that run without their message: Celery looks among those only."""
     if not terminate:
         return
     known = {request.id for request in active_requests}
     wanted = [str(one) for one in maybe_list(task_id) or [] if one not in known]
     if wanted:
-        runtime = runtime_of(state.app)
-        runtime.chores.append(functools.partial(_end, runtime, wanted, signals.signum(signal or TERM_SIGNAME)))
+        end_soon(runtime_of(state.app), wanted, signal)
 
 
-def _end(runtime: Runtime, step_ids: Iterable[str], signum: int) -> list[Wakeup]:
+def _end(runtime: Runtime, step_ids: Sequence[str], signum: int) -> list[Wakeup]:
     wakeups: list[Wakeup] = []
     for step_id in step_ids:
         running = runtime.store.run(sweeps.running_here, runtime.worker_id, step_id)
-        if running is None or running.pid == os.getpid():
-            continue  # it runs elsewhere, or in this very process, which has no other to end
+        if running is None:
+            continue
         wakeups += runtime.store.run(
-            steps.revoke, step_id, "terminated", attempt=running.attempt, owner=runtime.worker_id
+            steps.revoke, step_id, "terminated", attempt=running.attempt, owner=runtime.worker_id, pid=running.pid
         )
-        log.warning("step %s was revoked: its pool process %d is ended", step_id, running.pid)
-        os.kill(running.pid, signum)
+        # It may be over, or about to be run in a while: then its process is at work for another.
+        if running.pid != os.getpid() and runtime.is_running(running.pid, step_id):
+            log.warning("step %s was revoked: its pool process %d is ended", step_id, running.pid)
+            os.kill(running.pid, signum)
     return wakeups

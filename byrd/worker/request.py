@@ -13,8 +13,10 @@ from celery.worker.request import Request
 
 from byrd.store import steps
 from byrd.task.attempt import readable_header
+from byrd.task.publisher import SHARED
 from byrd.task.reports import reports_of, send_reports
 from byrd.task.runtime import runtime_of
+from byrd.worker import remote
 from byrd.worker.messages import check_request
 
 log = logging.getLogger(__name__)
@@ -33,6 +35,7 @@ class DurableRequest(Request):
             raise InvalidTaskError(f"the message of a task cannot be read: {exc!r}") from exc
         if self.durable:  # when a step may start, Postgres knows; no message of ours says it
             self._eta = self._expires = None
+            self._keep_to_itself()
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Celery makes a class of its own for each task, whose ``on_success`` calls none of ours."""
@@ -51,6 +54,22 @@ class DurableRequest(Request):
     def durable(self) -> bool:
         """True when the message names a step of a run."""
         return self._request_dict.get("byrd") is not None
+
+    def _keep_to_itself(self) -> None:
+        """Have the message run its own step only when Celery limits its time: others must not be ended by that."""
+        header = self._request_dict["byrd"]
+        limited = any(self.time_limits or ()) or self.task.time_limit or self.task.soft_time_limit
+        if limited and isinstance(header, dict):
+            self._request_dict["byrd"] = {key: value for key, value in header.items() if key != SHARED}
+
+    def terminate(self, pool: Any, signal: Any = None) -> None:
+        """End the process that runs the step: not always the one that has the message, which may run another by now."""
+        header = readable_header(self._request_dict.get("byrd"))
+        if header is None or not header.get(SHARED):
+            super().terminate(pool, signal)
+            return
+        remote.end_soon(runtime_of(self._app), [header["step"]], signal)
+        self._announce_revoked("terminated", True, signal, False)
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
         """A pool process has taken the message."""

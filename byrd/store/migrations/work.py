@@ -37,7 +37,7 @@ DECLARE
     all_runs uuid[]; f_runs uuid[]; f_nos int[]; f_joins int[];
     n_runs uuid[]; n_nos int[];
     going uuid[] := '{}'; ended uuid[] := '{}'; ready_ids text[] := '{}'; some_ready text[]; some_runs uuid[];
-    unusual boolean; uncalled boolean;
+    unusual boolean; uncalled boolean; next_ids text[]; mine_ids text[]; maybe_over uuid[];
     a_run uuid; a_join int; a_count int; left_over int; a_kind text; a_status text; own_left boolean;
 BEGIN
     -- A worker is not given up between this check and the commit, or nobody would ever recover what is claimed here.
@@ -53,11 +53,12 @@ BEGIN
            FROM (SELECT DISTINCT s.run_id FROM byrd.steps s WHERE s.id = ANY(done_ids) ORDER BY s.run_id) r;
         WITH done AS (
             UPDATE byrd.steps s
-               SET status = 'succeeded', result = d.result, worker_id = NULL, pid = NULL, claim = NULL,
+               SET status = 'succeeded', result = done_results[array_position(done_ids, s.id)],
+                   worker_id = NULL, pid = NULL, claim = NULL,
                    finished_at = greatest(clock_timestamp(), (SELECT p.finished_at + interval '1 microsecond'
                        FROM byrd.steps p WHERE p.run_id = s.run_id AND p.no = s.after))
-              FROM unnest(done_ids, done_attempts, done_results) AS d (id, attempt, result)
-             WHERE s.id = d.id AND s.attempt = d.attempt AND s.status || '' = 'running'
+             WHERE s.id = ANY(done_ids) AND s.attempt = done_attempts[array_position(done_ids, s.id)]
+               AND s.status || '' = 'running'
             RETURNING s.run_id, s.no, s.join_no)
         SELECT array_agg(run_id), array_agg(no), array_agg(join_no) INTO f_runs, f_nos, f_joins FROM done;
         all_runs := f_runs;
@@ -65,46 +66,50 @@ BEGIN
 
     WHILE f_runs IS NOT NULL LOOP
         -- What comes next: claimed here when it may be, made ready otherwise.
-        WITH next AS (
-            SELECT n.id, n.kind,
-                   n.kind IN ('task','callback') AND NOT n.solo AND n.countdown IS NULL AND n.eta IS NULL
-                     AND n.preemptions = 0 AND n.task = ANY(my_tasks) AND n.queue = ANY(my_queues)
-                     AND r.status = 'running' AS fits
-              FROM unnest(f_runs, f_nos) AS f (run_id, no)
-              JOIN byrd.steps n ON n.run_id = f.run_id AND n.after = f.no
-              JOIN byrd.runs r ON r.id = f.run_id
-             WHERE n.status || '' = 'pending' AND NOT n.on_failure AND NOT n.replaced
-               AND (n.kind <> 'join' OR n.waiting = 0)),
-        ranked AS (
-            SELECT id, kind, fits AND claimed + row_number() OVER (ORDER BY NOT fits) <= most AS mine FROM next),
-        -- NOT solo, again: of a revoke that commits while this waits for the row, nothing else is seen.
-        released AS (
-            UPDATE byrd.steps s
-               SET status = CASE WHEN k.mine AND NOT s.solo THEN 'running' ELSE 'ready' END,
-                   attempt = s.attempt + (k.mine AND NOT s.solo)::int,
-                   started_at = CASE WHEN k.mine AND NOT s.solo THEN clock_timestamp() END,
-                   worker_id = CASE WHEN k.mine AND NOT s.solo THEN me END,
-                   pid = CASE WHEN k.mine AND NOT s.solo THEN child END,
-                   claim = CASE WHEN k.mine AND NOT s.solo THEN token END,
-                   ready_at = clock_timestamp(),
-                   run_at = coalesce(s.eta, clock_timestamp() + coalesce(s.countdown, 0) * interval '1 second'),
-                   wake_at = CASE WHEN coalesce(s.eta <= clock_timestamp(), coalesce(s.countdown, 0) <= 0)
-                     THEN clock_timestamp() + interval '2 seconds'
-                     ELSE coalesce(s.eta, clock_timestamp() + s.countdown * interval '1 second') END,
-                   sends = CASE WHEN coalesce(s.eta <= clock_timestamp(), coalesce(s.countdown, 0) <= 0)
-                     THEN 1 ELSE 0 END,
-                   expires_at = coalesce(clock_timestamp() + s.expires_in * interval '1 second', s.expires_at)
-              FROM ranked k WHERE s.id = k.id AND s.status || '' = 'pending' AND k.kind IN ('task','callback')
-            RETURNING s.id, s.run_id, s.status = 'running' AS mine)
-        SELECT (SELECT bool_or(k.kind NOT IN ('task','callback')) FROM ranked k),
-               count(*) FILTER (WHERE l.mine), array_agg(l.id) FILTER (WHERE NOT l.mine), array_agg(l.run_id)
-          INTO unusual, found_rows, some_ready, some_runs FROM released l;
+        SELECT bool_or(k.kind NOT IN ('task','callback')), array_agg(k.id), array_agg(k.id) FILTER (WHERE k.mine)
+          INTO unusual, next_ids, mine_ids
+          FROM (SELECT n.id, n.kind, n.fits AND claimed + row_number() OVER (ORDER BY NOT n.fits) <= most AS mine
+                  FROM unnest(f_runs, f_nos) AS f (run_id, no),
+                       LATERAL (SELECT x.id, x.kind,
+                                       x.kind IN ('task','callback') AND NOT x.solo AND x.countdown IS NULL
+                                         AND x.eta IS NULL AND x.preemptions = 0 AND x.task = ANY(my_tasks)
+                                         AND x.queue = ANY(my_queues)
+                                         AND (SELECT r.status FROM byrd.runs r WHERE r.id = x.run_id) = 'running'
+                                         AS fits
+                                  FROM byrd.steps x
+                                 WHERE x.run_id = f.run_id AND x.after = f.no AND x.status || '' = 'pending'
+                                   AND NOT x.on_failure AND NOT x.replaced AND (x.kind <> 'join' OR x.waiting = 0)
+                                OFFSET 0) n) k;
         IF unusual THEN
             RAISE EXCEPTION 'not for the fast path' USING ERRCODE = 'BY001';
         END IF;
-        claimed := claimed + found_rows;
-        ready_ids := ready_ids || coalesce(some_ready, '{}');
-        going := going || coalesce(some_runs, '{}');
+        IF next_ids IS NOT NULL THEN
+            mine_ids := coalesce(mine_ids, '{}');
+            -- NOT solo, again: of a revoke that commits while this waits for the row, nothing else is seen.
+            WITH released AS (
+                UPDATE byrd.steps s
+                   SET status = CASE WHEN s.id = ANY(mine_ids) AND NOT s.solo THEN 'running' ELSE 'ready' END,
+                       attempt = s.attempt + (s.id = ANY(mine_ids) AND NOT s.solo)::int,
+                       started_at = CASE WHEN s.id = ANY(mine_ids) AND NOT s.solo THEN clock_timestamp() END,
+                       worker_id = CASE WHEN s.id = ANY(mine_ids) AND NOT s.solo THEN me END,
+                       pid = CASE WHEN s.id = ANY(mine_ids) AND NOT s.solo THEN child END,
+                       claim = CASE WHEN s.id = ANY(mine_ids) AND NOT s.solo THEN token END,
+                       ready_at = clock_timestamp(),
+                       run_at = coalesce(s.eta, clock_timestamp() + coalesce(s.countdown, 0) * interval '1 second'),
+                       wake_at = CASE WHEN coalesce(s.eta <= clock_timestamp(), coalesce(s.countdown, 0) <= 0)
+                         THEN clock_timestamp() + interval '2 seconds'
+                         ELSE coalesce(s.eta, clock_timestamp() + s.countdown * interval '1 second') END,
+                       sends = CASE WHEN coalesce(s.eta <= clock_timestamp(), coalesce(s.countdown, 0) <= 0)
+                         THEN 1 ELSE 0 END,
+                       expires_at = coalesce(clock_timestamp() + s.expires_in * interval '1 second', s.expires_at)
+                 WHERE s.id = ANY(next_ids) AND s.status || '' = 'pending'
+                RETURNING s.id, s.run_id, s.status = 'running' AS mine)
+            SELECT count(*) FILTER (WHERE l.mine), array_agg(l.id) FILTER (WHERE NOT l.mine), array_agg(l.run_id)
+              INTO found_rows, some_ready, some_runs FROM released l;
+            claimed := claimed + found_rows;
+            ready_ids := ready_ids || coalesce(some_ready, '{}');
+            going := going || coalesce(some_runs, '{}');
+        END IF;
 
         n_runs := NULL; n_nos := NULL;
         FOR a_run, a_join, a_count IN
@@ -141,10 +146,9 @@ BEGIN
     END LOOP;
 
     -- Runs that may be over.  Their rows first, so that of two last steps that end at once the second sees the first.
+    maybe_over := ARRAY(SELECT DISTINCT a FROM unnest(all_runs) a WHERE a <> ALL (going));
     FOR a_run, a_status IN
-        SELECT r.id, r.status FROM byrd.runs r
-         WHERE r.id IN (SELECT DISTINCT a FROM unnest(all_runs) a WHERE a <> ALL (going))
-         ORDER BY r.id FOR NO KEY UPDATE
+        SELECT r.id, r.status FROM byrd.runs r WHERE r.id = ANY(maybe_over) ORDER BY r.id FOR NO KEY UPDATE
     LOOP
         CONTINUE WHEN EXISTS (SELECT 1 FROM byrd.steps s
                                WHERE s.run_id = a_run AND s.status IN ('ready','running','waiting'));
@@ -181,10 +185,10 @@ BEGIN
         UPDATE byrd.steps s
            SET status = 'running', attempt = s.attempt + 1, started_at = clock_timestamp(), worker_id = me,
                pid = child, claim = token
-          FROM byrd.runs r
          WHERE s.id = own_id AND s.status || '' = 'ready' AND s.attempt = own_attempt AND NOT s.solo
            AND s.wake_at < 'infinity' AND s.run_at <= clock_timestamp() AND s.preemptions = 0
-           AND s.task = own_task AND s.task = ANY(my_tasks) AND r.id = s.run_id AND r.status || '' = 'running';
+           AND s.task = own_task AND s.task = ANY(my_tasks)
+           AND (SELECT r.status FROM byrd.runs r WHERE r.id = s.run_id) = 'running';
         GET DIAGNOSTICS found_rows = ROW_COUNT;
         claimed := claimed + found_rows;
         own_left := found_rows = 0;
@@ -194,27 +198,33 @@ BEGIN
     IF others THEN
         FOR a_queue IN SELECT q FROM unnest(my_queues) q ORDER BY random() LOOP
             EXIT WHEN claimed >= most;
+            -- First their ids: a LIMIT in the FROM of an UPDATE may be taken again for each of its rows.
+            SELECT array_agg(c.id) INTO mine_ids
+              FROM (SELECT d.id FROM byrd.steps d
+                     WHERE d.status = 'ready' AND d.sends > 0 AND NOT d.solo AND d.queue = a_queue
+                       AND d.wake_at < 'infinity' AND d.run_at <= clock_timestamp() AND d.preemptions = 0
+                       AND d.task = ANY(my_tasks)
+                       AND (SELECT r.status FROM byrd.runs r WHERE r.id = d.run_id) = 'running'
+                     ORDER BY d.wake_at LIMIT most - claimed FOR UPDATE OF d SKIP LOCKED) c;
+            CONTINUE WHEN mine_ids IS NULL;
             UPDATE byrd.steps s
                SET status = 'running', attempt = s.attempt + 1, started_at = clock_timestamp(), worker_id = me,
                    pid = child, claim = token
-              FROM (SELECT d.id FROM byrd.steps d JOIN byrd.runs r ON r.id = d.run_id
-                     WHERE d.status = 'ready' AND d.sends > 0 AND NOT d.solo AND d.queue = a_queue
-                       AND d.wake_at < 'infinity' AND d.run_at <= clock_timestamp() AND d.preemptions = 0
-                       AND d.task = ANY(my_tasks) AND r.status || '' = 'running'
-                     ORDER BY d.wake_at LIMIT most - claimed FOR UPDATE OF d SKIP LOCKED) c
-             WHERE s.id = c.id AND s.status || '' = 'ready';
+             WHERE s.id = ANY(mine_ids) AND s.status || '' = 'ready';
             GET DIAGNOSTICS found_rows = ROW_COUNT;
             claimed := claimed + found_rows;
         END LOOP;
     END IF;
 
+    -- As a slice begins, its process runs nothing.  What it is said to run was claimed by a call whose answer was lost.
     RETURN QUERY
         SELECT 'claim', s.id, s.run_id, s.no, s.kind, s.task, s.queue, s.attempt, s.retries, s.preemptions, s.args,
-               s.kwargs, s.options, s.group_id, s.join_no, s.join_pos, p.id, s.input, i.result
+               s.kwargs, s.options, s.group_id, s.join_no, s.join_pos,
+               (SELECT p.id FROM byrd.steps p WHERE p.run_id = s.run_id AND p.no = s.after), s.input,
+               (SELECT i.result FROM byrd.steps i WHERE i.run_id = s.run_id AND i.no = s.input)
           FROM byrd.steps s
-          LEFT JOIN byrd.steps p ON p.run_id = s.run_id AND p.no = s.after
-          LEFT JOIN byrd.steps i ON i.run_id = s.run_id AND i.no = s.input
-         WHERE s.worker_id = me AND s.status = 'running' AND s.claim = token
+         WHERE s.worker_id = me AND s.status = 'running'
+           AND (s.claim = token OR (own_id IS NOT NULL AND s.pid = child AND NOT s.solo))
          ORDER BY s.id IS DISTINCT FROM own_id, s.wake_at;
     IF cardinality(ready_ids) > 0 THEN
         RETURN QUERY
@@ -224,7 +234,8 @@ BEGIN
                    NULL::int, NULL
               FROM byrd.steps s WHERE s.id = ANY(ready_ids);
     END IF;
-    IF peek AND cardinality(ready_ids) = 0 THEN  -- else there is one to be woken by
+    -- There is more than this process takes, and nobody else is told of it.
+    IF peek AND claimed >= most AND cardinality(ready_ids) = 0 THEN
         RETURN QUERY
             SELECT 'ready', s.id, s.run_id, s.no, s.kind, s.task, s.queue, s.attempt, s.retries, 1, NULL, NULL,
                    s.options, s.group_id, NULL::int, s.join_pos,
@@ -232,6 +243,7 @@ BEGIN
               FROM unnest(my_queues) q, LATERAL
                    (SELECT * FROM byrd.steps d WHERE d.status = 'ready' AND d.sends > 0 AND NOT d.solo AND d.queue = q
                        AND d.wake_at < 'infinity' AND d.run_at <= clock_timestamp() AND d.preemptions = 0
+                       AND d.task = ANY(my_tasks)
                      ORDER BY d.wake_at LIMIT 1 FOR UPDATE OF d SKIP LOCKED) s;
     END IF;
     IF coalesce(cardinality(all_runs), 0) < cardinality(done_ids) THEN

@@ -16,12 +16,11 @@ CREATE FUNCTION byrd.write_runs(
     signals text[], fallbacks text[], told boolean)
 RETURNS SETOF uuid
 LANGUAGE plpgsql VOLATILE
-SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
 SET plan_cache_mode = force_generic_plan
 AS $$
 #variable_conflict use_column
 DECLARE
-    written uuid[];
+    written uuid[]; all_written boolean;
 BEGIN
     WITH fresh AS (
         INSERT INTO byrd.runs (id, workflow, title, key, args, output, deadline)
@@ -29,8 +28,10 @@ BEGIN
                clock_timestamp() + r.deadline * interval '1 second'
           FROM unnest(run_ids, workflows, titles, keys, run_args, outputs, deadlines)
                AS r (id, workflow, title, key, args, output, deadline)
+         ORDER BY r.workflow, r.key  -- of two that write the same keys, neither waits for the other
         ON CONFLICT DO NOTHING RETURNING id)
     SELECT array_agg(id) INTO written FROM fresh;
+    all_written := coalesce(cardinality(written), 0) = cardinality(run_ids);
 
     INSERT INTO byrd.steps (run_id, id, no, kind, task, queue, args, kwargs, options, compensation, after, on_failure,
                             input, join_no, join_pos, waiting, group_id, countdown, eta, expires_in, expires_at, solo,
@@ -53,12 +54,14 @@ BEGIN
            LATERAL (SELECT s.after IS NULL AND coalesce(s.kind, 'task') <> 'join' AS first, n.now,
                            coalesce(s.eta, n.now + coalesce(s.countdown, 0) * interval '1 second') AS run_at
                       FROM (SELECT clock_timestamp() AS now) n) f
-     WHERE s.run_id = ANY (written);
+     WHERE all_written OR s.run_id = ANY (written);
 
     INSERT INTO byrd.events (run_id, event, detail)
     SELECT w, 'submitted', '{"steps": ' || count(*) || '}'
-      FROM unnest(step_runs) w WHERE w = ANY (written) GROUP BY w;
+      FROM unnest(step_runs) w WHERE all_written OR w = ANY (written) GROUP BY w;
 
-    RETURN QUERY SELECT r FROM unnest(run_ids) r WHERE written IS NULL OR r <> ALL (written);
+    IF NOT all_written THEN
+        RETURN QUERY SELECT r FROM unnest(run_ids) r WHERE written IS NULL OR r <> ALL (written);
+    END IF;
 END $$
 """
