@@ -178,8 +178,14 @@ def retry(conn: Connection, run_id: str, *, by: str | None = None, token: str | 
             WHERE id = %(run)s AND status = ANY(%(sources)s)""",
         {"run": run_id, "sources": _sources("retry_run")},
     )
-    _recall_errbacks(conn, run_id)
+    called = _recall_errbacks(conn, run_id)
     _reopen(conn, run_id, "status IN ('failed','skipped','cancelled')")
+    query(  # only now, for nothing is changed in a step that has ended
+        conn,
+        """UPDATE byrd.steps SET replaced = false, waiting = 0
+           WHERE run_id = %(run)s AND no = ANY(%(called)s) AND replaced""",
+        {"run": run_id, "called": called},
+    )
     record(conn, run_id, "retried", _by(by), token=token)
     return _resume_pending(conn, run_id)
 
@@ -234,10 +240,11 @@ _CALLED = """
       SELECT s.no FROM grown g JOIN byrd.steps s ON s.run_id = %(run)s AND s.after = g.no)"""
 
 
-def _recall_errbacks(conn: Connection, run_id: str) -> None:
+def _recall_errbacks(conn: Connection, run_id: str) -> list[int]:
     """succeeded → pending: errbacks that were called may be called again, from their beginning.
 
-    So what they replaced themselves by, or added to their chords, is deleted: they may do otherwise this time.
+    So what they replaced themselves by, or added to their chords, is deleted: they may do otherwise this time.  Returns
+    their numbers, and those of what comes after them.
     """
     params = {"run": run_id}
     query(
@@ -245,14 +252,8 @@ def _recall_errbacks(conn: Connection, run_id: str) -> None:
         f"{_CALLED} DELETE FROM byrd.steps WHERE run_id = %(run)s AND no IN (SELECT no FROM grown)",
         params,
     )
-    rows = query(conn, f"{_CALLED} SELECT no FROM called", params)
-    called = {"run": run_id, "called": [row.no for row in rows]}
-    query(
-        conn,
-        """UPDATE byrd.steps SET replaced = false, waiting = 0
-           WHERE run_id = %(run)s AND no = ANY(%(called)s) AND replaced""",
-        called,
-    )
+    numbers = [row.no for row in query(conn, f"{_CALLED} SELECT no FROM called", params)]
+    called = {"run": run_id, "called": numbers}
     for table in ("checkpoints", "failed_items"):
         query(
             conn,
@@ -261,6 +262,7 @@ def _recall_errbacks(conn: Connection, run_id: str) -> None:
             called,
         )
     _reopen(conn, run_id, "status = 'succeeded' AND no = ANY(%(called)s)", called)
+    return numbers
 
 
 def _reopen(conn: Connection, run_id: str, which: str, params: Mapping[str, Any] | None = None) -> list[int]:

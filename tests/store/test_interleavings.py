@@ -34,9 +34,10 @@ from sqlalchemy.exc import DBAPIError
 
 from byrd.errors import IllegalTransitionError, StaleAttempt, StepCancelled
 from byrd.model import RUN_TRANSITIONS, STEP_TRANSITIONS, Transition
-from byrd.store import Claim, Counts, Store, progress, runs, steps, sweeps
+from byrd.store import Claim, Counts, Store, progress, runs, steps, sweeps, work
 from byrd.store.progress import FailedItem
 from byrd.store.rows import query
+from byrd.store.work import Done, Own, Work
 from tests.invariants import check_invariants
 from tests.store.sessions import Session, Statement, gates
 from tests.store.test_model import TREES, Builder
@@ -303,8 +304,9 @@ class InterleavingMachine(RuleBasedStateMachine):
                 if op.name in TAKING:
                     assert self.model.owners[change.step_id][1] == change.worker_id
             self.note_failure(op, change)
-        if op.name == "claim" and result is not None:
-            assert result.id not in self.model.owners, f"{result.id} has two owners"
+        claimed = result.claims if op.name == "slice" else [result] if op.name == "claim" and result is not None else []
+        for claim in claimed:
+            assert claim.id not in self.model.owners, f"{claim.id} has two owners"
         op.committed(result, changes)
         for step_id in lost:
             if op.name != "claim":
@@ -357,7 +359,7 @@ class InterleavingMachine(RuleBasedStateMachine):
         canvas, value = made
         run_id = str(uuid.uuid4())
         self.model.runs[run_id] = ModelRun(value)
-        plan = plan_of(canvas)
+        plan = plan_of(canvas, shared=True)
         self.start(Op("submit", lambda conn: submit(conn, run_id, plan)), whole=whole)
 
     @move(whole=WHOLE)
@@ -441,6 +443,46 @@ class InterleavingMachine(RuleBasedStateMachine):
                 return
             self.end_one(self.claims[-1], "complete" if left else how, whole=whole or left > 0)
 
+    @move(worker=st.integers(0, 1), most=st.integers(0, 3), others=st.booleans(), whole=WHOLE)
+    def slice(self, data: st.DataObject, worker: int, most: int, others: bool, whole: bool) -> None:
+        """Record some results, claim what follows, and others: all in one statement, of whichever runs."""
+        drawn = data.draw(st.lists(st.sampled_from(self.claims), max_size=4, unique=True)) if self.claims else []
+        joins: dict[str, int] = {}  # no two joins of one run
+        ends = [c for c in drawn if c.join_no is None or joins.setdefault(c.run_id, c.join_no) == c.join_no]
+        ends = [c for c in ends if c.kind in ("task", "callback")]
+        row = self.pick(data, READY) if others else None
+        self.quietly(
+            """UPDATE byrd.workers SET shares = (SELECT array_agg(DISTINCT task) FROM byrd.steps) WHERE id IN
+                 (SELECT id FROM byrd.workers WHERE id = %(id)s FOR NO KEY UPDATE SKIP LOCKED)""",
+            id=self.workers[worker],
+        )
+        worker_id, token = self.workers[worker], str(uuid.uuid4())
+
+        def act(conn: Connection) -> Work:
+            try:
+                return work.work(
+                    conn, worker_id=worker_id, pid=worker, token=token, most=most, others=others,
+                    done=[Done(claim, json.dumps(claim.task)) for claim in ends],
+                    own=Own(row.id, row.attempt, row.task) if row else None,
+                )  # fmt: skip
+            except DBAPIError as exc:
+                if work.is_unusual(exc):
+                    raise StaleAttempt("it is to be done one by one") from exc
+                raise
+
+        def committed(found: Work, changes: list[Change]) -> None:
+            assert len(found.claims) <= most
+            ended = {c.step_id for c in changes if c.old == "running"}
+            for claim in ends:
+                owns = self.model.owners.get(claim.id, (0,))[0] == claim.attempt
+                assert owns == (claim.id in ended), f"attempt {claim.attempt} of {claim.id}, owner or not: {changes}"
+                assert not (owns and claim.id in found.refused)
+            for claim in found.claims:
+                self.model.owners[claim.id] = (claim.attempt, worker_id)
+                self.claims.append(claim)
+
+        self.start(Op("slice", act, committed), whole=whole)
+
     @move(hows=st.lists(st.sampled_from(["fail", "fail", "complete", "retry"]), min_size=1, max_size=4), whole=WHOLE)
     def roll_back(self, data: st.DataObject, hows: list[str], whole: bool) -> None:
         """Bring rollbacks a few steps on."""
@@ -507,7 +549,7 @@ class InterleavingMachine(RuleBasedStateMachine):
         claim = self.draw_claim(data)
         if claim.kind == "compensation" or (grow and claim.join_no is None):
             return
-        plan = plan_of(sig("added") if grow else chain(group(sig("r1"), sig("r2")), sig(claim.task)))
+        plan = plan_of(sig("added") if grow else chain(group(sig("r1"), sig("r2")), sig(claim.task)), shared=True)
         name = "extend_join" if grow else "replace"
         function = steps.extend_join if grow else steps.replace
 
@@ -604,15 +646,15 @@ class InterleavingMachine(RuleBasedStateMachine):
         if name in ("recover", "release_worker", "stop_worker"):
             self.workers[worker] = self.world.add_worker()
 
-    @move(name=st.sampled_from(["take_due", "take_overdue", "doubt_all"]), whole=WHOLE)
-    def relay(self, name: str, whole: bool) -> None:
+    @move(name=st.sampled_from(["take_due", "take_overdue", "doubt_all"]), solo=st.booleans(), whole=WHOLE)
+    def relay(self, name: str, solo: bool, whole: bool) -> None:
         self.quietly(
             """UPDATE byrd.steps SET wake_at = now() - interval '1 s' WHERE id IN
                  (SELECT id FROM byrd.steps WHERE status = 'ready' AND wake_at < 'infinity' FOR UPDATE SKIP LOCKED)"""
         )
         functions: dict[str, Statement] = {
             "take_due": sweeps.take_due,
-            "take_overdue": lambda conn: sweeps.take_overdue(conn, "work", resend=1),
+            "take_overdue": lambda conn: sweeps.take_overdue(conn, "work", solo=solo, resend=1),
             "doubt_all": sweeps.doubt_all,
         }
         self.start(Op(name, functions[name], _nothing_changes), whole=whole)

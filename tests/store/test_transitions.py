@@ -101,6 +101,18 @@ def in_chain_in_time(world: World) -> Case:
     return case
 
 
+def shared(before: str) -> Callable[[World], Case]:
+    """The middle of a chain that whoever is awake may run; its first step is in the state ``before``."""
+
+    def build(world: World) -> Case:
+        run = world.submit(chain(sig("first"), sig("x"), sig("last")), shared=True)
+        put_step(world, world.step(run, "first").id, before)
+        step = world.step(run, "x")
+        return Case(world, run, step.id, step.no)
+
+    return build
+
+
 def as_join(member: str) -> Callable[[World], Case]:
     """A chord's join, one of whose members has ended as ``member``."""
 
@@ -193,6 +205,21 @@ def claim_it(case: Case) -> None:
     case.do(steps.claim, task="x", worker_id=case.world.worker_id, pid=1, token=str(uuid.uuid4()))
 
 
+def claim_with_others(case: Case) -> None:
+    case.world.share_all()
+    case.world.work(own=case.world.step(case.run_id, "x"), most=1)
+
+
+def complete_with_others(case: Case) -> None:
+    case.world.work([case.world.claim_of(case.step_id, case.attempt)])
+
+
+def run_on(case: Case) -> None:
+    case.world.share_all()
+    first = case.world.step(case.run_id, "first")
+    case.world.work([case.world.claim_of(first.id, 1)], most=1)
+
+
 def expire_it(case: Case) -> None:
     # Only a step that has never started expires.
     case.world.sql("UPDATE byrd.steps SET attempt = 0 WHERE id = %(id)s AND status = 'ready'", id=case.step_id)
@@ -209,8 +236,12 @@ StepDriver = tuple[Callable[[World], Case], Callable[[Case], Any]]
 #: How each transition is asked for, and on which step: one entry for each kind of outcome that it may have.
 STEP_DRIVERS: dict[str, list[StepDriver]] = {
     "release": [(in_chain, lambda c: c.world.do(flow.release, c.run_id, [c.no]))],
-    "claim": [(in_chain_in_time, claim_it)],
-    "complete": [(in_chain, lambda c: c.do(steps.complete, '"value"'))],
+    "claim": [(in_chain_in_time, claim_it), (shared("succeeded"), claim_with_others)],
+    "run_on": [(shared("running"), run_on)],
+    "complete": [
+        (in_chain, lambda c: c.do(steps.complete, '"value"')),
+        (shared("succeeded"), complete_with_others),
+    ],
     "fail": [(in_chain, lambda c: c.do(steps.fail, ERROR))],
     "retry": [(in_chain, lambda c: c.do(steps.retry, ERROR))],
     "preempt": [
@@ -248,7 +279,7 @@ STEP_DRIVERS: dict[str, list[StepDriver]] = {
 }
 
 #: What these do to the step's run is theirs to do even when the step itself stays as it is.
-MOVES_THE_RUN = {"cancel_step", "reopen", "skip", "preempt", "abandon"}
+MOVES_THE_RUN = {"run_on", "cancel_step", "reopen", "skip", "preempt", "abandon"}
 
 
 def states_of(case: Case) -> list[StepStatus]:

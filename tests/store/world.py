@@ -22,6 +22,10 @@ from tests.invariants import check_invariants
 app = Celery("store-tests", set_as_current=False)
 #: A step whose task has this word in its name can be undone.
 SAGA = "saga"
+#: The columns of a claim, without what is known of other steps.
+CLAIM = """s.id, s.run_id, s.no, s.kind, s.task, s.attempt, s.retries, s.preemptions, s.args, s.kwargs, s.options,
+    s.group_id, s.join_no, s.join_pos, NULL AS parent_id, NULL AS parent_task, s.on_failure, s.input AS input_no,
+    NULL AS input, NULL AS after_error, s.compensates"""
 ERROR = json.dumps({"exc_type": "ValueError", "exc_module": "builtins", "exc_message": ["no"]})
 
 
@@ -165,6 +169,11 @@ class World:
             others=others,
             peek=peek,
         )
+
+    def claim_of(self, step_id: str, attempt: int) -> Claim:
+        """Return what an attempt would know of a step, whether it has claimed it or not."""
+        [row] = self.sql(f"SELECT {CLAIM} FROM byrd.steps s WHERE id = %(id)s", id=step_id)
+        return Claim(**{**row._mapping, "run_id": str(row.run_id), "attempt": attempt})
 
     def settle(self, claim: Claim) -> list[Wakeup]:
         """End an attempt: the task returns its name, or raises."""
