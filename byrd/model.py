@@ -117,6 +117,7 @@ STEP_TRANSITIONS: tuple[Transition, ...] = (
     _step("fail", "running", "failed", "its task raised, and may not try again"),
     _step("retry", "running", "ready", "its task asked for another try, at a time"),
     _step("preempt", "running", "ready failed", "its worker is gone; failed once it was preempted too often"),
+    _step("put_back", "running", "ready", "it was claimed along with others, and one of these takes its time"),
     _step("hand_back", "running", "ready", "its worker shuts down, or its run is paused: it goes on later"),
     _step("replace", "running", "pending", "its task replaced itself by a canvas, whose value it will have"),
     _step("begin_wait", "pending", "waiting", "its predecessor is done, and it is a sleep or waits for a signal"),

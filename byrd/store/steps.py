@@ -232,6 +232,23 @@ def hand_back(
     return _settle_returned(conn, row)
 
 
+def put_back(conn: Connection, step_id: str, attempt: int, *, worker_id: str, pid: int) -> list[Wakeup]:
+    """running → ready for a step that was claimed along with others and has not begun: as if it never had been.
+
+    So its attempt is none, and the next one has the same number.  Nobody else knows of this one.
+    """
+    row = query(
+        conn,
+        f"""UPDATE byrd.steps s SET status = 'ready', attempt = s.attempt - 1, started_at = NULL, {_UNCLAIMED},
+                   sends = 0, wake_at = {_NOW}
+              FROM {SHARE_RUN_OF_STEP}
+             WHERE s.id = %(id)s AND s.attempt = %(attempt)s AND s.status = 'running' AND s.worker_id = %(worker)s
+               AND s.pid = %(pid)s RETURNING {_ENDED}""",
+        {"id": step_id, "attempt": attempt, "worker": worker_id, "pid": pid},
+    ).first()
+    return _settle_returned(conn, row) if row is not None else []
+
+
 def preempt(
     conn: Connection,
     worker_id: str,

@@ -153,13 +153,19 @@ def _trace_step(task: Task, tracer: Tracer, named: Any, request: Mapping[str, An
         work = slices.Slice(runtime, partial(_run_shared, request, reports, header["step"]))
         own_is_ready, outcome = work.work(Own(header["step"], header["attempt"], task.name))
         if not own_is_ready:
-            if outcome is None:
+            if outcome is None and work.steps:
                 outcome = _nothing("its step was taken by another process that was awake")
+            elif outcome is None:
+                outcome = _refused(_not_ready(header), logging.INFO)
             return with_reports(outcome, reports)
     attempt = claim_step(runtime, header, task=task.name, pid=os.getpid())
     if attempt is None:
-        return _refused(f"step {header['step']:.100} is not ready for attempt {header['attempt']}", logging.INFO)
+        return _refused(_not_ready(header), logging.INFO)
     return _run(task, tracer, attempt, request)
+
+
+def _not_ready(header: Mapping[str, Any]) -> str:
+    return f"step {header['step']:.100} is not ready for attempt {header['attempt']}"
 
 
 def _run_shared(request: Mapping[str, Any], reports: list[Report] | None, own_id: str, attempt: Attempt) -> Any:

@@ -35,9 +35,12 @@ log = logging.getLogger(__name__)
 
 #: A result waits no longer than this for others to be recorded with.
 HOLD_SECONDS = 0.01
+#: A step that takes longer than this is alone: what was claimed with it is put back, for others.
+_PUT_BACK_SECONDS = 0.05
 #: So much work, by the pace of late, is claimed at once, and no more steps than this.
 _BATCH_SECONDS = 0.01
 _MOST_AT_ONCE = 32
+_AFTER_ERROR_SECONDS = 1.0
 #: No slice runs more steps than this.
 _MOST_STEPS = 2000
 
@@ -58,7 +61,8 @@ class Slice:
         self._busy_since: float | None = None
         self._current: Claim | None = None
         self._ends_at = time.monotonic() + runtime.slice_seconds
-        self._steps = 0
+        #: How many steps were begun.
+        self.steps = 0
         self._over = False
 
     def work(self, own: Own) -> tuple[bool, Any]:
@@ -109,11 +113,16 @@ class Slice:
             if self._done:
                 self._settle(self._call(self._done, None), None)
                 self._done = []
-            if self._waiting:
-                self._pace.slow_down()
+            if not self._waiting or time.monotonic() - busy_since < _PUT_BACK_SECONDS:
+                return
+            self._pace.slow_down()
             while self._waiting:
-                self._give_back(self._waiting[-1])
+                claim = self._waiting[-1]
+                wakeups = self.runtime.patient_store.run(
+                    steps.put_back, claim.id, claim.attempt, worker_id=self.runtime.worker_id, pid=self._pid
+                )
                 self._waiting.pop()
+                self.runtime.publisher.publish(wakeups)
         finally:
             self._lock.release()
 
@@ -129,7 +138,7 @@ class Slice:
         with self._lock:
             if not self._waiting:
                 return None
-            self._steps += 1
+            self.steps += 1
             self._busy_since = time.monotonic()
             self._current = self._waiting.popleft()
             return self._current
@@ -154,7 +163,7 @@ class Slice:
             found = self._call(last, current)
         else:
             self._pace.ended()
-            room = not self._over and self._steps < _MOST_STEPS and time.monotonic() < self._ends_at
+            room = not self._over and self.steps < _MOST_STEPS and time.monotonic() < self._ends_at
             if room:
                 # What follows each step that is done is run on here, whatever the pace.
                 most = max(self._pace.steps_at_once, len(last))
@@ -189,14 +198,16 @@ class Slice:
             left += [one.claim for one in done]
         for claim in left:
             try:
-                self._give_back(claim, delay=1.0)
+                self._give_back(claim)
             except Exception:
                 log.exception("step %s could not be given back; the next slice of this process runs it", claim.id)
 
-    def _give_back(self, claim: Claim, *, delay: float = 0.0) -> None:
+    def _give_back(self, claim: Claim) -> None:
         store = self.runtime.patient_store
         try:
-            self.runtime.publisher.publish(store.run(steps.hand_back, claim.id, claim.attempt, delay=delay))
+            # Not at once, or it would come back to where this error is at home.
+            wakeups = store.run(steps.hand_back, claim.id, claim.attempt, delay=_AFTER_ERROR_SECONDS)
+            self.runtime.publisher.publish(wakeups)
         except StaleAttempt as exc:
             log.info("nothing to give back: %s", exc)
 

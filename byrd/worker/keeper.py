@@ -228,10 +228,11 @@ class Keeper(_Loop):
             self._unclaimed = set()
             return
         idle = {one for one in self.store.run(sweeps.running_attempts, self.worker_id) if one[0] not in busy}
-        for _, step_id, attempt in idle & self._unclaimed:
+        for pid, step_id, attempt in idle & self._unclaimed:
             self.runtime.later(
                 steps.preempt,
                 self.worker_id,
+                pid=pid,
                 step=(step_id, attempt),
                 reason="it was claimed for a process that never heard of it",
                 max_preemptions=self.settings.max_preemptions,

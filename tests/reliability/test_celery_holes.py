@@ -201,7 +201,9 @@ def test_a_continuation_that_cannot_be_published_does_not_fail_the_step_before_i
     """Plain Celery makes the finished task a FAILURE."""
     app, notes, go = own.app(APP), tmp_path / "notes", tmp_path / "go"
     worker = own.worker(APP)
-    run = app.engine.submit(chain(app.wait_for_file.s(str(go), 1), app.note.si(str(notes), "after")))
+    # With a time limit it needs a message of its own; else it would be run on in the same process.
+    after = app.note.si(str(notes), "after").set(time_limit=60)
+    run = app.engine.submit(chain(app.wait_for_file.s(str(go), 1), after))
     wait_running(run)
     own_broker.kill()
     go.touch()

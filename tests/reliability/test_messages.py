@@ -90,7 +90,7 @@ def test_every_message_comes_three_times_late_and_in_another_order(cluster: Clus
         for n in range(50)
     ]
     first = queued(cluster)
-    assert len(first) == len(runs)
+    assert 1 < len(first) < len(runs)  # enough to wake whoever comes
     shuffled = first * 2
     random.Random(7).shuffle(shuffled)
     with cluster.redis() as client:

@@ -220,6 +220,13 @@ def run_on(case: Case) -> None:
     case.world.work([case.world.claim_of(first.id, 1)], most=1)
 
 
+def put_back(case: Case) -> Any:
+    found = case.world.do(steps.put_back, case.step_id, case.attempt, worker_id=case.world.worker_id, pid=1)
+    if found:
+        assert case.world.step(case.run_id, case.no).attempt == case.attempt - 1
+    return found
+
+
 def expire_it(case: Case) -> None:
     # Only a step that has never started expires.
     case.world.sql("UPDATE byrd.steps SET attempt = 0 WHERE id = %(id)s AND status = 'ready'", id=case.step_id)
@@ -249,6 +256,7 @@ STEP_DRIVERS: dict[str, list[StepDriver]] = {
         (in_chain, lambda c: c.world.do(steps.preempt, c.world.worker_id, reason="gone", max_preemptions=0)),
         (in_chain, lambda c: c.world.do(sweeps.release_worker, c.world.worker_id, reason="gone")),
     ],
+    "put_back": [(in_chain, put_back)],
     "hand_back": [(in_chain, lambda c: c.do(steps.hand_back))],
     "replace": [(in_chain, lambda c: c.do(steps.replace, new_plan()))],
     "begin_wait": [(as_wait, lambda c: c.world.do(flow.release, c.run_id, [c.no]))],
