@@ -261,14 +261,14 @@ def preempt(
 ) -> list[Wakeup]:
     """running → ready for the steps of a worker, of one of its pool processes, or for one attempt, that is gone.
 
-    A step that has lost its worker ``max_preemptions`` times before is failed instead.  Steps that somebody is
-    writing just now, and those beyond ``limit``, are left for the next time: it waits for nobody.  For one attempt
-    there is no next time, so it waits.
+    A step that has lost its worker ``max_preemptions`` times before is failed instead, those of one run at a time.
+    Steps that somebody is writing just now, and those beyond ``limit``, are left for the next time: it waits for
+    nobody.  For one attempt there is no next time, so it waits.
     """
     if step is not None:
         found = query(
             conn,
-            """SELECT id, attempt, preemptions, true AS free FROM byrd.steps
+            """SELECT id, run_id, attempt, preemptions, true AS free FROM byrd.steps
                 WHERE id = %(step)s AND attempt = %(attempt)s AND status = 'running' AND worker_id = %(worker)s
                   AND (%(pid)s::int IS NULL OR pid = %(pid)s)""",
             {"worker": worker_id, "pid": pid, "step": step[0], "attempt": step[1]},
@@ -276,17 +276,21 @@ def preempt(
     else:
         found = query(
             conn,
-            f"""SELECT s.id, s.attempt, s.preemptions, {TRY_SHARE_RUN} AS free FROM byrd.steps s
+            f"""SELECT s.id, s.run_id, s.attempt, s.preemptions, {TRY_SHARE_RUN} AS free FROM byrd.steps s
                 WHERE s.status = 'running' AND s.worker_id = %(worker)s AND (%(pid)s::int IS NULL OR s.pid = %(pid)s)
                 ORDER BY s.run_id, s.no LIMIT %(limit)s FOR UPDATE SKIP LOCKED""",
             {"worker": worker_id, "pid": pid, "limit": limit},
         )
     rows = found.all()
     wakeups: list[Wakeup] = []
-    for step_id, attempt, preemptions, free in rows:
+    first_run = None
+    for step_id, run_id, attempt, preemptions, free in rows:
         if not free:
             continue
+        first_run = first_run or run_id
         if preemptions >= max_preemptions:
+            if run_id != first_run:
+                continue  # its joins come before the row of any run, which may be locked by now: next time
             lost = preemptions + 1
             error = error_json("StepLostError", "byrd.errors", [f"lost its worker {lost} times; the last: {reason}"])
             ended = _end(conn, step_id, attempt, "failed", Outcome.PREEMPTED, error, extra=f"preemptions = {lost}")

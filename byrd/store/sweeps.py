@@ -290,9 +290,10 @@ def end_overdue_runs(conn: Connection, error: str) -> list[Wakeup]:
            ORDER BY deadline LIMIT 100""",
     ).all()
     wakeups: list[Wakeup] = []
-    for row in sorted(rows, key=lambda row: str(row.id)):  # whoever shares several runs takes them in this order, too
+    # In the order of their ids, in which a batch of results shares them.
+    for run_id in sorted(str(row.id) for row in rows):
         with suppress(IllegalTransitionError):  # it has ended meanwhile
-            wakeups += runs.cancel(conn, str(row.id), compensate=True, outcome="failed", error=error)
+            wakeups += runs.cancel(conn, run_id, compensate=True, outcome="failed", error=error)
     return wakeups
 
 
