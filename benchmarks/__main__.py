@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: compare Byrd with plain Celery."""
+"""``python -m benchmarks``: compare Byrd with plain Celery, with other engines, and with bare SQL."""
 
 from __future__ import annotations
 
@@ -6,64 +6,100 @@ import json
 import os
 import signal
 import sys
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.cluster import BenchmarkError, cluster
-from benchmarks.engines import EngineName, Workload
-from benchmarks.measure import measure, turns_of
+from benchmarks.cases import CASES, FULL, GROUPS, GROWTH_CASES, QUICK, Case
+from benchmarks.engines import ENGINES
 from benchmarks.report import as_json, show
+from benchmarks.run import Comparison, blocks
+from benchmarks.servers import servers
 from byrd.errors import ByrdError
 
-_ALL = ",".join(EngineName)
+#: Of what is printed into a file, in characters.
+_WIDTH = 120
 
 
-def _engines(_context: click.Context, _parameter: click.Parameter, value: str) -> list[EngineName]:
-    try:
-        wanted = {EngineName(name.strip()) for name in value.split(",")}
-    except ValueError as error:
-        raise click.BadParameter(f"{error}; the engines are {_ALL}") from None
-    return [name for name in EngineName if name in wanted]
+def _among(names: Sequence[str]) -> Callable[[click.Context, click.Parameter, str | None], list[str] | None]:
+    def parse(_context: click.Context, _parameter: click.Parameter, value: str | None) -> list[str] | None:
+        wanted = [name.strip() for name in value.split(",")] if value else None
+        for name in wanted or []:
+            if name not in names:
+                raise click.BadParameter(f"there is no {name!r}; there are {', '.join(names)}")
+        return wanted
+
+    return parse
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
-    "--rounds", type=click.IntRange(1), default=5, show_default=True, help="How often each engine is measured."
+    "--cases",
+    callback=_among([*GROUPS, *(case.name for case in CASES)]),
+    help=f"Which to run, with commas: {', '.join(GROUPS)}, or single cases.",
 )
-@click.option(
-    "--chains", type=click.IntRange(0), default=40, show_default=True, help="Chains per turn; 0 leaves them out."
-)
-@click.option(
-    "--chords", type=click.IntRange(0), default=4, show_default=True, help="Chords per turn; 0 leaves them out."
-)
-@click.option("--engines", callback=_engines, default=_ALL, show_default=True, help="Which to compare, with commas.")
+@click.option("--engines", callback=_among(list(ENGINES)), help=f"Which to compare, with commas: {', '.join(ENGINES)}.")
+@click.option("--rounds", type=click.IntRange(1), help=f"How often.  [default: {FULL.rounds}; quick {QUICK.rounds}]")
+@click.option("--quick", is_flag=True, help="The cases of the figures only, less of each: about 5 minutes.")
 @click.option(
     "--json", "target", type=click.Path(dir_okay=False, writable=True, path_type=Path), help="Write all figures there."
 )
-def main(rounds: int, chains: int, chords: int, engines: list[EngineName], target: Path | None) -> None:
-    """Compare Byrd with plain Celery on Redis and on Postgres results: no-op chains and chords, in one run."""
-    counts = {w: n for w, n in ((Workload.CHAINS, chains), (Workload.CHORDS, chords)) if n}
-    if not counts:
-        raise click.UsageError("--chains 0 --chords 0 leaves nothing to measure")
+def main(
+    *,
+    cases: list[str] | None,
+    engines: list[str] | None,
+    rounds: int | None,
+    quick: bool,
+    target: Path | None,
+) -> None:
+    """Compare Byrd with plain Celery, with other engines, and with bare SQL: the same work for all, in one run."""
+    scale = QUICK if quick else FULL
+    rounds = rounds or scale.rounds
     # Byrd's own variables would send its client elsewhere than to the servers of this run.
     for name in ("BYRD_BROKER_URL", "BYRD_DATABASE_URL"):
         os.environ.pop(name, None)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers and servers are ended
     console = Console()
+    if console.width < _WIDTH and not console.is_terminal:
+        console = Console(width=_WIDTH)
+    compared = [engine for name, engine in ENGINES.items() if engines is None or name in engines]
+    planned = blocks(compared, _cases(cases, quick=quick), _growth(cases, quick=quick), rounds=rounds)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     try:
-        with cluster(engines) as running, Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task("measuring", total=turns_of(len(engines), len(counts), rounds))
-            results = measure(running.contestants, counts, rounds=rounds, progress=lambda: bar.advance(task))
-    except (BenchmarkError, ByrdError) as error:
+        with (
+            tempfile.TemporaryDirectory(prefix="byrd-benchmarks-") as folder,
+            servers() as running,
+            Progress(*columns, console=console, transient=True) as bar,
+        ):
+            task = bar.add_task("starting", total=len(planned))
+            comparison = Comparison(running, scale, Path(folder), options={})
+            for block in planned:
+                comparison.run(block, lambda text: bar.update(task, description=text))
+                bar.advance(task)
+    except ByrdError as error:
         raise click.ClickException(str(error)) from None
-    show(console, running, results, rounds=rounds)
+    outcome = comparison.outcome
+    show(console, running, outcome, rounds=rounds)
     if target is not None:
-        target.write_text(json.dumps(as_json(running, results, rounds=rounds), indent=2) + "\n")
+        target.write_text(json.dumps(as_json(running, outcome, rounds=rounds), indent=1) + "\n")
         console.print(f"All figures: {target}", style="dim")
+    sys.exit(1 if outcome.troubles else 0)
+
+
+def _cases(names: Sequence[str] | None, *, quick: bool) -> list[Case]:
+    if names is None:
+        return [case for case in CASES if case.quick or not quick]
+    growing = GROWTH_CASES if {"processes", "tables"} & set(names) else ()
+    return [case for case in CASES if case.group in names or case.name in names or case.name in growing]
+
+
+def _growth(names: Sequence[str] | None, *, quick: bool) -> list[str]:
+    growth = [] if quick else ["processes", "tables"]
+    return growth if names is None else [name for name in ("processes", "tables") if name in names]
 
 
 if __name__ == "__main__":
