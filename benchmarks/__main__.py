@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.cases import CASES, FULL, GROUPS, GROWTH_CASES, QUICK, Case
 from benchmarks.engines import ENGINES
+from benchmarks.environments import python_of
+from benchmarks.errors import UnavailableError
 from benchmarks.report import as_json, show
 from benchmarks.run import Comparison, blocks
 from benchmarks.servers import servers
@@ -48,6 +51,13 @@ def _among(names: Sequence[str]) -> Callable[[click.Context, click.Parameter, st
 @click.option(
     "--json", "target", type=click.Path(dir_okay=False, writable=True, path_type=Path), help="Write all figures there."
 )
+@click.option("--plots", type=click.Path(file_okay=False, path_type=Path), help="Draw plots into that folder, as SVG.")
+@click.option(
+    "--absurd-sql",
+    envvar="BENCHMARKS_ABSURD_SQL",
+    type=click.Path(exists=True, dir_okay=False, resolve_path=True),
+    help="absurd's schema, absurd.sql, without which absurd is left out.  [env: BENCHMARKS_ABSURD_SQL]",
+)
 def main(
     *,
     cases: list[str] | None,
@@ -55,6 +65,8 @@ def main(
     rounds: int | None,
     quick: bool,
     target: Path | None,
+    plots: Path | None,
+    absurd_sql: str | None,
 ) -> None:
     """Compare Byrd with plain Celery, with other engines, and with bare SQL: the same work for all, in one run."""
     scale = QUICK if quick else FULL
@@ -76,7 +88,9 @@ def main(
             Progress(*columns, console=console, transient=True) as bar,
         ):
             task = bar.add_task("starting", total=len(planned))
-            comparison = Comparison(running, scale, Path(folder), options={})
+            comparison = Comparison(
+                running, scale, Path(folder), options={"absurd": {"sql": absurd_sql}} if absurd_sql else {}
+            )
             for block in planned:
                 comparison.run(block, lambda text: bar.update(task, description=text))
                 bar.advance(task)
@@ -84,10 +98,34 @@ def main(
         raise click.ClickException(str(error)) from None
     outcome = comparison.outcome
     show(console, running, outcome, rounds=rounds)
+    figures = json.dumps(as_json(running, outcome, rounds=rounds), indent=1) + "\n"
     if target is not None:
-        target.write_text(json.dumps(as_json(running, outcome, rounds=rounds), indent=1) + "\n")
+        target.write_text(figures)
         console.print(f"All figures: {target}", style="dim")
+    if plots is not None:
+        _draw(console, figures, plots)
     sys.exit(1 if outcome.troubles else 0)
+
+
+def _draw(console: Console, figures: str, folder: Path) -> None:
+    """Draw plots, in an environment of their own."""
+    try:
+        python = python_of("plots", (3, 11))
+    except UnavailableError as error:
+        console.print(f"No plots: matplotlib {error}", style="yellow", highlight=False)
+        return
+    with tempfile.TemporaryDirectory(prefix="byrd-benchmarks-") as temporary:
+        source = Path(temporary) / "figures.json"
+        source.write_text(figures)
+        script = Path(__file__).with_name("plots.py")
+        drawn = subprocess.run(
+            [python, str(script), str(source), str(folder)], capture_output=True, text=True, check=False
+        )
+    if drawn.returncode:
+        raise click.ClickException(f"the plots cannot be drawn: {drawn.stderr.strip()[-2000:]}")
+    console.print(
+        f"Plots: {', '.join(drawn.stdout.split()) or 'none, as nothing was measured at two points'}", style="dim"
+    )
 
 
 def _cases(names: Sequence[str] | None, *, quick: bool) -> list[Case]:

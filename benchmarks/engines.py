@@ -11,6 +11,7 @@ class Engine:
     """An engine.
 
     ``module``: of ``benchmarks.peers``.  ``environment``: names its requirements; None: Byrd's own environment.
+    ``python``: the oldest that it runs on.  ``needs``: the option without which it is left out.
     ``drain``: how many one-step runs are submitted before and then drained; some seconds' worth.
     ``options``: what the peer's module reads.
     """
@@ -21,6 +22,7 @@ class Engine:
     drain: int
     environment: str | None = None
     python: tuple[int, int] = (3, 11)
+    needs: str | None = None
     options: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -31,6 +33,11 @@ _ALL = (
     Engine("celery-postgres", "Celery, Postgres results", "celery", 2000, options={"results": "postgres"}),
     Engine("celery-acks-late", "Celery, acks_late", "celery", 4000, options={"results": "redis", "acks_late": True}),
     Engine("celery-solo", "Celery, solo workers", "celery", 6000, options={"results": "redis", "pool": "solo"}),
+    Engine("dramatiq", "dramatiq, not durable", "dramatiq", 8000, "dramatiq"),
+    Engine("dbos", "DBOS, queue", "dbos", 1500, "dbos"),
+    Engine("absurd", "absurd", "absurd", 3000, "absurd", needs="--absurd-sql"),
+    Engine("oban", "oban-py", "oban", 20_000, "oban", python=(3, 12)),
+    Engine("procrastinate", "Procrastinate", "procrastinate", 1500, "procrastinate"),
     Engine(FLOOR, "SQL floor", "floor", 12_000),
     Engine(BYRD, "Byrd", "byrd", 6000, options={"results": "byrd"}),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -106,14 +107,18 @@ class Comparison:
     def _run(self, block: Block, progress: Callable[[str], None]) -> None:
         engine = block.engine
         progress(block.label)
+        given = self._options.get(engine.name, {})
+        if engine.needs is not None and not given:
+            raise UnavailableError(f"{engine.needs} was not given")
         python = sys.executable if engine.environment is None else python_of(engine.environment, engine.python)
         name = f"bench_{next(self._numbers)}"
         with self._servers.database(name) as url:
-            options = {**engine.options, **self._options.get(engine.name, {})}
+            options = {**engine.options, **given}
             config = Config(engine.name, url, self._servers.valkey.url, options)
             log = self._folder / f"{engine.name}.log"
             with client([python], engine.module, config, self._servers, log) as peer:
-                turn = Turns(block, peer, self._scale, self._counts)
+                settle = functools.partial(self._servers.settle, url)
+                turn = Turns(block, peer, self._scale, self._counts, settle)
                 for sample in turn.run(progress):
                     self.outcome.samples.append(sample)
                 self.outcome.versions[engine.name] = turn.version
@@ -122,12 +127,20 @@ class Comparison:
 class Turns:
     """The cases of one block, one after the other."""
 
-    def __init__(self, block: Block, peer: Client, scale: Scale, counts: dict[tuple[str, int, str], int]) -> None:
+    def __init__(
+        self,
+        block: Block,
+        peer: Client,
+        scale: Scale,
+        counts: dict[tuple[str, int, str], int],
+        settle: Callable[[], None],
+    ) -> None:
         self.block = block
         self.version = ""
         self._peer = peer
         self._scale = scale
         self._counts = counts
+        self._settle = settle
         self._shapes: frozenset[str] = frozenset()
         self._modes: frozenset[str] = frozenset()
         self._submitted = 0
@@ -149,6 +162,7 @@ class Turns:
         for case in self.block.cases:
             if self._offered(case):
                 progress(f"{self.block.label}: {case.title}")
+                self._settle()
                 sample = self._attempt(case.name, getattr(self, f"_{case.kind.name.lower()}"), case)
                 if sample is not None:
                     yield sample
@@ -184,6 +198,7 @@ class Turns:
         if self._submitted < wanted:
             mode = "batch" if "batch" in self._modes else "one"
             self._peer.ask("submit", mode=mode, count=wanted - self._submitted)
+        self._settle()
         answer = self._peer.ask("drain", processes=self.block.processes)
         found = []
         if "one-step" in names:
