@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import click
@@ -20,8 +21,8 @@ from benchmarks.engines import ENGINES
 from benchmarks.environments import python_of
 from benchmarks.errors import UnavailableError
 from benchmarks.report import as_json, show
-from benchmarks.run import Comparison, blocks
-from benchmarks.servers import servers
+from benchmarks.run import Block, Comparison, blocks
+from benchmarks.servers import Servers, servers
 from byrd.errors import ByrdError
 
 #: Of what is printed into a file, in characters.
@@ -76,35 +77,43 @@ def main(
         os.environ.pop(name, None)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers and servers are ended
     console = Console()
-    if console.width < _WIDTH and not console.is_terminal:
-        console = Console(width=_WIDTH)
-    compared = [engine for name, engine in ENGINES.items() if engines is None or name in engines]
+    if not console.is_terminal:
+        console = Console(width=max(_WIDTH, console.width))
+    default = [engine.name for engine in ENGINES.values() if engine.quick or not quick]
+    compared = [engine for name, engine in ENGINES.items() if name in (engines or default)]
     planned = blocks(compared, _cases(cases, quick=quick), _growth(cases, quick=quick), rounds=rounds)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    options = {"absurd": {"sql": absurd_sql}} if absurd_sql else {}
     try:
-        with (
-            tempfile.TemporaryDirectory(prefix="byrd-benchmarks-") as folder,
-            servers() as running,
-            Progress(*columns, console=console, transient=True) as bar,
-        ):
-            task = bar.add_task("starting", total=len(planned))
-            comparison = Comparison(
-                running, scale, Path(folder), options={"absurd": {"sql": absurd_sql}} if absurd_sql else {}
-            )
-            for block in planned:
-                comparison.run(block, lambda text: bar.update(task, description=text))
-                bar.advance(task)
+        with tempfile.TemporaryDirectory(prefix="byrd-benchmarks-") as folder, servers() as running:
+            comparison = Comparison(running, scale, Path(folder), options=options)
+            for _ in _progress(console, comparison, planned):
+                if target is not None:  # each time, so that a run which is broken off has not been for nothing
+                    target.write_text(_figures(running, comparison, rounds))
     except ByrdError as error:
         raise click.ClickException(str(error)) from None
-    outcome = comparison.outcome
-    show(console, running, outcome, rounds=rounds)
-    figures = json.dumps(as_json(running, outcome, rounds=rounds), indent=1) + "\n"
+    show(console, running, comparison.outcome, rounds=rounds)
     if target is not None:
-        target.write_text(figures)
         console.print(f"All figures: {target}", style="dim")
     if plots is not None:
-        _draw(console, figures, plots)
-    sys.exit(1 if outcome.troubles else 0)
+        _draw(console, _figures(running, comparison, rounds), plots)
+    sys.exit(1 if comparison.outcome.troubles else 0)
+
+
+def _figures(running: Servers, comparison: Comparison, rounds: int) -> str:
+    return json.dumps(as_json(running, comparison.outcome, rounds=rounds), indent=1) + "\n"
+
+
+def _progress(console: Console, comparison: Comparison, planned: Sequence[Block]) -> Iterator[None]:
+    """Run the blocks, and stop after each; tell a terminal where they are, and a file what has begun."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting", total=len(planned))
+        for block in planned:
+            if not console.is_terminal:
+                console.print(f"{datetime.now(UTC):%H:%M:%S} {block.label}", style="dim", highlight=False)
+            comparison.run(block, lambda text: bar.update(task, description=text))
+            bar.advance(task)
+            yield
 
 
 def _draw(console: Console, figures: str, folder: Path) -> None:

@@ -31,7 +31,7 @@ class Case:
 
     ``group``: what ``--cases`` calls it.  ``first``: how many canvases are run first, to find how many a turn takes;
     ``least``: the fewest that a turn runs.  ``value``: the mode of submitting, or the canvases a second of a load.
-    ``once``: measured in the first round only, as it takes long.  ``quick``: part of ``--quick``.
+    ``once``: takes long, so the peers run it in the first round only.  ``quick``: part of ``--quick``.
     """
 
     name: str
@@ -68,13 +68,21 @@ CASES: tuple[Case, ...] = (
     Case("chord-10", "chords of 10", "chords", Kind.SATURATE, Shape("chord", 10), first=10, least=10),
     Case("chord-100", "chords of 100", "chords", Kind.SATURATE, Shape("chord", 100), first=2, least=3, quick=True),
     Case("chord-1000", "chords of 1,000", "chords", Kind.SATURATE, Shape("chord", 1000), first=1, quick=True),
-    Case("chord-10000", "chords of 10,000", "chords", Kind.SATURATE, Shape("chord", 10_000)),
+    Case("chord-10000", "chords of 10,000", "chords", Kind.SATURATE, Shape("chord", 10_000), once=True),
     Case("mix", "a mix, 5 ms of work a step", "mix", Kind.SATURATE, Shape("mix", 0, 5.0), first=10, least=20),
     Case("low-1", "one step, idle system", "low", Kind.LATENCY, Shape("chain", 1), first=50, least=50, quick=True),
     Case("low-3", "chain of 3, idle system", "low", Kind.LATENCY, Shape("chain", 3), first=30, least=30),
     Case("low-10", "chain of 10, idle system", "low", Kind.LATENCY, Shape("chain", 10), first=20, least=20, quick=True),
     *(
-        Case(f"load-{rate:g}", f"{rate:g} chains of 3 a second", "load", Kind.LOAD, Shape("chain", 3), value=rate)
+        Case(
+            f"load-{rate:g}",
+            f"{rate:g} chains of 3 a second",
+            "load",
+            Kind.LOAD,
+            Shape("chain", 3),
+            value=rate,
+            once=True,
+        )
         for rate in LOADS
     ),
     Case("checkpoints", "loop over 100,000 items", "checkpoints", Kind.CHECKPOINTS, quick=True),
@@ -99,5 +107,5 @@ class Scale:
     rounds: int
 
 
-FULL = Scale(seconds=3.0, submits=1500, part=1.0, load_seconds=4.0, rounds=5)
+FULL = Scale(seconds=3.0, submits=1500, part=1.0, load_seconds=4.0, rounds=3)
 QUICK = Scale(seconds=1.0, submits=300, part=0.25, load_seconds=1.0, rounds=2)

@@ -81,6 +81,7 @@ def draw(figures: dict[str, Any], wanted: Plot, file: Path) -> bool:
     lines = {name: points for name, points in lines.items() if len(points) > 1}
     if not lines:
         return False
+    colours = {name: f"C{number}" for number, name in enumerate(sorted(figures["engines"]))}
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for name, points in lines.items():
         xs = sorted(points)
@@ -88,7 +89,7 @@ def draw(figures: dict[str, Any], wanted: Plot, file: Path) -> bool:
         low = [at - min(points[x]) for at, x in zip(middle, xs, strict=True)]
         high = [max(points[x]) - at for at, x in zip(middle, xs, strict=True)]
         own = name == "byrd"
-        style = {"linewidth": 2.5 if own else 1.2, "zorder": 3 if own else 2}
+        style = {"color": colours[name], "linewidth": 2.5 if own else 1.2, "zorder": 3 if own else 2}
         axes.errorbar(xs, middle, [low, high], label=figures["engines"][name]["title"], marker="o", capsize=3, **style)
     axes.set_xscale(wanted.scale)
     every = sorted({x for points in lines.values() for x in points})

@@ -21,7 +21,7 @@ from benchmarks.samples import Outcome, Sample, Trouble, percentile
 from benchmarks.servers import Servers
 
 #: Growth is measured in this many rounds at most, and memory is looked at after so many steps.
-_GROWTH_ROUNDS = 3
+_GROWTH_ROUNDS = 2
 _EARLY_STEPS, _LATER_STEPS = 5_000, 50_000
 _ITEMS, _EVERY = 100_000, 100
 #: A load is the last one for an engine when half of its canvases take longer than this.
@@ -63,9 +63,10 @@ def blocks(engines: Sequence[Engine], cases: Sequence[Case], growth: Sequence[st
     growing = tuple(case for case in cases if case.name in GROWTH_CASES)
     for number in range(rounds):
         turn = number % max(1, len(engines))
-        here = tuple(case for case in cases if number == 0 or not case.once)
         order = [*engines[turn:], *engines[:turn]]
-        found += [Block(engine, here, number) for engine in order if here]
+        for engine in order:
+            here = tuple(case for case in cases if number == 0 or not case.once or engine.name == BYRD)
+            found += [Block(engine, here, number)] if here else []
         if number < _GROWTH_ROUNDS:
             if "processes" in growth:
                 grown = itertools.product(order, (count for count in PROCESSES if count != USUAL))
@@ -93,7 +94,7 @@ class Comparison:
         """Run a block; a case that fails is left out from then on, and the ones after it are run all the same."""
         failed = {trouble.case for trouble in self.outcome.troubles if trouble.engine == block.engine.name}
         left = tuple(case for case in block.cases if case.name not in failed)
-        while left and block.engine.name not in self.outcome.unavailable:
+        while left and "prepare" not in failed and block.engine.name not in self.outcome.unavailable:
             try:
                 self._run(replace(block, cases=left), progress)
                 return

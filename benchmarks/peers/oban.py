@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.metadata
 import time
 from collections.abc import Coroutine, Sequence
@@ -10,10 +9,10 @@ from typing import Any
 
 import orjson
 import psycopg
+import uvloop
 from oban import Oban
 from oban.schema import install
 from psycopg.types.json import set_json_dumps, set_json_loads
-from psycopg_pool import AsyncConnectionPool
 
 from benchmarks.peers.drive import main
 from benchmarks.peers.oban_jobs import Step
@@ -32,9 +31,9 @@ class ObanPeer(Peer):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        set_json_dumps(orjson.dumps)  # as its command does
+        set_json_dumps(orjson.dumps)
         set_json_loads(orjson.loads)
-        self._loop = asyncio.new_event_loop()
+        self._loop = uvloop.new_event_loop()  # as its command does
 
     def _do(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return self._loop.run_until_complete(coroutine)
@@ -49,8 +48,7 @@ class ObanPeer(Peer):
         url = self.config.postgres_url
 
         async def connect() -> tuple[Oban, psycopg.AsyncConnection[Any]]:
-            pool = AsyncConnectionPool(url, open=False, kwargs={"autocommit": True})
-            await pool.open()
+            pool = await Oban.create_pool(url)
             await install(pool)
             return Oban(pool=pool), await psycopg.AsyncConnection.connect(url)
 
