@@ -195,7 +195,7 @@ class Client:
         for line in sys.stdin:
             try:
                 answer = self.answer(json.loads(line))
-                gc.collect()  # Celery's results are cycles that talk to Redis when they go: not in the next case, please
+                gc.collect()  # Celery's results are cycles that talk to Redis when they go: not in the next case
                 self._tell(answer)
             except Exception as error:  # noqa: BLE001 - whatever went wrong is the answer
                 traceback.print_exc()

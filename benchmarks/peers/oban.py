@@ -19,7 +19,7 @@ from benchmarks.peers.oban_jobs import Step
 from benchmarks.peers.protocol import Config, Peer, Shape
 
 #: Jobs that a process runs at a time.
-_LIMIT = 50
+_LIMIT = 100
 _WAIT_SECONDS, _LOOK_SECONDS = 120.0, 0.002
 
 

@@ -8,7 +8,7 @@ from benchmarks.peers.protocol import Config
 
 NAME = "step"
 #: Jobs that a process runs at a time.
-CONCURRENCY = 8
+CONCURRENCY = 32
 
 app = App(connector=PsycopgConnector(conninfo=Config.from_environment().postgres_url))
 
