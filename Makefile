@@ -52,8 +52,8 @@ format: $(READY) ## Format the code, and fix what can be fixed safely
 	@$(BIN)/ruff check --fix-only
 	@$(BIN)/ruff format
 
-bench: $(READY) ## Compare with plain Celery, as ratios in one run
-	@$(BIN)/python -m benchmarks
+bench: $(READY) ## Compare with Celery, other engines and bare SQL; BENCH=--quick takes 5 minutes
+	@$(BIN)/python -m benchmarks $(BENCH)
 
 soak: $(READY) ## Ten minutes of faults under full load, then an audit; SOAK=1h is longer
 	@$(BIN)/byrd chaos --embedded --for $(SOAK) --report build/soak.json

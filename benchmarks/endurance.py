@@ -28,7 +28,7 @@ import redis
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cluster import BenchmarkError
+from benchmarks.errors import BenchmarkError
 from byrd import embedded
 from byrd.store import Store, migrate
 from byrd.store.rows import query

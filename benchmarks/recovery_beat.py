@@ -26,7 +26,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cluster import BenchmarkError
+from benchmarks.errors import BenchmarkError
 from benchmarks.recovery_servers import judge
 from byrd import embedded, store
 from byrd.embedded import EmbeddedPostgres

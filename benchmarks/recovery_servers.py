@@ -25,7 +25,7 @@ import redis
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cluster import BenchmarkError
+from benchmarks.errors import BenchmarkError
 from byrd import embedded, store
 from byrd.embedded import EmbeddedPostgres, EmbeddedValkey
 from byrd.errors import ByrdError

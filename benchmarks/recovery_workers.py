@@ -23,7 +23,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cluster import BenchmarkError
+from benchmarks.errors import BenchmarkError
 from benchmarks.recovery_servers import judge, start_worker, wait_until
 from byrd import embedded, store
 from byrd.errors import ByrdError
