@@ -57,6 +57,7 @@ class Slice:
         self._waiting: deque[Claim] = deque()
         self._done: list[Done] = []
         self._held_since = 0.0
+        self._recording = False
         #: Since when the current step is run, or its hooks are; None between two of them.
         self._busy_since: float | None = None
         self._current: Claim | None = None
@@ -100,7 +101,6 @@ class Slice:
             hold = bool(self._waiting) and now - self._held_since < HOLD_SECONDS
         if not hold:
             self._record(current=claim.id)
-            self._busy_since = time.monotonic()  # its hooks come now: what was claimed just now waits for them
 
     def look(self) -> None:
         """See that a step that takes its time holds up neither results nor other steps.  The watch calls it."""
@@ -108,7 +108,9 @@ class Slice:
             return
         try:
             busy_since = self._busy_since
-            if busy_since is None or time.monotonic() - busy_since < HOLD_SECONDS or os.getpid() != self._pid:
+            if self._recording or busy_since is None or os.getpid() != self._pid:
+                return
+            if time.monotonic() - busy_since < HOLD_SECONDS:
                 return
             if self._done:
                 self._settle(self._call(self._done, None), None)
@@ -146,10 +148,14 @@ class Slice:
     def _record(self, *, current: str | None = None) -> None:
         """Record what is done; claim what is next when nothing that was claimed is left."""
         with self._lock:
-            done = list(self._done)
-        found = self._exchange(done, current=current)
-        with self._lock:  # not before: the same outcome may be recorded twice, but must not be forgotten
-            self._done = [one for one in self._done if one not in done]
+            done, self._recording = self._done, True
+        try:
+            found = self._exchange(done, current=current)
+            self._done = []  # not before: the same outcome may be recorded twice, but must not be forgotten
+        finally:
+            if self._busy_since is not None:  # the step's hooks come now, and what was claimed just now waits for them
+                self._busy_since = time.monotonic()
+            self._recording = False
         if current is not None and (refused := found.refused.get(current)) is not None:
             raise refused
 
