@@ -74,6 +74,7 @@ class Claim:
     input: str | None
     after_error: str | None
     compensates: int | None
+    queue: str
 
 
 class Counts(NamedTuple):

@@ -49,7 +49,7 @@ RETURNING s.id
 
 _CLAIMED = """
 SELECT s.id, s.run_id, s.no, s.kind, s.task, s.attempt, s.retries, s.preemptions, s.args, s.kwargs, s.options,
-       s.group_id, s.join_no, s.join_pos, s.compensates, p.id AS parent_id,
+       s.group_id, s.join_no, s.join_pos, s.compensates, s.queue, p.id AS parent_id,
        s.on_failure, s.input AS input_no, i.result AS input, p.task AS parent_task,
        CASE WHEN s.on_failure THEN coalesce(p.error, c.error) END AS after_error
   FROM byrd.steps s

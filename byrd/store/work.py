@@ -108,12 +108,12 @@ def is_unusual(exc: BaseException) -> bool:
 
 def _claim(columns: Sequence[Any]) -> Claim:
     (
-        step_id, run_id, no, kind, task, _queue, attempt, retries, preemptions, args, kwargs, options, group_id,
+        step_id, run_id, no, kind, task, queue, attempt, retries, preemptions, args, kwargs, options, group_id,
         join_no, join_pos, parent_id, input_no, value,
     ) = columns  # fmt: skip
     return Claim(
         step_id, str(run_id), no, kind, task, attempt, retries, preemptions, args, kwargs, options, group_id, join_no,
-        join_pos, parent_id, None, False, input_no, value, None, None,
+        join_pos, parent_id, None, False, input_no, value, None, None, queue,
     )  # fmt: skip
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+#: What Celery itself says in the headers of a message.
+_KNOWN = frozenset({*Context.__dict__, "lang", "task", "argsrepr", "kwargsrepr", "compression"})
 #: What the column can hold.
 _MOST_ATTEMPTS = 2**31 - 1
 
@@ -204,6 +206,8 @@ def execution_request(
     request = dict(message)
     # Never None: Celery would then take every header that it does not know for the user's, "byrd" among them.
     headers = message.get("headers") or _custom_headers(message)
+    if message.get("id") != claim.id:
+        request, headers = _without_message(attempt, message), {}
     request.update(
         byrd=attempt,
         id=claim.id,
@@ -228,9 +232,30 @@ def execution_request(
     return request
 
 
+def _without_message(attempt: Attempt, message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the request of a step that runs in another's slice: as it came out of its queue, and nobody's headers."""
+    claim, queues = attempt.claim, attempt.runtime.app.amqp.queues
+    queue = queues.get(claim.queue)
+    if queue is None or queue.exchange.type == "direct":  # as Celery sends it
+        way = {"exchange": "", "routing_key": claim.queue}
+    else:
+        way = {"exchange": queue.exchange.name, "routing_key": queue.routing_key}
+    properties = message.get("properties") or {}
+    return {
+        **{k: v for k, v in message.items() if k in _KNOWN},
+        "task": claim.task,
+        "correlation_id": claim.id,
+        "delivery_info": {**(message.get("delivery_info") or {}), **way, "redelivered": False},
+        "properties": {
+            **{k: v for k, v in properties.items() if k not in ("application_headers", "delivery_tag")},
+            "correlation_id": claim.id,
+            "delivery_info": {**(properties.get("delivery_info") or {}), **way},
+        },
+    }
+
+
 def _custom_headers(message: Mapping[str, Any]) -> dict[str, Any]:
-    known = {*Context.__dict__, "lang", "task", "argsrepr", "kwargsrepr", "compression"}
-    return {k: v for k, v in message.items() if k not in known}
+    return {k: v for k, v in message.items() if k not in _KNOWN}
 
 
 def to_json(value: Any) -> str:
