@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+#: What Celery itself says in the headers of a message.
+_KNOWN = frozenset({*Context.__dict__, "lang", "task", "argsrepr", "kwargsrepr", "compression"})
 #: What the column can hold.
 _MOST_ATTEMPTS = 2**31 - 1
 
@@ -206,7 +208,7 @@ def execution_request(
         # Never None: Celery would then take every header that it does not know for the user's, "byrd" among them.
         headers = message.get("headers") or _custom_headers(message)
     else:
-        request, headers = _without_message(claim, message), {}
+        request, headers = _without_message(attempt, message), {}
     request.update(
         byrd=attempt,
         id=claim.id,
@@ -231,12 +233,18 @@ def execution_request(
     return request
 
 
-def _without_message(claim: Claim, woken_by: Mapping[str, Any]) -> dict[str, Any]:
+def _without_message(attempt: Attempt, woken_by: Mapping[str, Any]) -> dict[str, Any]:
     """Return the request of a step that has no message of its own: what such a message would have said.
 
     Of the message that woke this process, which is another step's, only what is this worker's own is in it.
     """
-    delivery = {"exchange": "", "routing_key": claim.queue, "priority": 0, "redelivered": False}
+    claim, queues = attempt.claim, attempt.runtime.app.amqp.queues
+    queue = queues.get(claim.queue)
+    if queue is None or queue.exchange.type == "direct":  # as Celery sends it
+        way = {"exchange": "", "routing_key": claim.queue}
+    else:
+        way = {"exchange": queue.exchange.name, "routing_key": queue.routing_key}
+    properties = woken_by.get("properties") or {}
     return {
         "lang": "py",
         "task": claim.task,
@@ -251,14 +259,20 @@ def _without_message(claim: Claim, woken_by: Mapping[str, Any]) -> dict[str, Any
         "stamps": {},
         "reply_to": "",
         "correlation_id": claim.id,
-        "delivery_info": delivery,
-        "properties": {"correlation_id": claim.id, "reply_to": "", "delivery_mode": 2, "priority": 0},
+        "delivery_info": {**way, "priority": 0, "redelivered": False},
+        "properties": {
+            "correlation_id": claim.id,
+            "reply_to": "",
+            "delivery_mode": properties.get("delivery_mode", 2),
+            "delivery_info": way,
+            "priority": 0,
+            "body_encoding": properties.get("body_encoding"),
+        },
     }
 
 
 def _custom_headers(message: Mapping[str, Any]) -> dict[str, Any]:
-    known = {*Context.__dict__, "lang", "task", "argsrepr", "kwargsrepr", "compression"}
-    return {k: v for k, v in message.items() if k not in known}
+    return {k: v for k, v in message.items() if k not in _KNOWN}
 
 
 def to_json(value: Any) -> str:

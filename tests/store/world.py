@@ -25,7 +25,7 @@ SAGA = "saga"
 #: The columns of a claim, without what is known of other steps.
 CLAIM = """s.id, s.run_id, s.no, s.kind, s.task, s.attempt, s.retries, s.preemptions, s.args, s.kwargs, s.options,
     s.group_id, s.join_no, s.join_pos, NULL AS parent_id, NULL AS parent_task, s.on_failure, s.input AS input_no,
-    NULL AS input, NULL AS after_error, s.compensates"""
+    NULL AS input, NULL AS after_error, s.compensates, s.queue"""
 ERROR = json.dumps({"exc_type": "ValueError", "exc_module": "builtins", "exc_message": ["no"]})
 
 
