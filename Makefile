@@ -70,7 +70,7 @@ build: $(READY) ## Build the wheel and the source archive into dist/
 	@$(BIN)/python -m build
 
 clean: ## Remove the environment, caches and builds
-	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache constraints.txt.new
+	rm -rf $(VENV) .bench build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache constraints.txt.new
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp holds the folder's path and is written last, so an environment that is unfinished, that came with a copied

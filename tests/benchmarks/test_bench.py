@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -33,13 +34,17 @@ def _run(tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def _peers() -> set[int]:
-    found = {p.pid: " ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])}
-    return {pid for pid, command in found.items() if "benchmarks.peers" in command}
+def _left_behind(tmp_path: Path) -> list[psutil.Process]:
+    """Return the processes of the comparison that had this folder, of all that may run on this machine."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("TMPDIR") == str(tmp_path):
+                found.append(process)
+    return found
 
 
 def test_a_short_comparison_writes_figures_for_every_engine(tmp_path: Path) -> None:
-    before = _peers()
     target = tmp_path / "figures.json"
     options = ("--quick", "--rounds", "1", "--engines", ",".join(_ENGINES), "--cases", "chain-10,low-1,workers")
     done = _run(tmp_path, *options, "--json", str(target))
@@ -47,7 +52,7 @@ def test_a_short_comparison_writes_figures_for_every_engine(tmp_path: Path) -> N
     assert done.stderr == ""
     assert "chains of 10" in done.stdout
     assert "Figures to reach" in done.stdout
-    assert _peers() <= before
+    assert _left_behind(tmp_path) == []
 
     figures = json.loads(target.read_text())
     assert figures["settings"] == {"rounds": 1, "processes": 2}
