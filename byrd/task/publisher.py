@@ -109,16 +109,18 @@ class Publisher:
         return room
 
     def _look(self, channel: Any, queue: str) -> int:
-        """Return how many wake-ups there is room for, as the newest messages of a queue in Redis tell."""
+        """Return how many wake-ups there is room for, as the queue in Redis tells.
+
+        It is long enough when the message that stands so far from its newest end is a wake-up: whoever takes that finds
+        what is committed by now, and wakes others while there is more.
+        """
         enough = self._enough(queue)
         if enough >= _MANY:
             return enough
-        name = f"{getattr(channel, 'global_keyprefix', '') or ''}{queue}"
-        with channel.client.pipeline(transaction=False) as asked:
-            length, newest, older = asked.llen(queue).lindex(name, 0).lindex(name, enough - 1).execute()
-        if length < enough:
-            return enough - int(length)
-        return 0 if newest and older and _SHARED in newest and _SHARED in older else 1
+        older = channel.client.lindex(f"{getattr(channel, 'global_keyprefix', '') or ''}{queue}", enough - 1)
+        if older is None:
+            return enough
+        return 0 if _SHARED in older else 1
 
     def _enough(self, queue: str) -> int:
         """Return how many wake-ups are enough for a queue, as its consumers are: those of threads need one each."""

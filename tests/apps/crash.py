@@ -21,12 +21,6 @@ def add(x: Any, y: Any) -> Any:
 
 
 @app.task
-def last(value: Any) -> Any:
-    """The value itself."""
-    return value
-
-
-@app.task
 def total(values: list[Any]) -> Any:
     """The sum of a list."""
     return sum(values)

@@ -32,9 +32,10 @@ from psycopg2 import errors as pg_errors
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
+import byrd
 from byrd.errors import IllegalTransitionError, StaleAttempt, StepCancelled
 from byrd.model import RUN_TRANSITIONS, STEP_TRANSITIONS, Transition
-from byrd.store import Claim, Counts, Store, progress, runs, steps, sweeps, work
+from byrd.store import Claim, Counts, Store, progress, runs, steps, sweeps, waits, work
 from byrd.store.progress import FailedItem
 from byrd.store.rows import query
 from byrd.store.work import Done, Own, Work
@@ -65,6 +66,10 @@ ALIVE = "SELECT id::text FROM byrd.workers WHERE lease_until > clock_timestamp()
 #: Workers that stop, or have lost their lease, and are still on record.
 GONE = """SELECT id::text, started_at FROM byrd.workers WHERE stopping OR lease_until < clock_timestamp()
            ORDER BY started_at"""
+#: Waits that are open, in runs that are.
+WAITS = """SELECT s.id, s.run_id::text, s.signal FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
+            WHERE r.finished_at IS NULL AND s.signal IS NOT NULL AND s.status IN ('pending','waiting')
+            ORDER BY s.signal, r.created_at, s.no"""
 OPEN = "SELECT id::text FROM byrd.runs WHERE finished_at IS NULL ORDER BY created_at"
 #: Runs that go on, and that have done what can be undone.
 UNDOABLE = """SELECT DISTINCT r.id::text, r.created_at FROM byrd.runs r JOIN byrd.steps s ON s.run_id = r.id
@@ -113,8 +118,16 @@ def _pair() -> tuple[Any, Any]:
     return group(sig("one"), sig("two")), ["one", "two"]
 
 
+def _approval() -> tuple[Any, Any]:
+    return chain(byrd.wait_for("ok", timeout=0), chord([sig("x"), byrd.wait_for("no", timeout=0)], sig("y"))), "y"
+
+
 CANVASES: st.SearchStrategy[tuple[Any, Any]] = st.one_of(
-    st.builds(_saga), st.builds(_rescue), st.builds(_pair), TREES.map(lambda tree: Builder().build(tree))
+    st.builds(_saga),
+    st.builds(_rescue),
+    st.builds(_pair),
+    st.builds(_approval),
+    TREES.map(lambda tree: Builder().build(tree)),
 )
 
 
@@ -147,13 +160,15 @@ class Change:
         by = {
             "fail": self.op not in TAKING, "preempt": self.op in TAKING, "retry": self.op == "retry",
             "hand_back": self.op == "hand_back", "abandon": self.op == "abandon", "ignore": self.op == "ignore",
-            "expire": self.op == "expire", "cancel_step": self.op in ("cancel", "end_overdue_runs"),
-            "revoke": self.op not in ("abandon", "ignore", "expire", "cancel", "end_overdue_runs"),
+            "expire": self.op in ("expire", *ENDING), "cancel_step": self.op in ("cancel", "end_overdue_runs"),
+            "revoke": self.op not in ("abandon", "ignore", "expire", "cancel", "end_overdue_runs", *ENDING),
             "finish_join": joins, "fail_body": not joins,
         }  # fmt: skip
         return by.get(name, True)
 
 
+#: What ends waits.
+ENDING = ("signal", "end_waits")
 #: What takes steps away from workers.
 TAKING = ("preempt", "preempt_process", "preempt_step", "recover", "release_worker")
 
@@ -321,8 +336,9 @@ class InterleavingMachine(RuleBasedStateMachine):
                 run.cancelled, run.failed = op.name == "cancel", op.name != "cancel"
             if change.old in ("failed", "cancelled"):
                 run.cancelled = run.failed = False
-        elif change.new in ("failed", "cancelled") and change.old in ("ready", "running") and not run.cancelled:
-            run.failed |= change.kind in ("task", "callback")
+        elif change.new in ("failed", "cancelled") and not run.cancelled:
+            run.failed |= change.old in ("ready", "running") and change.kind in ("task", "callback")
+            run.failed |= change.old == "waiting"
 
     def pick(self, data: st.DataObject, sql: str) -> Any:
         """Draw one of the rows that are committed now."""
@@ -605,6 +621,37 @@ class InterleavingMachine(RuleBasedStateMachine):
         else:
             self.start(Op(how, lambda conn: steps.revoke(conn, row.id, "revoked")), whole=whole)
 
+    @move(token=st.booleans(), sql=st.booleans(), whole=WHOLE)
+    def signal(self, data: st.DataObject, token: bool, sql: bool, whole: bool) -> None:
+        row = self.pick(data, WAITS)
+        if row is None:
+            return
+        payload, once = json.dumps(row.signal), str(uuid.uuid4()) if token else None
+
+        def send(conn: Connection) -> Any:
+            if sql:
+                return query(
+                    conn, "SELECT byrd.signal(%(run)s, %(name)s, %(payload)s)",
+                    {"run": row.run_id, "name": row.signal, "payload": payload},
+                ).all()  # fmt: skip
+            return waits.signal(conn, row.run_id, row.signal, payload, token=once)
+
+        self.start(Op("signal", _if_open(send, row.run_id) if sql else send), whole=whole)
+
+    @move(one=st.booleans(), whole=WHOLE)
+    def end_waits(self, data: st.DataObject, one: bool, whole: bool) -> None:
+        row = self.pick(data, WAITS) if one else None
+        if row is None:
+            self.start(Op("end_waits", waits.end_due), whole=whole)
+        else:
+            self.start(Op("end_waits", lambda conn: waits.end_due_of(conn, row.run_id)), whole=whole)
+
+    @move(whole=WHOLE)
+    def revoke_wait(self, data: st.DataObject, whole: bool) -> None:
+        row = self.pick(data, f"{WAITS} LIMIT 5")
+        if row is not None and data.draw(st.integers(0, 3)) == 0:
+            self.start(Op("revoke", lambda conn: steps.revoke_waiting(conn, row.id)), whole=whole)
+
     # -- what the workers' threads do --------------------------------------------------------------
 
     @move(
@@ -780,6 +827,8 @@ class InterleavingMachine(RuleBasedStateMachine):
     def drive(self, run_id: str, run: ModelRun) -> None:
         """Take a run to its end: it must be the one that the model says."""
         self.world.sql("UPDATE byrd.steps SET expires_at = NULL RETURNING 1")
+        # From now on none fails any more.
+        self.world.sql("UPDATE byrd.steps SET fallback = to_json(signal) WHERE signal IS NOT NULL RETURNING 1")
         if self.world.run(run_id).status == "paused":
             self.world.do(runs.resume, run_id)
         row = self.world.drive(run_id, check=False)
@@ -802,6 +851,20 @@ def _if_there(function: Statement, run_id: str) -> Statement:
         if query(conn, "SELECT 1 FROM byrd.runs WHERE id = %(id)s", {"id": run_id}).first() is None:
             raise StaleAttempt("there is no such run yet")
         return function(conn)
+
+    return act
+
+
+def _if_open(function: Statement, run_id: str) -> Statement:
+    """Skip what a database function refuses in its own words."""
+
+    def act(conn: Connection) -> Any:
+        try:
+            return function(conn)
+        except DBAPIError as exc:
+            if isinstance(exc.orig, pg_errors.ObjectNotInPrerequisiteState):
+                raise StaleAttempt(f"run {run_id} takes no signal") from exc
+            raise
 
     return act
 

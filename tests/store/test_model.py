@@ -15,17 +15,19 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
+import byrd
 from byrd.errors import IllegalTransitionError, StaleAttempt
 from byrd.model import RUN_TRANSITIONS, sources
-from byrd.store import Claim, Store, runs, steps, sweeps
+from byrd.store import Claim, Store, runs, steps, sweeps, waits
 from byrd.store.rows import query
 from tests.store.world import ERROR, World, sig
 
 #: Set to explore for longer than the test run can wait.
 EXAMPLES = int(os.environ.get("BYRD_MODEL_EXAMPLES", "6"))
 
-# A canvas as a tree: ("task", links, errbacks), ("chain", parts), ("group", members), ("chord", members, body).
-TASKS = st.tuples(st.just("task"), st.integers(0, 1), st.integers(0, 1))
+# A canvas as a tree: ("task", links, errbacks), ("wait",), ("chain", parts), ("group", members),
+# ("chord", members, body).
+TASKS = st.one_of(*[st.tuples(st.just("task"), st.integers(0, 1), st.integers(0, 1))] * 4, st.tuples(st.just("wait")))
 
 
 def _member(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
@@ -64,6 +66,10 @@ class Builder:
                 for _ in range(errbacks):
                     made.link_error(sig(self.name("errback")))
                 return made, name
+            case ("wait",):
+                # Its value is the same, whether the signal comes or its time.
+                name = self.name("signal")
+                return byrd.wait_for(name, timeout=0, default=name), name
             case ("chain", parts):
                 built = [self.build(part) for part in parts]
                 return chain(*[made for made, _ in built]), built[-1][1]
@@ -187,6 +193,28 @@ class StoreMachine(RuleBasedStateMachine):
         self.world.do(sweeps.recover, max_preemptions=1000)
         self.model.owners = {step: owner for step, owner in self.model.owners.items() if owner[1] != lost}
         self.workers[worker] = self.world.add_worker()
+
+    @precondition(lambda self: self.model.runs)
+    @rule(data=st.data())
+    def signal(self, data: st.DataObject) -> None:
+        rows = self.world.sql("SELECT run_id::text, signal FROM byrd.steps WHERE signal IS NOT NULL ORDER BY 1, 2")
+        if not rows:
+            return
+        row = data.draw(st.sampled_from(rows))
+        status, before = self.world.run(row.run_id).status, self.world.rows()
+        try:
+            self.world.do(waits.signal, row.run_id, row.signal, json.dumps(row.signal))
+        except IllegalTransitionError:
+            assert status not in ("running", "paused")
+            assert self.world.rows() == before
+
+    @rule()
+    def end_waits(self) -> None:
+        self.world.end_waits()
+        assert not self.world.sql(
+            """SELECT 1 FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id AND r.status = 'running'
+                WHERE s.status = 'waiting' AND s.run_at <= now() - interval '1 s'"""
+        )
 
     @rule()
     def relay(self) -> None:

@@ -204,7 +204,7 @@ def test_the_relay_does_not_flood_a_queue_that_nobody_consumes(cluster: Cluster)
     wait_until(lambda: time.monotonic() - seen > 8, timeout=20)
     assert "lost its messages" not in worker.log_text()  # a broker that nobody has asked before is no broken one
     with cluster.redis() as client:
-        assert 0 < client.llen("nobody") <= 16  # enough for whoever comes
+        assert 0 < client.llen("nobody") <= 32  # enough for whoever comes
     cluster.worker(APP, queues=["nobody"])
     assert [run.get(timeout=30) for run in runs] == [3] * 50
 

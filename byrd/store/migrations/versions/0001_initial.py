@@ -298,7 +298,7 @@ BEGIN
             'payload', CASE WHEN octet_length(signal.payload) <= 1000 THEN signal.payload::json END)::text,
           signal.token);
   -- The relay gives it to the first that waits, and lets the others wait on.
-  UPDATE byrd.steps s SET wake_at = clock_timestamp()
+  UPDATE byrd.steps s SET wake_at = least(s.wake_at, clock_timestamp())
    WHERE s.run_id = signal.run AND s.status = 'waiting' AND s.signal = signal.name;
   NOTIFY byrd;
   RETURN signal_id;
