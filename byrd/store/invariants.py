@@ -98,7 +98,7 @@ RULES = {
          WHERE s.status = 'ready' AND s.wake_at = 'infinity' AND r.status IN ('running','compensating')""",
     "a wait of a run that moves is ended in its time": """
         SELECT s.run_id, s.no, s.run_at || ', ' || s.wake_at FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
-         WHERE s.status = 'waiting' AND r.status = 'running' 
+         WHERE s.status = 'waiting' AND r.status = 'running'
            AND s.wake_at > greatest(coalesce(s.run_at, 'infinity'), clock_timestamp())""",
     "a wait has no attempt": """
         SELECT s.run_id, s.no, s.attempt::text FROM byrd.steps s WHERE s.kind = 'wait' AND s.attempt > 0""",

@@ -51,7 +51,7 @@ COMMANDS = {
     "running": ("pause", "cancel", "compensate"), "paused": ("resume",) * 4,
     "failed": ("retry_run",) * 4, "cancelled": ("retry_run",) * 4, "rollback_stuck": ("retry_run",) * 4,
 }  # fmt: skip
-ENDS = (*["complete"] * 4, *["fail"] * 3, "retry", "hand_back", "ignore", "revoke")
+ENDS = (*["complete"] * 4, *["fail"] * 3, "retry", "hand_back", "put_back", "ignore", "revoke")
 READY = "SELECT id, attempt, task FROM byrd.steps WHERE status = 'ready' ORDER BY task, no, ready_at"
 #: Ready errbacks, ready steps that have one, and runs that have failed and called one.
 ERRBACK = READY.replace("WHERE", "WHERE kind = 'errback' AND")
@@ -159,7 +159,8 @@ class Change:
         joins = self.kind == "join" or bool(self.replaced)
         by = {
             "fail": self.op not in TAKING, "preempt": self.op in TAKING, "retry": self.op == "retry",
-            "hand_back": self.op == "hand_back", "abandon": self.op == "abandon", "ignore": self.op == "ignore",
+            "hand_back": self.op == "hand_back", "put_back": self.op == "put_back", "ignore": self.op == "ignore",
+            "abandon": self.op == "abandon",
             "expire": self.op in ("expire", *ENDING), "cancel_step": self.op in ("cancel", "end_overdue_runs"),
             "revoke": self.op not in ("abandon", "ignore", "expire", "cancel", "end_overdue_runs", *ENDING),
             "finish_join": joins, "fail_body": not joins,
@@ -321,7 +322,10 @@ class InterleavingMachine(RuleBasedStateMachine):
             self.note_failure(op, change)
         claimed = result.claims if op.name == "slice" else [result] if op.name == "claim" and result is not None else []
         for claim in claimed:
-            assert claim.id not in self.model.owners, f"{claim.id} has two owners"
+            # A slice that begins is told again of what its process is said to run.
+            known = self.model.owners.get(claim.id)
+            again = op.name == "slice" and known is not None and known[0] == claim.attempt
+            assert known is None or again, f"{claim.id} has two owners"
         op.committed(result, changes)
         for step_id in lost:
             if op.name != "claim":
@@ -443,6 +447,10 @@ class InterleavingMachine(RuleBasedStateMachine):
         def end(conn: Connection) -> Any:
             if how == "revoke":
                 return steps.revoke(conn, claim.id, "revoked", attempt=claim.attempt)
+            if how == "put_back":
+                row = query(conn, "SELECT worker_id, pid FROM byrd.steps WHERE id = %(id)s", {"id": claim.id}).first()
+                where = {"worker_id": row.worker_id, "pid": row.pid} if row else {"worker_id": None, "pid": 0}
+                return steps.put_back(conn, claim.id, claim.attempt, **where)
             return getattr(steps, how)(conn, claim.id, claim.attempt, *args)
 
         self.start(Op(how, end, self.ended(claim, how)), whole=whole)
@@ -465,7 +473,7 @@ class InterleavingMachine(RuleBasedStateMachine):
         drawn = data.draw(st.lists(st.sampled_from(self.claims), max_size=4, unique=True)) if self.claims else []
         joins: dict[str, int] = {}  # no two joins of one run
         ends = [c for c in drawn if c.join_no is None or joins.setdefault(c.run_id, c.join_no) == c.join_no]
-        ends = [c for c in ends if c.kind in ("task", "callback")]
+        ends = list({c.id: c for c in ends if c.kind in ("task", "callback")}.values())  # nor a step twice
         row = self.pick(data, READY) if others else None
         self.quietly(
             """UPDATE byrd.workers SET shares = (SELECT array_agg(DISTINCT task) FROM byrd.steps) WHERE id IN
@@ -487,13 +495,14 @@ class InterleavingMachine(RuleBasedStateMachine):
                 raise
 
         def committed(found: Work, changes: list[Change]) -> None:
-            assert len(found.claims) <= most
+            new = [c for c in found.claims if self.model.owners.get(c.id) != (c.attempt, worker_id)]
+            assert len(new) <= most
             ended = {c.step_id for c in changes if c.old == "running"}
             for claim in ends:
                 owns = self.model.owners.get(claim.id, (0,))[0] == claim.attempt
                 assert owns == (claim.id in ended), f"attempt {claim.attempt} of {claim.id}, owner or not: {changes}"
                 assert not (owns and claim.id in found.refused)
-            for claim in found.claims:
+            for claim in new:
                 self.model.owners[claim.id] = (claim.attempt, worker_id)
                 self.claims.append(claim)
 
