@@ -87,31 +87,33 @@ def gather(values: list[Any]) -> list[Any]:
 
 
 def _seen(request: Any) -> dict[str, Any]:
-    return {k: v for k, v in vars(request).items() if not k.startswith("_") and k != "byrd"}
+    said = {k: v for k, v in vars(request).items() if not k.startswith("_") and k != "byrd"}
+    found: dict[str, Any] = json.loads(json.dumps(said, default=str))
+    return found
 
 
 @app.task(bind=True)
 def see(self: Task, *_: Any) -> dict[str, Any]:
     """Return all that the request says."""
-    return json.loads(json.dumps(_seen(self.request), default=str))
+    return _seen(self.request)
 
 
 @app.task(bind=True)
 def look(self: Task, *_: Any, **__: Any) -> dict[str, Any]:
     """The same, by another task."""
-    return json.loads(json.dumps(_seen(self.request), default=str))
+    return _seen(self.request)
 
 
 @app.task(bind=True, rate_limit="100/s")
 def limited(self: Task, *_: Any) -> dict[str, Any]:
     """The same, by a task that Celery counts."""
-    return json.loads(json.dumps(_seen(self.request), default=str))
+    return _seen(self.request)
 
 
 @app.task(bind=True, time_limit=30, soft_time_limit=20)
 def timed(self: Task, *_: Any) -> dict[str, Any]:
     """The same, by a task with time limits."""
-    return json.loads(json.dumps(_seen(self.request), default=str))
+    return _seen(self.request)
 
 
 @app.task(bind=True, max_retries=3)

@@ -74,7 +74,7 @@ def test_a_failure_skips_what_waited_for_it_and_calls_errbacks(world: World) -> 
     assert (row.status, row.error) == ("failed", ERROR)
     assert world.ran == ["a", "b", "oops", "and_then"]
     assert {name for name, status in world.statuses(run).items() if status == "skipped"} == {"c", "never", "d"}
-    assert world.do(runs.outcome_of, run, row.output)[:3] == ("skipped", None, ERROR)
+    assert world.do(runs.outcome, run)[:4] == (row.output, "skipped", None, ERROR)
 
 
 def test_an_errback_gets_the_error_and_its_own_failure_changes_nothing(world: World) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -110,9 +111,9 @@ class Driver:
             before = len(running)
             running += self.work(last, most=random.randint(0, 6), others=random.random() < 0.6)
             if not batch and len(running) == before and random.random() < 0.5:
-                claim = self.claim_ordinarily()
-                if claim is not None:
-                    running.append(claim)
+                ordinary = self.claim_ordinarily()
+                if ordinary is not None:
+                    running.append(ordinary)
                 elif not running:
                     return
 
@@ -216,8 +217,8 @@ class Driver:
                 )
                 for s in rows
             ],
-            "in order": [s.no for s in rows if s.after is not None and (s.finished_at and ends[s.after])
-                         and s.finished_at <= ends[s.after]],
+            "in order": [s.no for s in rows if s.after is not None and s.finished_at is not None
+                         and (before := ends[s.after]) is not None and s.finished_at <= before],
             "attempts": [(a.no, a.attempt, a.outcome, named(a.error)) for a in attempts],
             "events": [tuple(event) for event in events],
             "given": sorted((key[1:], value) for key, value in self.given.items() if key[0] == run_id),
@@ -272,4 +273,7 @@ def test_what_is_unusual_is_refused(store: Store) -> None:
 )  # fmt: skip
 @given(trees=st.lists(TREES, min_size=1, max_size=2), seed=st.integers(0, 999))
 def test_random_plans_in_random_batches(store: Store, trees: list[Any], seed: int) -> None:
-    compare(store, [lambda tree=tree: Builder().build(tree)[0] for tree in trees], Random(seed))
+    def build(tree: Any) -> Any:
+        return Builder().build(tree)[0]
+
+    compare(store, [partial(build, tree) for tree in trees], Random(seed))

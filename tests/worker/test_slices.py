@@ -6,6 +6,7 @@ import json
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,10 @@ def test_without_slices_each_step_has_its_message(app: Any, notes: Notes) -> Non
 @pytest.mark.parametrize("pool", ["threads", "solo", "gevent"])
 def test_other_pools(app: Any, module_cluster: Cluster, folder: Path, notes: Notes, pool: str) -> None:
     other = module_cluster.worker(APP, pool=pool, concurrency=2, queues=[pool], env={"NOTES": str(folder)})
-    canvas = lambda n: all_on(pool, chain(app.tick.s(n), group(app.tick.s() for _ in range(3)), app.gather.s()))  # noqa: E731
+
+    def canvas(n: int) -> Any:
+        return all_on(pool, chain(app.tick.s(n), group(app.tick.s() for _ in range(3)), app.gather.s()))
+
     few = 4  # gevent's consumer takes two messages in two seconds
     runs = app.engine.submit_many(canvas(n) for n in range(few))
     assert [run.get(timeout=60) for run in runs] == [[n] * 3 for n in range(few)]
@@ -209,10 +213,13 @@ def test_signals_and_hooks_of_each_step_in_order(app: Any, notes: Notes) -> None
     def canvas() -> Any:
         return chain(app.tick.s(1), app.again.s(), group(app.tick.s(2), app.tick.s(3)), app.gather.s(), app.fail.s())
 
+    def last_is_over(run: Run) -> bool:
+        return any(c["what"] == "postrun" for c in calls(notes, run)[run.steps()[-1].no])
+
     plain, sliced = app.engine.submit(all_on("plain", canvas())), app.engine.submit(canvas())
     assert ended([plain, sliced]) == ["failed", "failed"]
     for run in (plain, sliced):
-        wait_until(lambda run=run: any(c["what"] == "postrun" for c in calls(notes, run)[run.steps()[-1].no]))
+        wait_until(partial(last_is_over, run))
     assert len(notes.received(sliced)) < 4
     assert calls(notes, sliced) == calls(notes, plain)
     running: dict[int, str] = {}

@@ -37,6 +37,14 @@ def lines(notes: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def wait_ran(notes: Path, task_id: str) -> dict[str, Any]:
+    """Wait until a task has run; return its line."""
+    found: dict[str, Any] = wait_until(
+        lambda: next((line for line in lines(notes, "ran") if line["id"] == task_id), None), timeout=30
+    )
+    return found
+
+
 def start(cluster: Cluster, notes: Path, **options: Any) -> Worker:
     return cluster.worker(APP, env={"NOTES": str(notes)}, **options)
 
@@ -134,9 +142,7 @@ def test_plain_tasks_are_not_starved_by_long_chains(app: Any, cluster: Cluster, 
     for n in range(4):
         sent = time.time()
         task_id = app.tick.delay("plain", n).id
-        wait_until(lambda task_id=task_id: any(line["id"] == task_id for line in lines(notes, "ran")), timeout=30)
-        [line] = [line for line in lines(notes, "ran") if line["id"] == task_id]
-        waits.append(line["at"] - sent)
+        waits.append(wait_ran(notes, task_id)["at"] - sent)
     assert any(run.status == "running" for run in runs), "there was no load"
     # Sixteen wake-ups of a fifth of a second may be before it.
     assert max(waits) < 8.0, waits
