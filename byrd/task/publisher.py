@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -31,6 +31,8 @@ _AWAY_SECONDS = 1.0
 #: So many wake-ups one after the other are enough: whoever takes one goes on with what else is ready, and sees that
 #: others are woken while there is more.
 _ENOUGH = 16
+#: As good as any number, for the relay.
+_MANY = 1000
 #: For so long what a queue had room for is remembered.
 _ROOM_SECONDS = 0.05
 #: What only the message of a wake-up for a step that needs no message of its own holds.
@@ -40,8 +42,10 @@ _SHARED = b'"shared": true'
 class Publisher:
     """Sends wake-ups to the queues that Celery's router chose for their steps."""
 
-    def __init__(self, app: Celery) -> None:
+    def __init__(self, app: Celery, *, shared: Callable[[], bool] = lambda: True) -> None:
         self.app = app
+        #: Whether a wake-up is thought to be worth more than its own step: not by a worker where it is not.
+        self._shared = shared
         self._complained = self._away_until = 0.0
         #: For each queue, for how many wake-ups there was room, and when.
         self._room: dict[str, tuple[int, float]] = {}
@@ -73,18 +77,23 @@ class Publisher:
 
     def _wanted(self, producer: Any, due: list[Wakeup]) -> list[Wakeup]:
         """Leave out the wake-ups that nobody needs."""
-        if all(wakeup.solo for wakeup in due) or producer.connection.transport.driver_type != "redis":
+        if (
+            not self._shared()
+            or all(wakeup.solo for wakeup in due)
+            or producer.connection.transport.driver_type != "redis"
+        ):
             return due
         wanted = []
         now = time.monotonic()
+        looked: set[str] = set()  # once at most: nothing of what is wanted here is in the queue yet
         for wakeup in due:
             if not wakeup.solo:
                 room, since = self._room.get(wakeup.queue, (0, 0.0))
-                if room <= 0 or now - since > _ROOM_SECONDS:
+                if wakeup.queue not in looked and (room <= 0 or now - since > _ROOM_SECONDS):
                     room, since = self._look(producer.connection.default_channel, wakeup.queue), now
+                looked.add(wakeup.queue)
                 self._room[wakeup.queue] = (room - 1, since)
                 if room <= 0:
-                    self._room[wakeup.queue] = (0, 0.0)
                     continue
             wanted.append(wakeup)
         return wanted
@@ -100,6 +109,8 @@ class Publisher:
 
     def room(self, queue: str) -> int:
         """Return for how many wake-ups of steps that need no message of their own there is room in a queue."""
+        if not self._shared():
+            return _MANY
         try:
             with self.app.producer_pool.acquire(block=True, timeout=5) as producer:
                 if producer.connection.transport.driver_type != "redis":

@@ -56,7 +56,7 @@ class Runtime:
         self.patient_store = Store(database_url, patience=math.inf)
         #: For transactions of the user's own, which may take long: they take no connection from the two above.
         self.user_store = Store(database_url, patience=math.inf, for_users=True)
-        self.publisher = Publisher(app)
+        self.publisher = Publisher(app, shared=lambda: self.slice_seconds > 0 or _SLICE_SECONDS not in os.environ)
         #: What a worker's main process has to record: its event loop must not wait for Postgres or the broker, so
         #: its recorder does it, in this order.
         self.chores: deque[Callable[[], list[Wakeup]]] = deque()
