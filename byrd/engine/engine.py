@@ -108,11 +108,12 @@ class Byrd:
         named = [None] * len(wanted) if keys is None else list(keys)
         if len(named) != len(wanted):
             raise ArgumentError(f"{len(wanted)} canvases need as many keys, not {len(named)}")
-        if len(given := [key for key in named if key is not None]) != len(set(given)):
-            raise ArgumentError("two of the canvases have the same key")
         new = [
             self._new_run(canvas, (), {}, key=key, timeout=timeout) for canvas, key in zip(wanted, named, strict=True)
         ]
+        given = [(run.workflow, run.key) for run in new if run.key is not None]
+        if len(given) != len(set(given)):
+            raise ArgumentError("two of the canvases have the same key")
         return [Run(self, run_id) for run_id in self._write(new, connection)] if new else []
 
     def _check_may_submit(self) -> None:

@@ -103,7 +103,7 @@ def test_a_worker_killed_in_the_middle_of_a_batch(app: Any, cluster: Cluster, no
 def test_a_long_step_holds_up_neither_results_nor_other_steps(app: Any, cluster: Cluster, notes: Path) -> None:
     start(cluster, notes, concurrency=2)
     warm_up(app)
-    canvas = group([*(app.tick.s(n) for n in range(10)), app.nap.s(4.0, "long"), *(app.tick.s(n) for n in range(30))])
+    canvas = group([*(app.tick.s(n) for n in range(10)), app.nap.si(4.0, "long"), *(app.tick.s(n) for n in range(30))])
     run = app.engine.submit(chain(app.tick.s(0), canvas))
 
     def statuses() -> Counter[str]:
@@ -111,7 +111,7 @@ def test_a_long_step_holds_up_neither_results_nor_other_steps(app: Any, cluster:
 
     wait_until(lambda: any(line["task"].endswith("nap") for line in lines(notes, "ran")))
     [napping] = [line for line in lines(notes, "ran") if line["task"].endswith("nap")]
-    wait_until(lambda: statuses() == {"succeeded": 41, "running": 1}, timeout=3)
+    wait_until(lambda: statuses() == {"succeeded": 41, "running": 1}, timeout=3, what=lambda: str(run.steps()))
     assert time.time() - napping["at"] < 3.5, "while it runs"
     ran = {line["id"]: line for line in lines(notes, "ran")}
     for step in run.steps():
