@@ -298,7 +298,7 @@ class _Tree:
 
     def _checkpoints(self, step: StepRow) -> list[Text]:
         found = self.snapshot.checkpoints.get(step.no, [])
-        lines = [_checkpoint(name, counts) for name, counts in found if not name.startswith("step:")]
+        lines = [_checkpoint(name, counts) for name, counts in found if not name.startswith(("step:", "wait:"))]
         substeps = [name.removeprefix("step:") for name, _ in found if name.startswith("step:")]
         if substeps:
             more = f" and {len(substeps) - _MANY_SUBSTEPS:,} more" if len(substeps) > _MANY_SUBSTEPS else ""

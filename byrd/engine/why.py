@@ -203,7 +203,7 @@ def _subject(step: OpenStep) -> str:
 def _reason(case: _Case, step: OpenStep) -> _Reason:
     if _runs(step):
         return _held(case, step)
-    if step.status == StepStatus.WAITING:
+    if step.status == StepStatus.WAITING or (step.signal is not None and not step.due):
         return _waits(case, step)
     if not step.due:
         return _delayed(case, step)
@@ -294,7 +294,7 @@ def _delayed(case: _Case, step: OpenStep) -> _Reason:
 
 def _waits(case: _Case, step: OpenStep) -> _Reason:
     """A sleep, or a wait for a signal."""
-    now, until = case.standing.now, step.run_at
+    now, until = case.standing.now, step.run_at if step.run_at is not None and step.run_at.year < 9999 else None
     time = f"{moment(until, now)} ({ago(until, now)})" if until is not None else ""
     late = ""
     if step.due and not case.paused:
@@ -310,6 +310,7 @@ def _waits(case: _Case, step: OpenStep) -> _Reason:
         )
     began = since(step.ready_at, now) if step.ready_at else "a moment ago"
     then = f"then it goes on with its default, {shortened(step.default, 60)}" if step.default else "then it fails"
+    then = then if step.kind == StepKind.WAIT else "then it goes on without it"
     end = f", until {time}: {then}{late}" if until is not None else ", for as long as it takes"
     send = f"`byrd signal {case.short} {step.signal} [JSON]` sends it"
     return _Reason(

@@ -95,7 +95,15 @@ RULES = {
            AND NOT EXISTS (SELECT 1 FROM byrd.workers w WHERE w.id = s.worker_id)""",
     "a ready step of a run that moves is in the relay's sight": """
         SELECT s.run_id, s.no, s.wake_at::text FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
-         WHERE s.status = 'ready' AND s.wake_at = 'infinity' AND r.status IN ('running','compensating')""",
+         WHERE s.status = 'ready' AND s.wake_at = 'infinity' AND r.status IN ('running','compensating')
+           AND NOT (s.signal IS NOT NULL AND s.run_at = 'infinity')""",
+    "a task that gave its slot back for a signal that came goes on": """
+        SELECT s.run_id, s.no, s.signal FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
+         WHERE s.status = 'ready' AND s.signal IS NOT NULL AND r.status = 'running' AND s.run_at > clock_timestamp()
+           AND EXISTS (SELECT 1 FROM byrd.signals g WHERE g.run_id = s.run_id AND g.name = s.signal
+                        AND g.delivered_at IS NULL)
+           AND NOT EXISTS (SELECT 1 FROM byrd.steps o WHERE o.run_id = s.run_id AND o.no <> s.no
+                            AND o.signal = s.signal AND o.status IN ('waiting','ready','running'))""",
     "a wait of a run that moves is ended in its time": """
         SELECT s.run_id, s.no, s.run_at || ', ' || s.wake_at FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
          WHERE s.status = 'waiting' AND r.status = 'running'
@@ -104,7 +112,7 @@ RULES = {
         SELECT s.run_id, s.no, s.attempt::text FROM byrd.steps s WHERE s.kind = 'wait' AND s.attempt > 0""",
     "a signal is delivered to a step that waits for it": """
         SELECT g.run_id, g.step_no, g.name FROM byrd.signals g
-          LEFT JOIN byrd.steps s ON s.run_id = g.run_id AND s.no = g.step_no AND s.signal = g.name
+          LEFT JOIN byrd.steps s ON s.run_id = g.run_id AND s.no = g.step_no AND (s.signal = g.name OR s.kind <> 'wait')
          WHERE g.delivered_at IS NOT NULL AND s.no IS NULL""",
     "a signal that is awaited is about to be delivered": """
         SELECT s.run_id, s.no, s.signal FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id

@@ -10,15 +10,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
 
 from byrd.errors import IllegalTransitionError
 from byrd.model import RunStatus, StepStatus
-from byrd.store import flow, locks, runs
+from byrd.store import flow, locks, progress, runs, steps
 from byrd.store.flow import COMPLETED_AT, REVOKED, error_json
-from byrd.store.rows import Wakeup, query
+from byrd.store.rows import CHANNEL, Wakeup, query
 
 #: How many waits, and of how many runs, one transaction ends, so that none takes long; what is left is due at once.
 BATCH = 200
@@ -26,6 +26,8 @@ BATCH = 200
 SIGNALLED = (RunStatus.RUNNING, RunStatus.PAUSED)
 
 _NOW = "clock_timestamp()"
+#: In the place of no time-out, until the row says infinity.
+_LONG_SECONDS = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,13 @@ class Awaited:
     since: datetime
     until: datetime | None
     default: str | None
+
+
+class Taken(NamedTuple):
+    """What a running step has of a signal: its payload (JSON), or whether it is too late for it."""
+
+    payload: str | None
+    late: bool
 
 
 # -- transitions -----------------------------------------------------------------------------------
@@ -186,6 +195,122 @@ UPDATE byrd.steps s SET wake_at = CASE WHEN r.status = 'running' THEN coalesce(s
 """
 
 
+# -- tasks that give their slot back -----------------------------------------------------------------
+
+
+def nap(
+    conn: Connection, step_id: str, attempt: int, key: str, *, seconds: float | None, until: datetime | None
+) -> list[Wakeup]:
+    """running → ready at a later time, when the sub-step ``key`` is done."""
+    delay = query(
+        conn,
+        f"SELECT greatest(0, coalesce(%(seconds)s, extract(epoch FROM %(until)s::timestamptz - {_NOW})))::float8",
+        {"seconds": seconds, "until": until},
+    ).scalar_one()
+    wakeups = steps.hand_back(conn, step_id, attempt, delay=delay)
+    _note(conn, step_id, attempt, key, done=True)
+    return wakeups
+
+
+def take(conn: Connection, step_id: str, attempt: int, signal: str, key: str, *, timeout: float | None) -> Taken:
+    """Deliver the first kept signal to a running step, as the value of its sub-step ``key``, if there is one."""
+    step = query(
+        conn,
+        f"SELECT s.run_id, s.no FROM {locks.SHARE_RUN_OF_STEP}, byrd.steps s WHERE s.id = %(id)s",
+        {"id": step_id},
+    ).first()
+    steps.check_owner(conn, step_id, attempt)
+    known = progress.remembered(conn, step_id, key)
+    if known is not None:
+        return Taken(known, late=False)
+    run_id, no = step if step is not None else (None, None)  # without a step, nobody owns it
+    params = {"id": step_id, "wait": _wait_key(key), "run": run_id, "no": no, "signal": signal}
+    row = query(
+        conn,
+        f"""WITH taken AS (
+              UPDATE byrd.signals g SET step_no = %(no)s, delivered_at = {_NOW} WHERE g.delivered_at IS NULL AND g.id =
+                (SELECT id FROM byrd.signals WHERE run_id = %(run)s AND name = %(signal)s AND delivered_at IS NULL
+                  ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED) RETURNING g.id, g.payload),
+            told AS (
+              INSERT INTO byrd.events (run_id, step_no, event, detail)
+              SELECT %(run)s, %(no)s, 'signal_delivered', json_build_object('signal', %(signal)s::text, 'id', id)::text
+                FROM taken)
+            SELECT payload FROM taken""",
+        params,
+    ).first()
+    if row is not None:
+        settle(conn, step_id, attempt, key, row.payload)
+        return Taken(row.payload, late=False)
+    late = query(
+        conn,
+        f"""SELECT updated_at + %(timeout)s * interval '1 second' <= {_NOW} FROM byrd.checkpoints
+            WHERE step_id = %(id)s AND name = %(wait)s""",
+        {**params, "timeout": timeout},
+    ).scalar()
+    return Taken(None, late=bool(late) or timeout == 0)
+
+
+def settle(conn: Connection, step_id: str, attempt: int, key: str, value: str | None) -> None:
+    """End a running step's wait for a signal: with a value (JSON), or without one, so that another try waits anew."""
+    steps.check_owner(conn, step_id, attempt)
+    if value is not None:
+        progress.remember(conn, step_id, attempt, key, value)
+    params = {"id": step_id, "wait": _wait_key(key)}
+    query(conn, "DELETE FROM byrd.checkpoints WHERE step_id = %(id)s AND name = %(wait)s", params)
+    query(conn, "UPDATE byrd.steps SET signal = NULL WHERE id = %(id)s AND signal IS NOT NULL", params)
+
+
+def give_way(
+    conn: Connection, step_id: str, attempt: int, signal: str, key: str, *, timeout: float | None
+) -> list[Wakeup]:
+    """running → ready when the signal comes, or after ``timeout`` seconds from the first time."""
+    run_id = str(query(conn, "SELECT run_id FROM byrd.steps WHERE id = %(id)s", {"id": step_id}).scalar_one())
+    locks.own_run(conn, run_id)
+    wait = _wait_key(key)
+    params = {"id": step_id, "attempt": attempt, "wait": wait, "signal": signal, "timeout": timeout}
+    left = query(
+        conn,
+        f"""SELECT greatest(0.001, %(timeout)s::float8 - extract(epoch FROM {_NOW} - coalesce(
+              (SELECT updated_at FROM byrd.checkpoints WHERE step_id = %(id)s AND name = %(wait)s), {_NOW})))::float8
+        """,
+        params,
+    ).scalar_one()
+    wakeups = steps.hand_back(conn, step_id, attempt, delay=_LONG_SECONDS if timeout is None else left)
+    _note(conn, step_id, attempt, wait, done=False)
+    # A signal that came meanwhile is nothing to wait for; without a time-out there is no time.  A pause stays one.
+    row = query(
+        conn,
+        f"""UPDATE byrd.steps s SET signal = %(signal)s, run_at = at.time,
+                   wake_at = CASE WHEN s.wake_at = 'infinity' THEN s.wake_at ELSE at.time END
+              FROM (SELECT o.id, CASE
+                      WHEN EXISTS (SELECT 1 FROM byrd.signals g WHERE g.run_id = o.run_id AND g.name = %(signal)s
+                                    AND g.delivered_at IS NULL) THEN {_NOW}
+                      WHEN %(timeout)s::float8 IS NULL THEN 'infinity'::timestamptz ELSE o.run_at END AS time
+                      FROM byrd.steps o WHERE o.id = %(id)s) at
+             WHERE s.id = at.id AND s.status = 'ready' AND s.attempt = %(attempt)s AND s.sends = 0
+            RETURNING s.wake_at <= {_NOW} AS due""",
+        params,
+    ).first()
+    if row is not None and row.due:
+        query(conn, f"NOTIFY {CHANNEL}")
+    return wakeups
+
+
+def _note(conn: Connection, step_id: str, attempt: int, name: str, *, done: bool) -> None:
+    """Leave a sub-step's mark; the caller has ended the attempt in this transaction, or finds that it had."""
+    query(
+        conn,
+        """INSERT INTO byrd.checkpoints (step_id, name, attempt, value, done)
+           VALUES (%(id)s, %(name)s, %(attempt)s, CASE WHEN %(done)s THEN 'null' END, %(done)s)
+           ON CONFLICT DO NOTHING""",
+        {"id": step_id, "name": name, "attempt": attempt, "done": done},
+    )
+
+
+def _wait_key(key: str) -> str:
+    return f"wait:{key}"
+
+
 # -- reading ---------------------------------------------------------------------------------------
 
 
@@ -196,9 +321,11 @@ def list_awaited(
     rows = query(
         conn,
         """SELECT s.run_id::text, r.workflow, r.title, r.status AS run_status, s.no AS step_no, s.signal,
-                  s.ready_at AS since, s.run_at AS until, s.fallback AS default
+                  s.ready_at AS since, nullif(s.run_at, 'infinity') AS until, s.fallback AS default
              FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
-            WHERE s.status = 'waiting' AND s.signal IS NOT NULL AND (%(signal)s::text IS NULL OR s.signal = %(signal)s)
+            WHERE s.signal IS NOT NULL AND s.status IN ('waiting','ready')
+              AND (s.status = 'waiting' OR s.run_at > clock_timestamp())
+              AND (%(signal)s::text IS NULL OR s.signal = %(signal)s)
               AND (%(workflow)s::text IS NULL OR r.workflow = %(workflow)s)
             ORDER BY s.ready_at, s.run_id, s.no LIMIT %(limit)s""",
         {"signal": signal, "workflow": workflow, "limit": limit},

@@ -103,6 +103,10 @@ class Attempt:
         """Give the step back without blame."""
         self._close(steps.hand_back, delay=delay)
 
+    def give_way(self, transition: Any, *args: Any, **kwargs: Any) -> None:
+        """Give the step back until a time, or a signal, by a transition of the store."""
+        self._close(transition, *args, **kwargs)
+
     def abandon(self) -> None:
         """Stop: the run is being cancelled."""
         self._close(steps.abandon)

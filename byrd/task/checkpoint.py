@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import Any, Self, TypeVar
 
 from billiard.exceptions import SoftTimeLimitExceeded
@@ -23,8 +24,9 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from byrd.errors import CheckpointError, StepHandedBack
-from byrd.store import Counts, progress, steps
+from byrd import waits as byrd_waits
+from byrd.errors import CheckpointError, SignalTimeoutError, StepHandedBack
+from byrd.store import Counts, progress, steps, waits
 from byrd.store.database import MOST_EXCESSES, exceeds_limit, is_outage, is_race
 from byrd.store.progress import FailedItem
 from byrd.task.attempt import Attempt, attempt_of, text_of, to_json
@@ -168,6 +170,47 @@ class CheckpointTask(DurableTask):
         value: T = loads(found)
         return value
 
+    def sleep(self, name: str, seconds: float | timedelta | None = None, *, until: datetime | None = None) -> None:
+        """Give the slot back for a while, once in the step's life; then the task is called again, and goes on here.
+
+        Like that of :meth:`step`, ``name`` tells this sleep from others.  Raises :class:`CanvasError` for what is no
+        time, :class:`CheckpointError` within a :meth:`transaction`.
+        """
+        said = byrd_waits.wait_of(byrd_waits.sleep(seconds, until=until))
+        attempt, key = self._idle_attempt(), f"step:sleep {name}"
+        if attempt.runtime.patient_store.run(progress.remembered, attempt.step_id, key) is None:
+            attempt.give_way(waits.nap, key, seconds=said.seconds, until=said.until)
+            raise StepHandedBack(f"step {attempt.step_id}: asleep ({name})")
+
+    def wait_for(
+        self,
+        signal: str,
+        *,
+        timeout: float | timedelta | None = None,
+        default: Any = byrd_waits.NOT_GIVEN,
+        name: str | None = None,
+    ) -> Any:
+        """Return the payload of a signal; until it comes, the slot is given back, and then the task is called again.
+
+        Once it has come it is remembered by ``name``, which is the signal's unless the task waits for it twice.
+        ``timeout``: seconds, after which ``default`` is the value, or :class:`SignalTimeoutError` is raised.
+        """
+        said = byrd_waits.wait_of(byrd_waits.wait_for(signal, timeout=timeout, default=default))
+        attempt, key = self._idle_attempt(), f"step:wait_for {name or signal}"
+        store = attempt.runtime.patient_store
+        taken = store.run(waits.take, attempt.step_id, attempt.number, signal, key, timeout=said.seconds)
+        text = taken.payload
+        if text is None and taken.late:
+            given = said.default is not byrd_waits.NOT_GIVEN
+            text = _encoded(attempt, said.default, f"the default of {signal!r}") if given else None
+            store.run(waits.settle, attempt.step_id, attempt.number, key, text)
+            if text is None:
+                raise SignalTimeoutError(f"the signal {signal!r} did not come within {said.seconds:g} s")
+        if text is None:
+            attempt.give_way(waits.give_way, signal, key, timeout=said.seconds)
+            raise StepHandedBack(f"step {attempt.step_id}: waits for the signal {signal!r}")
+        return loads(text)
+
     def checkpoint(
         self, cursor: Cursor = None, *, completed: int = 0, failed: int = 0, name: str = "checkpoint"
     ) -> None:
@@ -238,6 +281,12 @@ class CheckpointTask(DurableTask):
             raise CheckpointError(
                 f"{self.name} saves its progress as a step of a run: submit it with engine.submit({self.name}.s(...))"
             )
+        return attempt
+
+    def _idle_attempt(self) -> Attempt:
+        attempt = self._attempt()
+        if _transaction.get() is not None:
+            raise CheckpointError(f"step {attempt.step_id}: a task cannot wait in a transaction; commit it first")
         return attempt
 
     def _first_tries(

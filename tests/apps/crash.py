@@ -82,6 +82,13 @@ def signal_itself(self: Task, name: str, payload: Any) -> str:
     return "sent"
 
 
+@app.task(bind=True, base=byrd.CheckpointTask)
+def nap_and_wait(self: byrd.CheckpointTask, name: str) -> Any:
+    """Give the slot back for a time, then for a signal."""
+    self.sleep("nap", 0.05)
+    return self.wait_for(name)
+
+
 @app.task(base=byrd.SagaTask)
 def reserve(what: str) -> str:
     """Do what can be undone."""

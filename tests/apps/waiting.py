@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import UTC, datetime
 from typing import Any
 
 from celery import Celery, Task, chain
@@ -51,6 +52,30 @@ def release(reservation: str, what: str) -> str:
 def told(request: Any, exc: Exception, traceback: Any) -> str:
     """An errback."""
     return f"{type(exc).__name__}: {exc}"
+
+
+@app.task(bind=True, base=byrd.CheckpointTask)
+def negotiate(self: byrd.CheckpointTask, seconds: float, timeout: float | None = None) -> dict[str, Any]:
+    """Sleep, then wait for two offers; in which process each part ran is remembered."""
+    first = self.step("first", os.getpid)
+    self.sleep("think", seconds)
+    offers = [self.wait_for("offer", timeout=timeout), self.wait_for("offer", timeout=timeout, name="again")]
+    other = self.wait_for("other", timeout=0.2, default="none")
+    return {"first": first, "offers": offers, "other": other, "attempt": self.request.byrd.number}
+
+
+@app.task(bind=True, base=byrd.CheckpointTask)
+def wait_in_a_transaction(self: byrd.CheckpointTask) -> None:
+    """Do what must not be done."""
+    with self.transaction():
+        self.sleep("think", 1)
+
+
+@app.task(bind=True, base=byrd.CheckpointTask)
+def sleep_until(self: byrd.CheckpointTask, moment: str) -> str:
+    """Sleep until a time of day."""
+    self.sleep("late", until=datetime.fromisoformat(moment))
+    return datetime.now(UTC).isoformat()
 
 
 @engine.workflow("waiting.approval")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from celery import chain
+from celery import chain, group
 
 import byrd
 from byrd.testing import CrashPoints
@@ -20,6 +20,15 @@ def test_a_chain_with_a_sleep_and_a_wait(app: Any, attempt: Try) -> None:
 
     report = attempt(canvas, check=value(3))
     assert any("WITH waits AS" in name for name in report.boundaries), report.boundaries
+
+
+@slow
+@pytest.mark.byrd_crash_points(skip=START, pairs=8)
+def test_a_task_that_waits(app: Any, attempt: Try) -> None:
+    def canvas() -> Any:
+        return group(app.nap_and_wait.si("go"), chain(byrd.sleep(0.1), app.signal_itself.si("go", 5)))
+
+    attempt(canvas, check=value([5, "sent"]))
 
 
 @slow

@@ -93,6 +93,23 @@ def test_trip(cluster: Cluster) -> None:
     ]
 
 
+def test_approval(cluster: Cluster) -> None:
+    worker(cluster, "approval")
+    byrd = [sys.executable, "-c", "from byrd.cli import main; main()", "-A", "approval"]
+    program = subprocess.Popen(
+        [sys.executable, "approval.py", "900"], cwd=EXAMPLES, env=environment(cluster, EXAMPLES),
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with program:
+        wait_until(lambda: cluster.rows("SELECT 1 FROM byrd.steps WHERE status = 'waiting'"))
+        [(run_id,)] = cluster.rows("SELECT id::text FROM byrd.runs")
+        assert run_id[:8] in run(cluster, *byrd, "waiting")[1]
+        run(cluster, *byrd, "signal", run_id[:8], "approval", '{"ok": true, "by": "ann"}')
+        output, _ = program.communicate(timeout=60)
+    assert output.splitlines()[1] == "900.00 paid, decided by ann"
+    assert run(cluster, sys.executable, "approval.py", "9", "0.2")[1] == "9.00 refused, decided by nobody"
+
+
 def test_transaction(cluster: Cluster) -> None:
     worker(cluster, "transaction")
     for number in (1, 3):  # the order in between was rolled back, and left a gap

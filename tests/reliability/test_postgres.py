@@ -17,9 +17,10 @@ from typing import Any, Literal
 import psutil
 import psycopg2
 import pytest
-from celery import chord, group
+from celery import chain, chord, group
 from psycopg2 import sql
 
+import byrd
 from byrd import embedded, store
 from byrd.embedded import EmbeddedPostgres
 from tests.cluster import Cluster, ClusterFactory, wait_until
@@ -93,6 +94,23 @@ def test_restarted_under_load(own: Cluster, own_postgres: EmbeddedPostgres, mode
     answers = time.time()
     check_chains(own, runs)
     assert measured(f"Postgres restarted ({mode})", own, answers) < BOUND_SECONDS
+    once(own)
+    alive(worker)
+
+
+def test_waits_outlive_a_restart(own: Cluster, own_postgres: EmbeddedPostgres) -> None:
+    """Those that were due meanwhile are ended once Postgres is back."""
+    app = own.app("tests.apps.waiting")
+    worker = own.worker("tests.apps.waiting")
+    runs = [app.engine.submit(chain(byrd.sleep(1.5), byrd.wait_for("ok"), app.echo.s())) for _ in range(20)]
+    for run in runs[:10]:
+        run.signal("ok", 1)
+    own_postgres.kill()
+    time.sleep(2)
+    own_postgres.start()
+    for run in runs[10:]:
+        run.signal("ok", 1)
+    assert [run.get(timeout=30) for run in runs] == [1] * 20
     once(own)
     alive(worker)
 

@@ -197,7 +197,10 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.model.runs)
     @rule(data=st.data())
     def signal(self, data: st.DataObject) -> None:
-        rows = self.world.sql("SELECT run_id::text, signal FROM byrd.steps WHERE signal IS NOT NULL ORDER BY 1, 2")
+        rows = self.world.sql(
+            """SELECT s.run_id::text, s.signal FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
+                WHERE s.signal IS NOT NULL ORDER BY r.created_at, s.no"""
+        )
         if not rows:
             return
         row = data.draw(st.sampled_from(rows))

@@ -504,7 +504,7 @@ ILLEGAL = {
     "ready_is_due": step_with("wake_at = NULL"),
     "wait_never_runs": step_with("status = 'ready', run_at = now(), wake_at = now()", 4),
     "waiting_is_due": step_with("status = 'waiting', wake_at = NULL", 4),
-    "signal_of_wait": step_with("signal = 'ok'"),
+    "fallback_of_wait": step_with("fallback = '1'"),
     "step_counts": step_with("attempt = -1"),
     "compensation_has_step": step_with("compensates = 2"),
     "checkpoints_pkey": f"{NEW_CHECKPOINT.format(id=READY)}, ({READY}, 'items', 2)",

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 from celery import chain, chord, group
+from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError
 
 import byrd
 from byrd.errors import IllegalTransitionError, RunNotFoundError
-from byrd.store import runs, steps, sweeps, waits
+from byrd.store import locks, runs, steps, sweeps, waits
+from byrd.store.rows import query
+from tests.store.test_races import race
 from tests.store.world import World, plan_of, sig
 
 
@@ -433,6 +436,80 @@ def test_a_clock_that_was_set_back_makes_no_sleep_longer(world: World) -> None:
     assert found["byrd.wait_for", "ok"].run_at is None
     world.end_waits()
     assert [s.status for s in world.steps(run) if s.signal] == ["waiting", "succeeded"]
+
+
+def test_a_busy_run_is_left_for_later_and_then_waited_for(world: World) -> None:
+    run = world.submit(group(byrd.sleep(0), sig("a")))
+    claim = world.claim(run, "a")
+    with world.store.engine.begin() as other:
+        steps.complete(other, claim.id, claim.attempt, "1")
+        assert world.do(waits.end_due) == ([], [run], False)
+    world.do(waits.end_due_of, run)
+    assert world.result(run) == [None, 1]
+
+
+def test_one_process_at_a_time_ends_waits(world: World) -> None:
+    world.submit(byrd.sleep(0))
+    with world.store.engine.begin() as other:
+        assert locks.alone(other, locks.WAITS)
+        assert world.do(waits.end_due) == ([], [], False)
+    world.end_waits()
+
+
+def test_a_signal_and_a_wait_that_begin_at_once_find_each_other(world: World) -> None:
+    run = world.submit(chain(sig("a"), byrd.wait_for("ok"), sig("b")))
+    claim = world.claim(run, "a")
+    outcome = race(
+        world.store,
+        lambda conn: steps.complete(conn, claim.id, claim.attempt, "1"),
+        lambda conn: waits.signal(conn, run, "ok", "2"),
+        commit=True,
+    )
+    assert outcome.waited
+    assert world.claim(run, "b").input == "2"
+    run = world.submit(chain(sig("a"), byrd.wait_for("ok"), sig("b")))
+    claim = world.claim(run, "a")
+    outcome = race(
+        world.store,
+        lambda conn: waits.signal(conn, run, "ok", "2"),
+        lambda conn: steps.complete(conn, claim.id, claim.attempt, "1"),
+        commit=True,
+    )
+    assert outcome.waited
+    world.end_waits()
+    assert world.claim(run, "b").input == "2"
+
+
+def test_a_hundred_thousand_waits_cost_the_relay_one_look_at_an_index(world: World) -> None:
+    run = world.submit(byrd.wait_for("ok"))
+    world.sql(
+        """INSERT INTO byrd.steps (id, run_id, no, kind, task, status, signal, run_at, wake_at, ready_at)
+           SELECT 'w' || n, %(run)s, n, 'wait', 'byrd.sleep', 'waiting', CASE WHEN n %% 2 = 0 THEN 's' || n END,
+                  CASE WHEN n %% 2 = 1 THEN now() + interval '1 h' END,
+                  CASE WHEN n %% 2 = 1 THEN now() + interval '1 h' ELSE 'infinity' END, now() - n * interval '1 s'
+             FROM generate_series(1, 100000) n""",
+        run=run,
+    )
+    world.sql("ANALYZE byrd.steps")
+    sent: list[tuple[str, Any]] = []
+    note = lambda _conn, _cursor, sql, params, *_: sent.append((sql, params))  # noqa: E731
+    event.listen(world.store.engine, "before_cursor_execute", note)
+    try:
+        assert world.do(waits.end_due) == ([], [], False)
+        assert world.do(sweeps.seconds_until_due, at_most=9.0) == 9.0
+        world.do(waits.list_awaited)
+    finally:
+        event.remove(world.store.engine, "before_cursor_execute", note)
+    assert len(sent) == 3
+    for (sql, params), blocks in zip(sent, (10, 20, 200), strict=True):
+
+        def explain(conn: Any, sql: str = sql, params: Any = params) -> Any:
+            return query(conn, f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {sql}", params).scalar_one()
+
+        [plan] = world.do(explain)
+        assert "Seq Scan" not in str(plan)
+        assert plan["Plan"]["Shared Hit Blocks"] + plan["Plan"]["Shared Read Blocks"] < blocks, plan
+    world.sql("DELETE FROM byrd.runs WHERE id = %(run)s", run=run)
 
 
 def test_what_awaits_whom(world: World) -> None:

@@ -12,7 +12,14 @@ import pytest
 from celery import chain, chord, group
 
 import byrd
-from byrd.errors import ArgumentError, CanvasError, IllegalTransitionError, SignalTimeoutError, WaitOutsideRunError
+from byrd.errors import (
+    ArgumentError,
+    CanvasError,
+    CheckpointError,
+    IllegalTransitionError,
+    SignalTimeoutError,
+    WaitOutsideRunError,
+)
 from tests.cluster import ROOT, Cluster, wait_until
 
 APP = "tests.apps.waiting"
@@ -22,6 +29,11 @@ APP = "tests.apps.waiting"
 def shared(module_cluster: Cluster) -> Any:
     module_cluster.worker(APP)
     return module_cluster.app(APP)
+
+
+@pytest.fixture(scope="module")
+def shared_cluster(module_cluster: Cluster) -> Cluster:
+    return module_cluster
 
 
 def awaited(run: Any, signal: str) -> None:
@@ -221,6 +233,90 @@ def test_celery_sees_a_wait_as_pending(shared: Any) -> None:
     assert result.state == "PENDING"
     run.signal("ok", 3)
     assert result.get(timeout=10) == 3
+
+
+# -- tasks that give their slot back -----------------------------------------------------------------
+
+
+def given_back(run: Any, signal: str | None) -> Any:
+    """Wait until the run's only step has given its slot back, for a time or a signal; return it."""
+
+    def look() -> Any:
+        [step] = run.steps()
+        later = step.status == "ready" and step.run_at > datetime.now(UTC)
+        return step if later and step.signal == signal else None
+
+    return wait_until(look, what=lambda: f"{signal}: {run.steps()}")
+
+
+def test_a_task_that_waits_holds_no_slot(shared: Any, shared_cluster: Cluster) -> None:
+    run = shared.engine.submit(shared.negotiate.s(1.0))
+    step = given_back(run, None)
+    assert (step.worker_id, step.sends) == (None, 0)
+    step = given_back(run, "offer")
+    assert step.run_at.year == 9999
+    assert [(w.run_id, w.until) for w in shared.engine.waiting(signal="offer")] == [(run.id, None)]
+    [said] = run.why()
+    assert "waits for the signal 'offer' since" in said
+    assert f"`byrd signal {run.id[:8]} offer [JSON]` sends it" in said
+    shared_cluster.rows("SELECT byrd.signal(%s, 'offer', '1')", run.id)
+    wait_until(lambda: "signal_delivered" in [row["event"] for row in run.history()])
+    given_back(run, "offer")
+    run.signal("offer", 2)
+    result = run.get(timeout=30)
+    assert (result["offers"], result["other"]) == ([1, 2], "none")
+    assert result["attempt"] == 5
+    assert {row["event"] for row in run.history()} >= {"handed_back", "signalled", "signal_delivered"}
+    with shared_cluster.redis() as redis:
+        assert redis.llen("celery") == 0
+
+
+def test_a_task_has_the_signals_that_came_before(shared: Any) -> None:
+    run = shared.engine.submit(shared.negotiate.s(0))
+    for offer in (1, 2):
+        run.signal("offer", offer)
+    run.signal("other", "yes")
+    result = run.get(timeout=30)
+    assert (result["offers"], result["other"]) == ([1, 2], "yes")
+
+
+def test_a_task_whose_signal_does_not_come_fails_and_may_wait_anew(shared: Any) -> None:
+    run = shared.engine.submit(shared.negotiate.s(0, timeout=0.5))
+    with pytest.raises(SignalTimeoutError, match=r"the signal 'offer' did not come within 0\.5 s"):
+        run.get(timeout=30)
+    assert run.wait(timeout=5) == "failed"
+    run.retry()
+    for offer in (1, 2):
+        run.signal("offer", offer)
+    assert run.get(timeout=30)["offers"] == [1, 2]
+
+
+def test_a_task_that_waits_can_be_paused_and_cancelled(shared: Any) -> None:
+    run = shared.engine.submit(shared.negotiate.s(0))
+    given_back(run, "offer")
+    run.pause()
+    run.signal("offer", 1)
+    time.sleep(0.7)
+    assert run.steps()[0].status == "ready"
+    run.resume()
+    wait_until(lambda: "signal_delivered" in [row["event"] for row in run.history()])
+    given_back(run, "offer")
+    run.cancel()
+    assert run.status == "cancelled"
+
+
+def test_a_task_sleeps_until_a_time(shared: Any) -> None:
+    until = datetime.now(UTC) + timedelta(seconds=1.5)
+    run = shared.engine.submit(shared.sleep_until.s(until.isoformat()))
+    given_back(run, None)
+    assert datetime.fromisoformat(run.get(timeout=30)) >= until
+
+
+def test_a_task_cannot_wait_in_a_transaction_or_outside_a_run(shared: Any) -> None:
+    with pytest.raises(CheckpointError, match="cannot wait in a transaction"):
+        shared.engine.submit(shared.wait_in_a_transaction.s()).get(timeout=30)
+    with pytest.raises(CheckpointError, match="as a step of a run"):
+        shared.sleep_until.apply(args=("2020-01-01",)).get()
 
 
 def test_the_relay_alone_ends_waits(cluster: Cluster) -> None:

@@ -100,7 +100,8 @@ def _steps() -> None:
         sa.Column("expires_in", sa.Float),
         _time("expires_at"),
         # Of a wait, whose time is in countdown and eta: the signal, if it waits for one, and its value (JSON) when its
-        # time comes; a sleep that has an input passes that on instead.
+        # time comes; a sleep that has an input passes that on instead.  A task that has given its slot back for a
+        # signal has one, too.
         sa.Column("signal", sa.Text),
         sa.Column("fallback", sa.Text),
         # Where it stands.
@@ -129,7 +130,7 @@ def _steps() -> None:
         sa.CheckConstraint("kind <> 'join' OR status NOT IN ('ready','running')", name="join_never_runs"),
         sa.CheckConstraint("kind <> 'wait' OR status NOT IN ('ready','running')", name="wait_never_runs"),
         sa.CheckConstraint("status <> 'waiting' OR (kind = 'wait' AND wake_at IS NOT NULL)", name="waiting_is_due"),
-        sa.CheckConstraint("kind = 'wait' OR (signal IS NULL AND fallback IS NULL)", name="signal_of_wait"),
+        sa.CheckConstraint("kind = 'wait' OR fallback IS NULL", name="fallback_of_wait"),
         sa.CheckConstraint("(status = 'running') = (worker_id IS NOT NULL)", name="step_running_has_worker"),
         sa.CheckConstraint("(status = 'running') = (claim IS NOT NULL)", name="step_running_has_claim"),
         sa.CheckConstraint(
@@ -157,7 +158,10 @@ def _steps() -> None:
         "CREATE INDEX steps_shared ON byrd.steps (queue, wake_at) WHERE status = 'ready' AND sends > 0 AND NOT solo"
     )
     op.execute("CREATE INDEX steps_waiting ON byrd.steps (wake_at) WHERE status = 'waiting'")
-    op.execute("CREATE INDEX steps_awaiting ON byrd.steps (ready_at) WHERE status = 'waiting' AND signal IS NOT NULL")
+    op.execute(
+        "CREATE INDEX steps_awaiting ON byrd.steps (ready_at)"
+        " WHERE signal IS NOT NULL AND status IN ('waiting','ready')"
+    )
     op.execute("CREATE INDEX steps_running ON byrd.steps (worker_id) WHERE status = 'running'")
 
 
@@ -300,6 +304,9 @@ BEGIN
   -- The relay gives it to the first that waits, and lets the others wait on.
   UPDATE byrd.steps s SET wake_at = least(s.wake_at, clock_timestamp())
    WHERE s.run_id = signal.run AND s.status = 'waiting' AND s.signal = signal.name;
+  UPDATE byrd.steps s SET run_at = clock_timestamp(), sends = 0,
+         wake_at = CASE WHEN run_status = 'running' THEN clock_timestamp() ELSE s.wake_at END
+   WHERE s.run_id = signal.run AND s.status = 'ready' AND s.signal = signal.name AND s.run_at > clock_timestamp();
   NOTIFY byrd;
   RETURN signal_id;
 END $$

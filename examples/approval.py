@@ -1,0 +1,40 @@
+"""An expense that a person approves: the run waits for the signal, and holds no worker meanwhile.
+
+python approval.py 900                           # prints the run, and waits
+byrd waiting                                     # in another terminal: what awaits whom
+byrd signal RUN approval '{"ok": true, "by": "ann"}'
+"""
+
+import sys
+from typing import Any
+
+from celery import Celery, chain, group
+
+import byrd
+
+app = Celery("approval")
+engine = byrd.Byrd(app)
+
+NOBODY = {"ok": False, "by": "nobody"}
+
+
+@app.task
+def check(amount: float) -> float:
+    return round(amount, 2)
+
+
+@app.task
+def decide(found: list[Any]) -> str:
+    amount, answer = found
+    return f"{amount:.2f} {'paid' if answer['ok'] else 'refused'}, decided by {answer['by']}"
+
+
+@engine.workflow("approval.expense")
+def expense(amount: float, patience: float = 7 * 24 * 3600) -> Any:
+    return chain(group(check.s(amount), byrd.wait_for("approval", timeout=patience, default=NOBODY)), decide.s())
+
+
+if __name__ == "__main__":
+    run = expense.submit(*map(float, sys.argv[1:]))
+    print(f'byrd signal {run.id[:8]} approval \'{{"ok": true, "by": "you"}}\'', flush=True)
+    print(run.get())
