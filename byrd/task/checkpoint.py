@@ -6,7 +6,10 @@ the writes of the user's own that belong to the batch, so after any crash the tw
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import logging
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -25,13 +28,14 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from byrd import waits as byrd_waits
-from byrd.errors import CheckpointError, SignalTimeoutError, StepHandedBack
+from byrd.errors import CheckpointError, SignalTimeoutError, StaleAttempt, StepHandedBack
 from byrd.store import Counts, progress, steps, waits
 from byrd.store.database import MOST_EXCESSES, exceeds_limit, is_outage, is_race
 from byrd.store.progress import FailedItem
 from byrd.task.attempt import Attempt, attempt_of, text_of, to_json
 from byrd.task.durable import DurableTask
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 Cursor = Any
 Item = Any
@@ -131,7 +135,7 @@ class CheckpointTask(DurableTask):
     ) -> Progress:
         """Process all items that ``enumerator`` yields, in batches, with a checkpoint after each.
 
-        Without ``save``, batches that take no time share a checkpoint: one at least each 50 ms.
+        Without ``save``, batches that take no time share a checkpoint; none is held back for longer than 100 ms.
 
         ``enumerator(cursor)`` yields (cursor, item) pairs, JSON values, for the items strictly after ``cursor``;
         it gets None at the very start, and the last saved cursor when the step resumes.
@@ -293,7 +297,7 @@ class CheckpointTask(DurableTask):
         self, attempt: Attempt, settings: _Iteration, pool: _Pool, counts: Counts, enumerator: Enumerator
     ) -> Counts:
         cursor = loads(counts.cursor) if counts.cursor is not None else None
-        saved, saved_at = counts, time.monotonic()
+        held, saved_at = _Held(attempt, settings.name), time.monotonic()
         try:
             for batch in _batches(enumerator(cursor), settings.batch_size):
                 pool.keep_interval(attempt)
@@ -305,14 +309,17 @@ class CheckpointTask(DurableTask):
                 last = _encoded(attempt, batch[-1][0], "the cursor")
                 after = counts._replace(cursor=last, completed=counts.completed + len(batch) - len(failed))
                 if settings.alone or failed or time.monotonic() - saved_at > _HOLD_SECONDS:
+                    held.drop()
                     counts = self._commit(attempt, settings, counts, after, done, failed)
-                    saved, saved_at = counts, time.monotonic()
+                    saved_at = time.monotonic()
                 else:  # with the next one
                     counts = after
-        except Exception:
-            if counts != saved:
-                attempt.runtime.patient_store.run(progress.save, attempt.step_id, attempt.number, settings.name, counts)
+                    held.hold(counts)
+        except BaseException:
+            held.save()
             raise
+        finally:
+            held.close()
         return counts
 
     def _further_tries(self, attempt: Attempt, settings: _Iteration, pool: _Pool, counts: Counts) -> Counts:
@@ -363,6 +370,63 @@ class CheckpointTask(DurableTask):
         attempt.runtime.user_store.run(transition)
         _stop_if_asked(attempt)
         return after
+
+
+class _Held:
+    """A checkpoint that is to be saved with the next one; or by itself, if that is long in coming.
+
+    A thread sees to that: the task's own may be in the middle of an item that takes an hour.
+    """
+
+    def __init__(self, attempt: Attempt, name: str) -> None:
+        self._attempt, self._name = attempt, name
+        self._lock = threading.Lock()
+        self._counts: Counts | None = None
+        self._held, self._closed = threading.Event(), False
+        self._thread: threading.Thread | None = None
+
+    def hold(self, counts: Counts) -> None:
+        """Hold this one, which comes after that which is held."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._watch, name="byrd-checkpoint", daemon=True)
+            self._thread.start()
+        with self._lock:
+            self._counts = counts
+        self._held.set()
+
+    def drop(self) -> None:
+        """A later one is about to be saved."""
+        with self._lock:
+            self._counts = None
+
+    def save(self) -> None:
+        """Save the one that is held, if any."""
+        with self._lock:
+            counts, self._counts = self._counts, None
+            if counts is not None:
+                attempt = self._attempt
+                store = attempt.runtime.patient_store
+                with contextlib.suppress(StaleAttempt):  # its task will learn so
+                    store.run_alone(progress.save, attempt.step_id, attempt.number, self._name, counts)
+
+    def close(self) -> None:
+        """End the thread: what is held still is not saved."""
+        self.drop()
+        self._closed = True
+        self._held.set()
+
+    def _watch(self) -> None:
+        while not self._closed:
+            self._held.wait()
+            self._held.clear()
+            while (held := self._counts) is not None:
+                time.sleep(_HOLD_SECONDS)
+                if held is not self._counts:
+                    continue  # the task goes on, and will save one soon
+                try:
+                    self.save()
+                except Exception:
+                    log.exception("step %s: a checkpoint could not be saved yet", self._attempt.step_id)
 
 
 class _Pool:
