@@ -85,6 +85,7 @@ def wait_for_file(path: str, value: Any = None, notes: str | None = None) -> Any
 def orphan(path: str, value: Any = None) -> Any:
     """Outlive the main process, as pool processes do where the kernel does not end them with it (not on Linux)."""
     ctypes.CDLL(None).prctl(1, 0)
+    Path(f"{path}.begun").touch()
     wait_for(path)
     return value
 

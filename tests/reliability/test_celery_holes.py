@@ -300,7 +300,7 @@ def test_a_chord_sends_nothing_but_its_steps(own: Cluster) -> None:
         run = app.engine.submit(chord([app.add.s(n) for n in range(5)], app.gather.s()))
         assert run.get(timeout=60) == [1, 2, 3, 4, 5]
         assert run.wait(timeout=30) == "succeeded"
-        assert tasks_seen(monitor, client) == {f"{APP}.add", f"{APP}.gather"}
+        assert tasks_seen(monitor, client) <= {f"{APP}.add", f"{APP}.gather"}  # the body may run on without a message
         assert "chord_unlock" not in worker.log_text()
         chord([app.add.s(n) for n in range(5)], app.gather.s()).apply_async()  # as Celery does it, on the same worker
         wait_until(lambda: "celery.chord_unlock" in tasks_seen(monitor, client))

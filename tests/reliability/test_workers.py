@@ -111,7 +111,7 @@ def test_orphans_finish_what_they_run_while_it_is_theirs(cluster: Cluster, tmp_p
     soon, late = tmp_path / "soon", tmp_path / "late"
     first = app.engine.submit(app.orphan.s(str(soon), 1) | app.add.s(1))
     second = app.engine.submit(app.orphan.s(str(late), 1) | app.add.s(1))
-    wait_until(lambda: running(first, second))
+    wait_until(lambda: running(first, second) and all(Path(f"{path}.begun").exists() for path in (soon, late)))
     orphans = [psutil.Process(pid) for pid in doomed.pids()]
     doomed.kill_main()
     soon.touch()
