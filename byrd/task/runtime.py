@@ -65,8 +65,9 @@ class Runtime:
         self.chores: deque[Callable[[], list[Wakeup]]] = deque()
         #: What it has to publish: the sweeper does it.
         self.outbox: deque[Wakeup] = deque()
-        #: Shared with the pool processes: whether anybody listens to Celery's events, and which step each of them runs.
-        self._listened: mmap.mmap | None = None
+        #: Shared with the pool processes: whether anybody listens to Celery's events, whether the worker stops, and which
+        #: step each of them runs.
+        self._flags: mmap.mmap | None = None
         self._running: mmap.mmap | None = None
         self._natures: dict[str, tuple[tuple[Any, ...], _Nature]] = {}
         self._worker_id: str | None = None
@@ -119,17 +120,27 @@ class Runtime:
         """Take the identity of a worker, for this process and those that its pool starts."""
         self._worker_id = os.environ[_WORKER_ID] = worker_id
         self._main_pid = os.getpid()
-        self._listened, self._running = mmap.mmap(-1, 1), mmap.mmap(-1, _SLOTS * _SLOT_BYTES)
+        self._flags, self._running = mmap.mmap(-1, 2), mmap.mmap(-1, _SLOTS * _SLOT_BYTES)
 
     @property
     def listened(self) -> bool:
         """True when somebody listens to Celery's events, or when this process cannot know."""
-        return self._listened is None or self._listened[0] != 0
+        return self._flags is None or self._flags[0] != 0
 
     @listened.setter
     def listened(self, listened: bool) -> None:
-        if self._listened is not None:
-            self._listened[0] = listened
+        if self._flags is not None:
+            self._flags[0] = listened
+
+    @property
+    def stopping(self) -> bool:
+        """True once this worker was told to stop: its slices take nothing more."""
+        return self._flags is not None and self._flags[1] != 0
+
+    def stop(self) -> None:
+        """The worker was told to stop.  Postgres is told by its keeper, which takes a moment."""
+        if self._flags is not None:
+            self._flags[1] = 1
 
     def note_running(self, step_id: str | None) -> None:
         """Say which step this pool process runs from now on, for its main process."""

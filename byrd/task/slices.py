@@ -169,7 +169,8 @@ class Slice:
             found = self._call(last, current)
         else:
             self._pace.ended()
-            room = not self._over and self.steps < _MOST_STEPS and time.monotonic() < self._ends_at
+            time_left = time.monotonic() < self._ends_at and not self.runtime.stopping
+            room = time_left and not self._over and self.steps < _MOST_STEPS
             if room:
                 # What follows each step that is done is run on here, whatever the pace.
                 most = max(self._pace.steps_at_once, len(last))

@@ -107,6 +107,7 @@ class LeaseStep(bootsteps.StartStopStep):
         # In a signal handler, at once: the main thread of a solo pool goes on with its step for as long as that takes.
         if self.keeper is not None:
             self.keeper.told_to_stop = True
+            self.keeper.runtime.stop()
 
     def _shut_down(self, **_: Any) -> None:
         if self.sweeper is not None:
