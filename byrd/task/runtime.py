@@ -65,8 +65,8 @@ class Runtime:
         self.chores: deque[Callable[[], list[Wakeup]]] = deque()
         #: What it has to publish: the sweeper does it.
         self.outbox: deque[Wakeup] = deque()
-        #: Shared with the pool processes: whether anybody listens to Celery's events, whether the worker stops, and which
-        #: step each of them runs.
+        #: Shared with the pool processes: whether anybody listens to Celery's events, whether the worker stops, and
+        #: which step each of them runs.
         self._flags: mmap.mmap | None = None
         self._running: mmap.mmap | None = None
         self._natures: dict[str, tuple[tuple[Any, ...], _Nature]] = {}
