@@ -171,7 +171,7 @@ class Slice:
             self._pace.ended()
             time_left = time.monotonic() < self._ends_at and not self.runtime.stopping
             room = time_left and not self._over and self.steps < _MOST_STEPS
-            if room:
+            if room or own is not None:  # Postgres says whether its worker still may: if not, it is sent again
                 # What follows each step that is done is run on here, whatever the pace.
                 most = max(self._pace.steps_at_once, len(last))
                 found = self._call(last, current, own=own, most=most, others=True, peek=own is not None)
