@@ -77,8 +77,8 @@ def alive(*workers: Worker) -> None:
 
 
 def submit_chains(app: Any, count: int) -> list[Run]:
-    """Submit chains of four steps with the value 4."""
-    return [app.engine.submit(app.add.s(1, 0) | app.add.s(1) | app.add.s(1) | app.add.s(1)) for _ in range(count)]
+    """Submit chains of four steps with the value 4, one of which takes long enough for others to interfere."""
+    return [app.engine.submit(app.add.s(1, 1) | app.add.s(1) | app.linger.s() | app.add.s(1)) for _ in range(count)]
 
 
 def check_chains(cluster: Cluster, runs: Sequence[Run], timeout: float = 90) -> None:
