@@ -140,12 +140,15 @@ class Publisher:
             return _MANY
         return max(_ENOUGH, processes) if all_share else _MANY
 
-    def room(self, queue: str) -> int:
-        """Return for how many wake-ups of steps that need no message of their own there is room in a queue."""
+    def room(self, queue: str) -> int | None:
+        """Return for how many wake-ups of steps that need no message of their own there is room in a queue.
+
+        None: each has one nevertheless, for what consumes the queue.
+        """
         try:
             with self.app.producer_pool.acquire(block=True, timeout=5) as producer:
-                if producer.connection.transport.driver_type != "redis":
-                    return _MANY
+                if producer.connection.transport.driver_type != "redis" or self._enough(queue) >= _MANY:
+                    return None
                 producer.connection.ensure_connection(max_retries=0, timeout=5)
                 return self._look(producer.connection.default_channel, queue)
         except Exception as exc:  # noqa: BLE001 - each transport has errors of its own

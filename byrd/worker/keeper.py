@@ -354,20 +354,19 @@ class Sweeper(_Loop):
                 depth = publisher.depth(queue)
                 if depth is None:
                     return sent  # the broker is away: it would be for the other queues, too
-                most = overdue if solo else min(overdue, publisher.room(queue))
-                if most == 0:
+                room = None if solo else publisher.room(queue)
+                if room == 0:
                     self._enough = True
                     store.run(sweeps.make_solo, queue)
                     continue
-                if not solo:  # most of them have no message, and need none
-                    due = store.run(sweeps.take_overdue, queue, solo=False, resend=most, limit=most)
-                    publisher.publish(due)
-                    sent += len(due)
-                    continue
-                waiting = store.run(sweeps.sent_and_waiting, queue, at_most=depth + overdue)
-                # No more than were counted: what is overdue only since then would be put off, as if its message were
-                # there.
-                lost: list[Wakeup] = store.run(sweeps.take_overdue, queue, resend=max(0, waiting - depth), limit=most)
+                if room is None:
+                    waiting = store.run(sweeps.sent_and_waiting, queue, solo=solo, at_most=depth + overdue)
+                    # No more than were counted: what is overdue only since then would be put off, as if its message
+                    # were there.
+                    most, resend = overdue, max(0, waiting - depth)
+                else:  # most of them have no message, and need none
+                    most = resend = min(overdue, room)
+                lost: list[Wakeup] = store.run(sweeps.take_overdue, queue, solo=solo, resend=resend, limit=most)
                 publisher.publish(lost)
                 sent += len(lost)
         return sent

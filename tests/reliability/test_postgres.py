@@ -396,7 +396,8 @@ def test_a_worker_frozen_inside_a_transaction(cluster: Cluster, tmp_path: Path) 
     struck = Struck(cluster, tmp_path / "go", held=1, queued=0)
     with connected(cluster) as cursor:
         cursor.execute("SELECT 1 FROM byrd.workers FOR UPDATE")
-        late = app.engine.submit(app.add.s(1, 1))
+        # By a message of its own: what a slice does is one statement, and a transaction by itself.
+        late = app.engine.submit(app.add.s(1, 1).set(time_limit=60))
         claiming = """SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'
                         AND query ~ 'SET status = .running'"""
         wait_until(lambda: cluster.rows(claiming), what="a claim that waits for the worker's row")
