@@ -297,7 +297,7 @@ class CheckpointTask(DurableTask):
         self, attempt: Attempt, settings: _Iteration, pool: _Pool, counts: Counts, enumerator: Enumerator
     ) -> Counts:
         cursor = loads(counts.cursor) if counts.cursor is not None else None
-        held, saved_at = _Held(attempt, settings.name), time.monotonic()
+        held, saved_at, behind = _Held(attempt, settings.name), time.monotonic(), False
         try:
             for batch in _batches(enumerator(cursor), settings.batch_size):
                 pool.keep_interval(attempt)
@@ -306,17 +306,20 @@ class CheckpointTask(DurableTask):
                     failed = _failures(settings.process, batch)
                 else:
                     done, failed = pool.run([_Try(cursor, item, 1) for cursor, item in batch])
-                last = _encoded(attempt, batch[-1][0], "the cursor")
-                after = counts._replace(cursor=last, completed=counts.completed + len(batch) - len(failed))
+                after = counts._replace(completed=counts.completed + len(batch) - len(failed))
                 if settings.alone or failed or time.monotonic() - saved_at > _HOLD_SECONDS:
                     held.drop()
+                    after = after._replace(cursor=_encoded(attempt, batch[-1][0], "the cursor"))
                     counts = self._commit(attempt, settings, counts, after, done, failed)
-                    saved_at = time.monotonic()
+                    saved_at, behind = time.monotonic(), False
                 else:  # with the next one
-                    counts = after
-                    held.hold(counts)
+                    counts, behind = after, True
+                    held.hold(counts, batch[-1][0])
+            if behind:
+                counts = counts._replace(cursor=_encoded(attempt, batch[-1][0], "the cursor"))
         except BaseException:
-            held.save()
+            with contextlib.suppress(CheckpointError):  # of two errors the first
+                held.save()
             raise
         finally:
             held.close()
@@ -381,31 +384,34 @@ class _Held:
     def __init__(self, attempt: Attempt, name: str) -> None:
         self._attempt, self._name = attempt, name
         self._lock = threading.Lock()
-        self._counts: Counts | None = None
+        #: The counts, and the cursor: it is encoded only if it is saved.
+        self._last: tuple[Counts, Cursor] | None = None
         self._held, self._closed = threading.Event(), False
         self._thread: threading.Thread | None = None
 
-    def hold(self, counts: Counts) -> None:
+    def hold(self, counts: Counts, cursor: Cursor) -> None:
         """Hold this one, which comes after that which is held."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="byrd-checkpoint", daemon=True)
             self._thread.start()
         with self._lock:
-            self._counts = counts
-        self._held.set()
+            self._last = counts, cursor
+        if not self._held.is_set():
+            self._held.set()
 
     def drop(self) -> None:
         """A later one is about to be saved."""
         with self._lock:
-            self._counts = None
+            self._last = None
 
     def save(self) -> None:
         """Save the one that is held, if any."""
         with self._lock:
-            counts, self._counts = self._counts, None
-            if counts is not None:
+            last, self._last = self._last, None
+            if last is not None:
                 attempt = self._attempt
                 store = attempt.runtime.patient_store
+                counts = last[0]._replace(cursor=_encoded(attempt, last[1], "the cursor"))
                 with contextlib.suppress(StaleAttempt):  # its task will learn so
                     store.run_alone(progress.save, attempt.step_id, attempt.number, self._name, counts)
 
@@ -419,9 +425,9 @@ class _Held:
         while not self._closed:
             self._held.wait()
             self._held.clear()
-            while (held := self._counts) is not None:
+            while (held := self._last) is not None:
                 time.sleep(_HOLD_SECONDS)
-                if held is not self._counts:
+                if held is not self._last:
                     continue  # the task goes on, and will save one soon
                 try:
                     self.save()
