@@ -31,7 +31,7 @@ def test_flushed_in_mid_work(own: Cluster, tmp_path: Path) -> None:
     worker = own.worker(APP)
     struck = Struck(own, tmp_path / "go")
     with own.redis() as client:
-        assert client.llen("celery") == len(struck.queued)
+        assert 1 < client.llen("celery") <= len(struck.queued)
         client.flushall()
     flushed = time.time()
     # One that has waited for minutes: it was sent again and again, at ever longer intervals.
@@ -118,7 +118,8 @@ def test_out_of_memory(own: Cluster, tmp_path: Path) -> None:
     struck = Struck(own, tmp_path / "go")
     with own.redis() as client:
         fill(client)
-        refused = [app.engine.submit(app.add.s(n, 1)) for n in range(5)]
+        # With a time limit each needs a message of its own; else they would be done without one.
+        refused = [app.engine.submit(app.add.s(n, 1).set(time_limit=60)) for n in range(5)]
         struck.finish()
         wait_until(lambda: all(run.steps()[0].status == "succeeded" for run in struck.held))
         worker.wait_for_log("the broker does not take wake-ups now.*OutOfMemory")
