@@ -34,9 +34,10 @@ def test_flushed_in_mid_work(own: Cluster, tmp_path: Path) -> None:
         assert 1 < client.llen("celery") <= len(struck.queued)
         client.flushall()
     flushed = time.time()
-    # One that has waited for minutes: it was sent again and again, at ever longer intervals.
+    # One that has waited for minutes: it was sent again and again, at ever longer intervals, for it needs its message.
     own.rows(
-        "UPDATE byrd.steps SET sends = 9, wake_at = now() + interval '1 minute' WHERE run_id = %s", struck.queued[0].id
+        "UPDATE byrd.steps SET sends = 9, solo = true, wake_at = now() + interval '1 minute' WHERE run_id = %s",
+        struck.queued[0].id,
     )
     struck.finish()
     struck.check()
