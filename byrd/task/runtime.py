@@ -19,6 +19,7 @@ from sqlalchemy.engine import URL
 
 from byrd.canvas import Plan, Step, compile_canvas
 from byrd.errors import ArgumentError, ConfigurationError, UnknownTaskError
+from byrd.limits import limit_of
 from byrd.model import StepKind
 from byrd.store import Store, Wakeup, steps
 from byrd.task.publisher import Publisher
@@ -235,6 +236,7 @@ def _is_solo(step: Step, task: Any, options: Mapping[str, Any]) -> bool:
         or step.expires_in is not None
         or step.expires_at is not None
         or task.rate_limit is not None
+        or limit_of(task) is not None
         or not options.keys() <= _SHARED_OPTIONS
     )
 

@@ -12,6 +12,9 @@ from celery import Celery, bootsteps
 from celery.signals import worker_init, worker_shutdown, worker_shutting_down
 
 from byrd.errors import ConfigurationError
+from byrd.limits import limit_of
+from byrd.store import limits
+from byrd.task.limited import limits_of
 from byrd.task.runtime import SLICE_SECONDS, runtime_of
 from byrd.worker import broker, messages, remote
 from byrd.worker.keeper import CHILD_SECONDS, Keeper, Settings, Sweeper, has_exited
@@ -39,6 +42,8 @@ class LeaseStep(bootsteps.StartStopStep):
         runtime = runtime_of(app)
         settings = settings_of(app)
         runtime.patient_store.check_live()  # a Postgres that is away is waited for
+        if declared := limits_of(app):
+            runtime.patient_store.run(limits.declare, declared, anew=True)
         self.sweeper = Sweeper(runtime, settings)
         self.keeper = Keeper(
             runtime,
@@ -174,7 +179,10 @@ def _shares(app: Celery) -> list[str]:
     return sorted(
         name
         for name, task in app.tasks.items()
-        if task.rate_limit is None and task.time_limit is None and task.soft_time_limit is None
+        if task.rate_limit is None
+        and task.time_limit is None
+        and task.soft_time_limit is None
+        and limit_of(task) is None
     )
 
 
