@@ -136,15 +136,19 @@ def key_of(limit: Limit, run: Callable[..., Any], args: Sequence[Any], kwargs: M
         found = limit.key(*args, **kwargs) if callable(limit.key) else _argument(limit.key, run, args, kwargs)
     except Exception as exc:
         raise LimitKeyError(f"the limit {limit.name!r} has no key for this call: {type(exc).__name__}: {exc}") from exc
+    return checked_key(limit.name, found)
+
+
+def checked_key(name: str | None, found: Any) -> str | None:
+    """Return what a key is counted by; raise :class:`LimitKeyError` for what cannot be one."""
     if found is None:
         return None
     if not isinstance(found, str | int) and not (isinstance(found, float) and math.isfinite(found)):
-        raise LimitKeyError(f"the limit {limit.name!r} has a key that is neither a text nor a number: {found!r:.80}")
+        raise LimitKeyError(f"the limit {name!r} has a key that is neither a text nor a number: {found!r:.80}")
     key = str(found)
     if len(key) > _LONGEST_KEY or "\0" in key or not _is_text(key):
         raise LimitKeyError(
-            f"the limit {limit.name!r} has a key of more than {_LONGEST_KEY} characters, or one that is no text: "
-            f"{key!r:.80}"
+            f"the limit {name!r} has a key of more than {_LONGEST_KEY} characters, or one that is no text: {key!r:.80}"
         )
     return key
 

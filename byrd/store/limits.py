@@ -129,7 +129,7 @@ def admit(
 
 
 def ending(
-    conn: Connection, transition: Callable[..., list[Wakeup]], place: Place, *args: Any, **kwargs: Any
+    conn: Connection, transition: Callable[..., list[Wakeup]], place: Place, /, *args: Any, **kwargs: Any
 ) -> list[Wakeup]:
     """Do what ends an attempt, and give its place to the next that waits: so that needs no relay."""
     wakeups = transition(conn, *args, **kwargs)
@@ -159,18 +159,20 @@ def give_due(conn: Connection) -> int:
     return len(rows)
 
 
-def park(conn: Connection, place: Place, seconds: float, *, limit: Limit | None = None) -> None:
-    """Let no step of a key start for so long, whatever the limit; a longer pause that there is stays."""
-    params = {**place._asdict(), "seconds": seconds}
-    if limit is not None:
-        declare(conn, [limit])
-    query(
+def park(conn: Connection, place: Place, seconds: float) -> None:
+    """Let no step of a key start for so long, whatever the limit; a longer pause that there is stays.
+
+    Raises :class:`LimitNotFoundError` when there is no limit of that name.
+    """
+    found = query(
         conn,
         f"""INSERT INTO byrd.limit_keys AS k (name, key, parked_until)
-            VALUES (%(name)s, %(key)s, {_NOW} + %(seconds)s * interval '1 second')
+            SELECT name, %(key)s, {_NOW} + %(seconds)s * interval '1 second' FROM byrd.limits WHERE name = %(name)s
             ON CONFLICT (name, key) DO UPDATE SET parked_until = greatest(k.parked_until, excluded.parked_until)""",
-        params,
+        {**place._asdict(), "seconds": seconds},
     )
+    if found.rowcount == 0:
+        raise _not_found(place.name)
 
 
 def unpark(conn: Connection, place: Place) -> bool:
@@ -253,7 +255,7 @@ def _change(conn: Connection, name: str, sets: dict[str, Any], *, set_at: str = 
         {"name": name},
     ).first()
     if before is None:
-        raise LimitNotFoundError(f"no limit is called {name!r}: `byrd limits` lists those that there are")
+        raise _not_found(name)
     assigned = ", ".join(f"{column} = %({column})s" for column in sets)
     after = query(
         conn,
@@ -272,6 +274,10 @@ def _change(conn: Connection, name: str, sets: dict[str, Any], *, set_at: str = 
         {"name": name, "old": before.every, "new": after.every},
     )
     query(conn, f"NOTIFY {CHANNEL}")
+
+
+def _not_found(name: str) -> LimitNotFoundError:
+    return LimitNotFoundError(f"no limit is called {name!r}: `byrd limits` lists those that there are")
 
 
 def forget_idle(conn: Connection) -> int:
@@ -346,6 +352,7 @@ class Turn(NamedTuple):
     """
 
     rate: str | None
+    burst: int
     concurrency: int | None
     running: int
     before: int

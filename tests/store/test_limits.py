@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -157,6 +157,7 @@ def test_whatever_ends_an_attempt_frees_its_place(world: World, end: Any) -> Non
     assert run.step(0).limit_slot is None
     world.worker_id = world.add_worker()
     run.start(1)
+    world.sql("DELETE FROM byrd.runs")  # one of these is no transition
 
 
 def test_the_place_of_a_dead_worker_is_free_with_its_lease(world: World) -> None:
@@ -277,14 +278,15 @@ def test_those_far_from_their_turn_are_told_later(world: World) -> None:
     assert [round(seconds(run.step(i).run_at), 1) for i in (5, 11)] == pytest.approx([1.25, 2.75], abs=0.2)
     assert 0 < seconds(key_row(world).next_at) < 1
     assert world.do(sweeps.seconds_until_due, at_most=60.0) < 0.5
-    time.sleep(0.6)
-    assert world.do(limits.give_due) == 1
-    assert run.given() == [1, 2, 3, 4]  # no more at once than that, whoever does not turn up
+    for _ in range(2):
+        time.sleep(0.8)
+        assert world.do(limits.give_due) == 1
+        assert run.given() == [1, 2, 3, 4, 5]  # no more at once than that and a burst, whoever does not turn up
     for index in (1, 2):
         run.start(index)
     world.sql("UPDATE byrd.limit_keys SET next_at = now()")
     world.do(limits.give_due)
-    assert run.given() == [3, 4, 5, 6]
+    assert run.given() == [3, 4, 5, 6, 7]
 
 
 def test_a_burst_may_come_at_once_after_a_quiet_time(world: World) -> None:
@@ -528,7 +530,9 @@ def test_a_clock_that_was_set_back_stops_no_limit(world: World) -> None:
     assert world.do(sweeps.follow_clock_back)
     world.do(limits.give_due)
     assert run.given() == [1]
-    assert key_row(world).tat < datetime.now(UTC) + timedelta(seconds=5)
+    assert key_row(world).tat is None  # a burst may pass once more
+    run.make_due(1)
+    run.start(1)
 
 
 def test_keys_that_nobody_uses_are_forgotten(world: World) -> None:
