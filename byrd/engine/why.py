@@ -307,7 +307,8 @@ def _limited(case: _Case, step: OpenStep) -> _Reason:
         until = step.run_at if step.limit_slot is not None else turn.until
         end = f"{', the first' if many else ''} until {moment(until, now)} ({ago(until, now)})" if until else ""
         if not until:
-            end = f" until one of the {turn.running:,} that run ends" if turn.running else " until it allows any"
+            running = "the one that runs ends" if turn.running == 1 else f"one of the {turn.running:,} that run ends"
+            end = f" until {running if turn.running else 'somebody lets it start'}"
         if turn.parked_until is not None:
             end += f"; it is parked until {moment(turn.parked_until, now)}"
         before = f"; {count(turn.before, 'step waits', 'steps wait')} before {'them' if many else 'it'}"
