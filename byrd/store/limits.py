@@ -16,6 +16,7 @@ from sqlalchemy import Connection
 from byrd.errors import LimitNotFoundError
 from byrd.limits import Limit, spacing
 from byrd.store import steps
+from byrd.store.database import Store
 from byrd.store.flow import RESEND_SECONDS
 from byrd.store.migrations.limits import LAPSE
 from byrd.store.rows import CHANNEL, WAKEUP, Claim, Wakeup, query, wakeups_of
@@ -23,6 +24,8 @@ from byrd.store.rows import CHANNEL, WAKEUP, Claim, Wakeup, query, wakeups_of
 _NOW = "clock_timestamp()"
 #: So many keys are looked at in one transaction.
 BATCH = 50
+#: So many steps line up in one.
+LINE_BATCH = 1000
 #: So many steps that wait are counted, for people.
 _FAR = 10_000
 #: A key that nobody has used for so long is forgotten.
@@ -133,17 +136,44 @@ def ending(
 ) -> list[Wakeup]:
     """Do what ends an attempt, and give its place to the next that waits: so that needs no relay."""
     wakeups = transition(conn, *args, **kwargs)
-    if not query(conn, "SELECT byrd.give_places(%(name)s, %(key)s, 'due')", place._asdict()).scalar():
-        return wakeups
+    if query(conn, "SELECT byrd.give_places(%(name)s, %(key)s, 'due')", place._asdict()).scalar():
+        wakeups = wakeups + _take_due(conn, [place])
+    return wakeups
+
+
+def line_up(conn: Connection, step_ids: Sequence[str]) -> tuple[list[str], list[Wakeup]]:
+    """Give a ticket to ready steps whose key is known, in this order, and places to those for which there are some.
+
+    Returns the steps that have lined up, and the wake-ups of those, or others of their keys, that may start now.
+    """
+    rows = query(conn, "SELECT * FROM byrd.line_up(%(ids)s::text[])", {"ids": list(step_ids)}).all()
+    places = sorted({Place(row.name, row.key) for row in rows})
+    return [row.step for row in rows], _take_due(conn, places) if places else []
+
+
+def line_up_all(store: Store, limited: Sequence[Wakeup]) -> list[Wakeup]:
+    """Have steps line up, in transactions of a bearable length; return those to publish."""
+    found: list[Wakeup] = []
+    for start in range(0, len(limited), LINE_BATCH):
+        part = limited[start : start + LINE_BATCH]
+        lined, wakeups = store.run(line_up, [wakeup.id for wakeup in part])
+        there = set(lined)
+        found += [wakeup for wakeup in part if wakeup.id not in there] + wakeups
+    return found
+
+
+def _take_due(conn: Connection, places: Sequence[Place]) -> list[Wakeup]:
+    """Return the steps of these keys that have a place and may start now; mark them as published."""
     rows = query(
         conn,
         f"""UPDATE byrd.steps s SET sends = 1, wake_at = {_NOW} + {RESEND_SECONDS} * interval '1 second'
-             WHERE s.limit_name = %(name)s AND s.limit_key = %(key)s AND s.limit_slot IS NOT NULL
+              FROM unnest(%(names)s::text[], %(keys)s::text[]) AS p (name, key)
+             WHERE s.limit_name = p.name AND s.limit_key = p.key AND s.limit_slot IS NOT NULL
                AND s.status = 'ready' AND s.sends = 0 AND s.run_at <= {_NOW} AND s.wake_at < 'infinity'
             RETURNING {WAKEUP}""",
-        place._asdict(),
+        {"names": [place.name for place in places], "keys": [place.key for place in places]},
     )
-    return wakeups + wakeups_of(rows)
+    return wakeups_of(rows)
 
 
 def give_due(conn: Connection) -> int:

@@ -204,6 +204,8 @@ def retry(
     row = _end(
         conn, step_id, attempt, "ready", Outcome.RETRIED, error,
         extra=f"""retries = s.retries + %(counted)s, sends = 0, ready_at = {_NOW}, started_at = NULL,
+                  limit_name = CASE WHEN %(args)s IS NULL THEN s.limit_name END,
+                  limit_key = CASE WHEN %(args)s IS NULL THEN s.limit_key END,
                   args = coalesce(%(args)s, s.args), kwargs = coalesce(%(kwargs)s, s.kwargs),
                   input = CASE WHEN %(args)s IS NULL THEN s.input END, options = coalesce(%(options)s, s.options),
                   queue = coalesce(%(queue)s, s.queue), solo = s.solo OR %(options)s::text IS NOT NULL,

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from celery import Celery
 from kombu.exceptions import OperationalError
+from sqlalchemy.exc import DBAPIError
 
+from byrd.errors import NotLiveError
 from byrd.model import PROTOCOL_VERSION
 from byrd.store import Wakeup
 
@@ -40,8 +42,11 @@ _SHARED = b'"shared": true'
 class Publisher:
     """Sends wake-ups to the queues that Celery's router chose for their steps."""
 
-    def __init__(self, app: Celery) -> None:
+    def __init__(
+        self, app: Celery, *, line_up: Callable[[Sequence[Wakeup]], list[Wakeup]] = lambda limited: [*limited]
+    ) -> None:
         self.app = app
+        self._line_up = line_up
         self._complained = self._away_until = 0.0
         #: For each queue, for how many wake-ups there was room, and when.
         self._room: dict[str, tuple[int, float]] = {}
@@ -54,6 +59,8 @@ class Publisher:
         finds it.  The step is committed by now, so none of these is taken too early for that.
         """
         due = [wakeup for wakeup in wakeups if wakeup.due]
+        if limited := [wakeup for wakeup in due if wakeup.limited]:
+            due = [wakeup for wakeup in due if not wakeup.limited] + self._in_line(limited)
         if not due:
             return True
         if time.monotonic() < self._away_until:
@@ -70,6 +77,17 @@ class Publisher:
             self._away_until = time.monotonic() + _AWAY_SECONDS
             return False
         return not failed
+
+    def _in_line(self, limited: list[Wakeup]) -> list[Wakeup]:
+        """Have steps whose tasks have limits wait for their turn, each in its line; return those whose turn it is.
+
+        Else each would have to be claimed by a worker to learn that it has to wait, and keep others from it meanwhile.
+        """
+        try:
+            return self._line_up(limited)
+        except (NotLiveError, DBAPIError) as exc:  # a worker may take them, and have them wait
+            self._complain("Postgres does not answer (%r); what waits for a limit is sent instead", exc)
+            return limited
 
     def _wanted(self, producer: Any, due: list[Wakeup]) -> list[Wakeup]:
         """Leave out the wake-ups that nobody needs."""

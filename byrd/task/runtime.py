@@ -19,9 +19,9 @@ from sqlalchemy.engine import URL
 
 from byrd.canvas import Plan, Step, compile_canvas
 from byrd.errors import ArgumentError, ConfigurationError, UnknownTaskError
-from byrd.limits import limit_of
+from byrd.limits import key_of, limit_of
 from byrd.model import StepKind
-from byrd.store import Store, Wakeup, steps
+from byrd.store import Store, Wakeup, limits, steps
 from byrd.task.publisher import Publisher
 
 #: Children of a pool that is spawned rather than forked learn their worker's id from here.
@@ -57,7 +57,7 @@ class Runtime:
         self.patient_store = Store(database_url, patience=math.inf)
         #: For transactions of the user's own, which may take long: they take no connection from the two above.
         self.user_store = Store(database_url, patience=math.inf, for_users=True)
-        self.publisher = Publisher(app)
+        self.publisher = Publisher(app, line_up=partial(limits.line_up_all, self.store))
         #: What a worker's main process has to record: its event loop must not wait for Postgres or the broker, so
         #: its recorder does it, in this order.
         self.chores: deque[Callable[[], list[Wakeup]]] = deque()
@@ -172,8 +172,15 @@ class Runtime:
         if step.input is None and not step.on_failure:
             _check_arguments(task, step)
         queue, options, compensation = self._nature(task, step)
+        limit_name, limit_key = _place(step, task)
         return replace(
-            step, solo=_is_solo(step, task, options), queue=queue, options=options, compensation=compensation
+            step,
+            solo=_is_solo(step, task, options),
+            queue=queue,
+            options=options,
+            compensation=compensation,
+            limit_name=limit_name,
+            limit_key=limit_key,
         )
 
     def _nature(self, task: Any, step: Step) -> _Nature:
@@ -239,6 +246,18 @@ def _is_solo(step: Step, task: Any, options: Mapping[str, Any]) -> bool:
         or limit_of(task) is not None
         or not options.keys() <= _SHARED_OPTIONS
     )
+
+
+def _place(step: Step, task: Any) -> tuple[str | None, str | None]:
+    """Return the limit of a step and its key of it, where its arguments are known: then it lines up without a message.
+
+    Raises :class:`LimitKeyError`.
+    """
+    limit = limit_of(task)
+    if limit is None or step.input is not None or step.on_failure:
+        return None, None
+    key = key_of(limit, task.run, loads(step.args), loads(step.kwargs))
+    return (None, None) if key is None else (limit.name, key)
 
 
 def _task_options(task: Any) -> dict[str, Any]:

@@ -166,6 +166,52 @@ BEGIN
 END $$
 """
 
+#: Has ready steps wait that were not claimed yet, in this order, unless there is something to give at once.  Those
+#: whose limit nobody has declared yet are left out.
+LINE_UP = f"""
+CREATE FUNCTION byrd.line_up(ids text[]) RETURNS TABLE (step text, name text, key text)
+LANGUAGE plpgsql VOLATILE {_SETTINGS}
+AS $$
+#variable_conflict use_column
+DECLARE
+    the_limit text; the_key text; k record; l record; a_step text; moment timestamptz; expected timestamptz;
+    spacing interval; mine text[];
+BEGIN
+    SELECT array_agg(m.id ORDER BY m.place) INTO mine FROM (
+        SELECT s.id, i.place FROM unnest(ids) WITH ORDINALITY AS i (id, place) JOIN byrd.steps s ON s.id = i.id
+         WHERE s.status || '' = 'ready' AND s.limit_key IS NOT NULL AND s.limit_no IS NULL AND s.limit_slot IS NULL
+           AND s.wake_at < 'infinity' AND s.run_at <= clock_timestamp()
+           AND EXISTS (SELECT 1 FROM byrd.limits x WHERE x.name = s.limit_name)
+           FOR NO KEY UPDATE OF s SKIP LOCKED) m;
+    FOR the_limit, the_key IN SELECT DISTINCT s.limit_name, s.limit_key FROM byrd.steps s
+                               WHERE s.id = ANY(mine) ORDER BY 1, 2 LOOP
+        {_LIMIT}
+        LOOP
+            SELECT x.tat, x.tail, x.parked_until INTO k FROM byrd.limit_keys x
+             WHERE x.name = the_limit AND x.key = the_key FOR UPDATE;
+            EXIT WHEN FOUND;
+            INSERT INTO byrd.limit_keys (name, key) VALUES (the_limit, the_key) ON CONFLICT DO NOTHING;
+        END LOOP;
+        moment := clock_timestamp();
+        spacing := l.every * interval '1 second';
+        expected := CASE WHEN l.every > 0
+            THEN greatest(moment, k.tat - spacing * (l.burst - 1), k.parked_until, k.tail + spacing)
+            ELSE greatest(moment + {FAR}, k.parked_until) END;
+        FOR a_step IN SELECT s.id FROM unnest(mine) WITH ORDINALITY AS i (id, place) JOIN byrd.steps s ON s.id = i.id
+                       WHERE s.limit_name = the_limit AND s.limit_key = the_key ORDER BY i.place LOOP
+            UPDATE byrd.steps s SET limit_no = nextval('byrd.limit_tickets'), sends = 0, run_at = expected,
+                   wake_at = expected + {AHEAD} * 5 WHERE s.id = a_step;
+            expected := expected + spacing;
+        END LOOP;
+        IF l.every > 0 THEN
+            UPDATE byrd.limit_keys x SET tail = expected - spacing WHERE x.name = the_limit AND x.key = the_key;
+        END IF;
+        PERFORM byrd.give_places(the_limit, the_key, 'due');
+    END LOOP;
+    RETURN QUERY SELECT s.id, s.limit_name, s.limit_key FROM byrd.steps s WHERE s.id = ANY(mine);
+END $$
+"""
+
 #: Whatever ends an attempt, or a wait for one, gives its place up, and this is what sees it: at the commit, for the key
 #: is locked last.
 PLACE_FREED = """

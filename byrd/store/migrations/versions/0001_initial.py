@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql as pg
 
-from byrd.store.migrations.limits import ADMIT, GIVE_PLACES, PLACE_FREED
+from byrd.store.migrations.limits import ADMIT, GIVE_PLACES, LINE_UP, PLACE_FREED
 from byrd.store.migrations.work import WORK
 from byrd.store.migrations.write_runs import WRITE_RUNS
 
@@ -329,7 +329,7 @@ def _limits() -> None:
     op.execute("CREATE INDEX limit_keys_next ON byrd.limit_keys (next_at) WHERE next_at IS NOT NULL")
     op.execute("CREATE INDEX limit_keys_seen ON byrd.limit_keys (seen_at)")
     op.execute("CREATE SEQUENCE byrd.limit_tickets")
-    for function in (GIVE_PLACES, ADMIT, PLACE_FREED):
+    for function in (GIVE_PLACES, ADMIT, LINE_UP, PLACE_FREED):
         op.execute(function)
 
 
@@ -387,7 +387,7 @@ def downgrade() -> None:
     for function in ("signal", "work", "write_runs"):
         op.execute(f"DROP FUNCTION byrd.{function}")
     op.execute("DROP TRIGGER place_freed ON byrd.steps")
-    for function in ("place_freed", "admit", "give_places"):
+    for function in ("place_freed", "line_up", "admit", "give_places"):
         op.execute(f"DROP FUNCTION byrd.{function}")
     op.execute("DROP SEQUENCE byrd.limit_tickets")
     for table in (
