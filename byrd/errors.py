@@ -37,8 +37,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 _LONGEST_PAUSE_SECONDS = 1e8
 
 
@@ -143,7 +141,7 @@ class LimitedError(ByrdError):
         super().__init__(message or f"to be tried again after {retry_after:g} s")
         self.retry_after = float(retry_after)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return _limited, (str(self), self.retry_after)
 
 

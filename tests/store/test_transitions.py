@@ -514,7 +514,7 @@ ILLEGAL = {
     "limit_rate_is_spacing": "INSERT INTO byrd.limits (name, rate) VALUES ('l', '1/s')",
     "limit_set_counts": "INSERT INTO byrd.limits (name, set_concurrency) VALUES ('l', -2)",
     "limit_set_rate_is_spacing": "INSERT INTO byrd.limits (name, set_rate, set_every) VALUES ('l', '1/s', 0)",
-    "limit_keys_pkey": f"""WITH l AS ({NEW_LIMIT.format(sets='')} RETURNING name)
+    "limit_keys_pkey": f"""WITH l AS ({NEW_LIMIT.format(sets="")} RETURNING name)
                            INSERT INTO byrd.limit_keys (name, key) SELECT name, 'k' FROM l, generate_series(1, 2)""",
     "limit_keys_name_fkey": "INSERT INTO byrd.limit_keys (name, key) VALUES ('nobody', 'k')",
     "brokers_pkey": "INSERT INTO byrd.brokers (mark) VALUES ('m'), ('m')",
