@@ -289,7 +289,15 @@ def _wake(conn: Connection, run_id: str) -> list[Wakeup]:
         f"UPDATE byrd.steps s SET wake_at = {flow.LOOK_AT} WHERE s.run_id = %(run)s AND s.status = 'waiting'",
         {"run": run_id},
     )
-    if waits.rowcount:
+    limited = query(
+        conn,
+        """UPDATE byrd.limit_keys k SET next_at = now() FROM
+             (SELECT DISTINCT s.limit_name, s.limit_key FROM byrd.steps s
+               WHERE s.run_id = %(run)s AND s.status = 'ready' AND s.limit_no IS NOT NULL AND s.limit_slot IS NULL) s
+            WHERE k.name = s.limit_name AND k.key = s.limit_key""",
+        {"run": run_id},
+    )
+    if waits.rowcount or limited.rowcount:
         query(conn, f"NOTIFY {CHANNEL}")
     return wakeups
 

@@ -28,8 +28,11 @@ def adopt_limit(task: Any) -> None:
     if getattr(task, OPTION, None) is None:
         return
     check_declaration(task, {name: limit for name, limit in _declared(task.app) if name != task.name})
-    if not getattr(task.run, "byrd_pauses", False):
-        task.run = _pausing(task)
+    # Where Celery retries some errors by itself, it calls this one inside: LimitedError is none of them.
+    name = "_orig_run" if hasattr(task, "_orig_run") else "run"
+    plain = getattr(task, name)
+    if not getattr(plain, "byrd_pauses", False):
+        setattr(task, name, _pausing(task, plain))
 
 
 def limits_of(app: Celery) -> list[Limit]:
@@ -93,9 +96,8 @@ def _failed(runtime: Runtime, header: Mapping[str, Any], task: Task, exc: LimitK
 # -- pauses ----------------------------------------------------------------------------------------
 
 
-def _pausing(task: Any) -> Callable[..., Any]:
+def _pausing(task: Any, plain: Callable[..., Any]) -> Callable[..., Any]:
     """Return the task's function, in which :class:`LimitedError` is a retry."""
-    plain = task.run
 
     @functools.wraps(plain)
     def run(*args: Any, **kwargs: Any) -> Any:

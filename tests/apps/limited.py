@@ -88,6 +88,14 @@ def fetch(self: Task, host: str, value: int) -> list[Any]:
         return [host, value, self.request.retries]
 
 
+@app.task(bind=True, byrd_limit=byrd.Limit(concurrency=5, name="tried"), autoretry_for=(Exception,), max_retries=0)
+def tried(self: Task) -> list[int]:
+    """Be told to come back by a task that Celery retries on any error, though never."""
+    if self.request.byrd.number < 3:
+        raise byrd.LimitedError(retry_after=0.1)
+    return [self.request.byrd.number, self.request.retries]
+
+
 @app.task
 def echo(value: Any) -> Any:
     """No limit."""

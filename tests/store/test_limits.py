@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 from celery import chain, group
 
-from byrd.errors import LimitNotFoundError, StaleAttempt
+from byrd.errors import IllegalTransitionError, LimitNotFoundError, StaleAttempt
 from byrd.limits import Limit
 from byrd.store import Claim, Store, Wakeup, limits, runs, steps, sweeps
 from byrd.store.limits import Admission, LimitRow, Place
@@ -197,6 +199,18 @@ def test_those_of_a_paused_run_are_passed_over(world: World) -> None:
     third.end(running)
     assert paused.given() == [0]  # it has kept its turn
     paused.start()
+
+
+def test_one_that_is_resumed_when_nobody_else_is_there_has_its_turn(world: World) -> None:
+    first, paused = (Limited(world, Limit(concurrency=1)) for _ in range(2))
+    running = first.start()
+    assert paused.ask() is Admission.WAITS
+    world.do(runs.pause, paused.run_id)
+    first.end(running)
+    assert key_row(world).next_at is None
+    world.do(runs.resume, paused.run_id)
+    world.do(limits.give_due)
+    assert paused.given() == [0]
 
 
 def test_a_step_that_was_given_a_place_and_does_not_turn_up_loses_it(world: World) -> None:
@@ -481,6 +495,90 @@ def test_a_parked_key_lets_nobody_start_until_then(world: World) -> None:
     world.do(limits.give_due)
     assert run.given() == [1, 2]
     assert not world.do(limits.unpark, API)
+
+
+# -- whatever happens ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_nobody_is_forgotten_and_no_place_is_given_twice_whatever_happens(  # noqa: C901, PLR0912 - in one piece
+    world: World, seed: int
+) -> None:
+    """A random course of everything that can happen to steps under one limit; in the end all of them have run."""
+    chance = random.Random(seed)
+    limit = Limit("1000/s", burst=50, concurrency=2) if seed % 2 else Limit(concurrency=2)
+    world.do(limits.declare, [replace(limit, name="api")])
+    lines = [Line(world, 5) for _ in range(4)]
+    most, paused = 2, set()
+    running: dict[str, Claim] = {}
+
+    def ready() -> list[Any]:
+        sql = "SELECT * FROM byrd.steps WHERE status = 'ready' AND run_at <= clock_timestamp() AND wake_at < 'infinity'"
+        return world.sql(sql)
+
+    def ask(step: Any) -> None:
+        found = world.do(
+            limits.admit, step.id, step.attempt, limit=limit, place=API, task="x", worker_id=world.worker_id,
+            pid=chance.randint(1, 3), token=str(uuid.uuid4()),
+        )  # fmt: skip
+        if isinstance(found, Claim):
+            running[found.id] = found
+            [(count,)] = world.sql("SELECT count(*) FROM byrd.steps WHERE status = 'running'")
+            assert count <= most
+
+    def end(how: Any, *args: Any, **options: Any) -> None:
+        if running:
+            claim = running.pop(chance.choice(list(running)))
+            with suppress(StaleAttempt):
+                world.do(limits.ending, how, API, claim.id, claim.attempt, *args, **options)
+
+    for _ in range(150):
+        line = chance.choice(lines)
+        match chance.randint(0, 13):
+            case 0 | 1 | 2:
+                end(steps.complete, "1")
+            case 3:
+                end(steps.retry, ERROR)
+            case 4:
+                end(steps.hand_back)
+            case 5:
+                world.do(steps.preempt, world.worker_id, pid=chance.randint(1, 3), reason="gone", max_preemptions=99)
+            case 6:
+                limits.line_up_all(world.store, line.wakeups)
+            case 7:
+                most = chance.randint(1, 3)
+                world.do(limits.change, "api", concurrency=most)
+                [(count,)] = world.sql("SELECT count(*) FROM byrd.steps WHERE status = 'running'")
+                most = max(most, count)  # those that run go on
+            case 8 if line.run_id not in paused:
+                with suppress(IllegalTransitionError):
+                    world.do(runs.pause, line.run_id)
+                    paused.add(line.run_id)
+            case 9 if paused:
+                world.do(runs.resume, paused.pop())
+            case 10:
+                world.do(limits.park, API, 0.01)
+            case 11:
+                world.sql("UPDATE byrd.steps SET limit_slot = now() - interval '1 min' WHERE limit_slot IS NOT NULL")
+            case 12:
+                world.do(limits.give_due)
+            case _:
+                for step in ready()[:3]:
+                    ask(step)
+        world.check()
+    for run_id in paused:
+        world.do(runs.resume, run_id)
+    world.do(limits.change, "api", concurrency=2)
+    most = max(2, len(running))
+    for _ in range(400):
+        while running:
+            end(steps.complete, "1")
+        world.sql("UPDATE byrd.limit_keys SET next_at = now() WHERE next_at IS NOT NULL")  # time passes
+        world.do(limits.give_due)
+        for step in ready():
+            ask(step)
+        world.do(steps.preempt, world.worker_id, reason="gone", max_preemptions=99) if chance.random() < 0.1 else None
+    assert {world.run(line.run_id).status for line in lines} == {"succeeded"}
 
 
 # -- crashes, clocks, housekeeping -----------------------------------------------------------------

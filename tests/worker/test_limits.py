@@ -185,6 +185,7 @@ def test_a_host_that_wants_a_pause_gets_it_from_all_runs(cluster: Cluster, limit
     assert second.get(timeout=30) == ["busy", 1, 0]
     assert first.get(timeout=30) == ["busy", 0, 0]  # and it has cost no retry
     assert min(starts(cluster, "fetch busy")[1:]) >= 2
+    assert limited.engine.submit(limited.tried.s()).get(timeout=30) == [3, 0]
     check_database(cluster.database_url)
 
 
