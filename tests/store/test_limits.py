@@ -500,7 +500,7 @@ def test_a_parked_key_lets_nobody_start_until_then(world: World) -> None:
 # -- whatever happens ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(10))
 def test_nobody_is_forgotten_and_no_place_is_given_twice_whatever_happens(  # noqa: C901, PLR0912 - in one piece
     world: World, seed: int
 ) -> None:
@@ -525,6 +525,10 @@ def test_nobody_is_forgotten_and_no_place_is_given_twice_whatever_happens(  # no
             running[found.id] = found
             [(count,)] = world.sql("SELECT count(*) FROM byrd.steps WHERE status = 'running'")
             assert count <= most
+
+    def resume(run_id: str) -> None:
+        with suppress(IllegalTransitionError):  # what ran has ended the run
+            world.do(runs.resume, run_id)
 
     def end(how: Any, *args: Any, **options: Any) -> None:
         if running:
@@ -555,7 +559,7 @@ def test_nobody_is_forgotten_and_no_place_is_given_twice_whatever_happens(  # no
                     world.do(runs.pause, line.run_id)
                     paused.add(line.run_id)
             case 9 if paused:
-                world.do(runs.resume, paused.pop())
+                resume(paused.pop())
             case 10:
                 world.do(limits.park, API, 0.01)
             case 11:
@@ -567,10 +571,12 @@ def test_nobody_is_forgotten_and_no_place_is_given_twice_whatever_happens(  # no
                     ask(step)
         world.check()
     for run_id in paused:
-        world.do(runs.resume, run_id)
+        resume(run_id)
     world.do(limits.change, "api", concurrency=2)
     most = max(2, len(running))
     for _ in range(400):
+        if all(world.run(line.run_id).status == "succeeded" for line in lines):
+            break
         while running:
             end(steps.complete, "1")
         world.sql("UPDATE byrd.limit_keys SET next_at = now() WHERE next_at IS NOT NULL")  # time passes

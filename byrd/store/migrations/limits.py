@@ -174,8 +174,8 @@ LANGUAGE plpgsql VOLATILE {_SETTINGS}
 AS $$
 #variable_conflict use_column
 DECLARE
-    the_limit text; the_key text; k record; l record; a_step text; moment timestamptz; expected timestamptz;
-    spacing interval; mine text[];
+    the_limit text; the_key text; k record; l record; moment timestamptz; expected timestamptz; spacing interval;
+    mine text[]; its_ids text[];
 BEGIN
     SELECT array_agg(m.id ORDER BY m.place) INTO mine FROM (
         SELECT s.id, i.place FROM unnest(ids) WITH ORDINALITY AS i (id, place) JOIN byrd.steps s ON s.id = i.id
@@ -183,8 +183,10 @@ BEGIN
            AND s.wake_at < 'infinity' AND s.run_at <= clock_timestamp()
            AND EXISTS (SELECT 1 FROM byrd.limits x WHERE x.name = s.limit_name)
            FOR NO KEY UPDATE OF s SKIP LOCKED) m;
-    FOR the_limit, the_key IN SELECT DISTINCT s.limit_name, s.limit_key FROM byrd.steps s
-                               WHERE s.id = ANY(mine) ORDER BY 1, 2 LOOP
+    FOR the_limit, the_key, its_ids IN
+        SELECT s.limit_name, s.limit_key, array_agg(s.id ORDER BY i.place)
+          FROM unnest(mine) WITH ORDINALITY AS i (id, place) JOIN byrd.steps s ON s.id = i.id
+         GROUP BY 1, 2 ORDER BY 1, 2 LOOP
         {_LIMIT}
         LOOP
             SELECT x.tat, x.tail, x.parked_until INTO k FROM byrd.limit_keys x
@@ -197,14 +199,15 @@ BEGIN
         expected := CASE WHEN l.every > 0
             THEN greatest(moment, k.tat - spacing * (l.burst - 1), k.parked_until, k.tail + spacing)
             ELSE greatest(moment + {FAR}, k.parked_until) END;
-        FOR a_step IN SELECT s.id FROM unnest(mine) WITH ORDINALITY AS i (id, place) JOIN byrd.steps s ON s.id = i.id
-                       WHERE s.limit_name = the_limit AND s.limit_key = the_key ORDER BY i.place LOOP
-            UPDATE byrd.steps s SET limit_no = nextval('byrd.limit_tickets'), sends = 0, run_at = expected,
-                   wake_at = expected + {AHEAD} * 5 WHERE s.id = a_step;
-            expected := expected + spacing;
-        END LOOP;
+        WITH lined AS MATERIALIZED (
+            SELECT i.id, nextval('byrd.limit_tickets') AS ticket, expected + spacing * (i.place - 1) AS due
+              FROM unnest(its_ids) WITH ORDINALITY AS i (id, place))
+        UPDATE byrd.steps s SET limit_no = lined.ticket, sends = 0, run_at = lined.due,
+               wake_at = lined.due + {AHEAD} * 5
+          FROM lined WHERE s.id = lined.id;
         IF l.every > 0 THEN
-            UPDATE byrd.limit_keys x SET tail = expected - spacing WHERE x.name = the_limit AND x.key = the_key;
+            UPDATE byrd.limit_keys x SET tail = expected + spacing * (cardinality(its_ids) - 1)
+             WHERE x.name = the_limit AND x.key = the_key;
         END IF;
         PERFORM byrd.give_places(the_limit, the_key, 'due');
     END LOOP;
