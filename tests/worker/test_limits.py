@@ -14,6 +14,7 @@ from celery import Celery, chain, group
 import byrd
 from byrd.errors import LimitError, LimitKeyError
 from byrd.limits import check_declaration, key_of
+from byrd.worker.bootstep import _shares
 from tests.cluster import Cluster, wait_until
 from tests.invariants import check_database
 
@@ -308,3 +309,14 @@ def test_outside_a_run_a_limit_is_none_and_a_pause_a_retry_of_celerys(limited: A
         return 1
 
     assert app.task(byrd_limit=byrd.Limit("1/h"), lazy=False, shared=False)(one)() == 1
+
+
+def test_a_step_with_a_limit_is_run_by_its_own_message_only(limited: Any) -> None:
+    plan = limited.engine.runtime.plan(group(limited.often.s(1), limited.echo.s(1), limited.serve.s("a")))
+    assert [(step.solo, step.limit_name, step.limit_key) for step in plan.steps if step.task] == [
+        (True, f"{APP}.often", ""),
+        (False, None, None),
+        (True, f"{APP}.serve", "a"),
+    ]
+    assert f"{APP}.echo" in _shares(limited.app)
+    assert f"{APP}.often" not in _shares(limited.app)  # nor one that was submitted before its task had a limit
