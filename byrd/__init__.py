@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from byrd import errors
 from byrd.engine import Byrd, Run, Workflow
+from byrd.errors import LimitedError
+from byrd.limits import Limit
 from byrd.model import RunStatus, StepStatus
 from byrd.task import CheckpointTask, DurableTask, Outcome, Progress, SagaTask
 from byrd.waits import sleep, wait_for
@@ -22,6 +24,8 @@ __all__ = [
     "Byrd",
     "CheckpointTask",
     "DurableTask",
+    "Limit",
+    "LimitedError",
     "Outcome",
     "Progress",
     "Run",

@@ -49,7 +49,8 @@ class Step:
     ``input``: the step whose value is put before ``args``.  ``into``/``position``: the join that gets the value.
     ``members``: how many values a join waits for.  ``solo``: it runs by a message of its own only.  ``signal``: what a
     wait waits for, if not for its time alone, which is in ``countdown`` and ``eta``; ``fallback``: its value (JSON)
-    when that has come, unless it has an ``input``.
+    when that has come, unless it has an ``input``.  ``limit_name``/``limit_key``: the limit of its task, and which key
+    of it, where the arguments are known.
     """
 
     no: int
@@ -75,6 +76,8 @@ class Step:
     solo: bool = True
     signal: str | None = None
     fallback: str | None = None
+    limit_name: str | None = None
+    limit_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

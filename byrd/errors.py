@@ -5,7 +5,8 @@
     ByrdError
     ├── ConfigurationError        Byrd cannot work with this set-up
     │   ├── UnsafeSettingError    a Celery setting would lose work
-    │   └── TaskOverrideError     a task class overrides what Byrd needs
+    │   ├── TaskOverrideError     a task class overrides what Byrd needs
+    │   └── LimitError            what is declared, or set, cannot be a limit
     ├── NotLiveError              the service refuses work for now
     │   ├── NotMigratedError      the tables are missing or old
     │   ├── ShuttingDownError     this engine was closed
@@ -21,6 +22,9 @@
     ├── CheckpointError           a checkpoint that cannot be saved
     ├── SignalTimeoutError        a signal did not come in time
     ├── WaitOutsideRunError       a sleep or a wait that is no step of a run
+    ├── LimitKeyError             a call has no key for the limit of its task
+    ├── LimitNotFoundError        no limit has this name
+    ├── LimitedError              raised by a task: the other side wants a pause
     ├── StepLostError             a step was preempted too often
     ├── RunTimeoutError           a run did not end before its deadline
     └── EmbeddedServerError       an embedded server did not start
@@ -32,6 +36,8 @@
 """
 
 from __future__ import annotations
+
+_LONGEST_PAUSE_SECONDS = 1e8
 
 
 class ByrdError(Exception):
@@ -48,6 +54,10 @@ class UnsafeSettingError(ConfigurationError):
 
 class TaskOverrideError(ConfigurationError):
     """A task class overrides what Byrd needs."""
+
+
+class LimitError(ConfigurationError):
+    """What is declared, or set, cannot be a limit."""
 
 
 class NotLiveError(ByrdError):
@@ -108,6 +118,35 @@ class SignalTimeoutError(ByrdError):
 
 class WaitOutsideRunError(ByrdError):
     """``byrd.sleep`` or ``byrd.wait_for`` was called as a task, outside a run."""
+
+
+class LimitKeyError(ByrdError):
+    """A call has no key for the limit of its task: the step fails without being called."""
+
+
+class LimitNotFoundError(ByrdError):
+    """No limit has this name."""
+
+
+class LimitedError(ByrdError):
+    """Raised by a task whose limit is another's, too, which wants a pause: HTTP status 429, ``Retry-After``.
+
+    The step is tried again after ``retry_after`` seconds, which costs it no retry, and until then no other step of the
+    same key starts, in whatever run.
+    """
+
+    def __init__(self, message: str = "", *, retry_after: float = 1.0) -> None:
+        if not 0 <= retry_after <= _LONGEST_PAUSE_SECONDS:  # nor is it NaN
+            raise ValueError(f"retry_after={retry_after!r} is no number of seconds")
+        super().__init__(message or f"to be tried again after {retry_after:g} s")
+        self.retry_after = float(retry_after)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _limited, (str(self), self.retry_after)
+
+
+def _limited(message: str, retry_after: float) -> LimitedError:
+    return LimitedError(message, retry_after=retry_after)
 
 
 class StepLostError(ByrdError):

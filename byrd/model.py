@@ -113,6 +113,7 @@ STEP_TRANSITIONS: tuple[Transition, ...] = (
     _step("release", "pending", "ready", "its predecessor is done"),
     _step("claim", "ready", "running", "a worker takes it; the attempt number rises"),
     _step("run_on", "pending", "running", "its predecessor is done, and whoever recorded that takes it at once"),
+    _step("put_off", "running", "ready", "its limit allows no more now: it was claimed in this very transaction"),
     _step("complete", "running", "succeeded", "its task returned; the result is recorded"),
     _step("fail", "running", "failed", "its task raised, and may not try again"),
     _step("retry", "running", "ready", "its task asked for another try, at a time"),

@@ -156,8 +156,7 @@ class Command(click.Command):
         except click.UsageError as exc:
             if not as_json:
                 raise
-            print_json({"error": {"type": "UsageError", "message": exc.format_message()}})
-            raise click.exceptions.Exit(2) from exc
+            raise _misused(exc) from exc
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
@@ -165,6 +164,16 @@ class Command(click.Command):
             return super().invoke(ctx)
         except (ByrdError, CeleryTimeoutError, DBAPIError) as exc:
             fail(exc, as_json=bool(ctx.params.get("as_json")))
+        except click.UsageError as exc:
+            if not ctx.params.get("as_json"):
+                raise
+            raise _misused(exc) from exc
+
+
+def _misused(exc: click.UsageError) -> click.exceptions.Exit:
+    """Print what was wrong with the arguments as JSON; return what ends the process."""
+    print_json({"error": {"type": "UsageError", "message": exc.format_message()}})
+    return click.exceptions.Exit(2)
 
 
 def command(group: click.Group, name: str, **settings: Any) -> Callable[[F], click.Command]:

@@ -11,6 +11,7 @@ from byrd.engine.doctor import Check
 from byrd.engine.words import error_fields
 from byrd.store import Counts, RunRow, StepRow, WorkerRow
 from byrd.store.insight import Snapshot, Tally
+from byrd.store.limits import LimitRow
 from byrd.store.waits import Awaited
 
 
@@ -89,6 +90,28 @@ def awaited_shape(step: Awaited) -> dict[str, Any]:
         "until": step.until,
         "has_default": step.default is not None,
         "default": json.loads(step.default) if step.default is not None else None,
+    }
+
+
+def limit_shape(row: LimitRow) -> dict[str, Any]:
+    """Return one key of a limit."""
+    return {
+        "name": row.name,
+        "key": row.key,
+        "rate": row.rate,
+        "burst": row.burst,
+        "concurrency": row.concurrency,
+        "running": row.running,
+        "waiting": row.waiting,
+        "until": row.until,
+        "parked_until": row.parked_until,
+        "declared": {
+            "rate": row.declared_rate,
+            "burst": row.declared_burst,
+            "concurrency": row.declared_concurrency,
+        },
+        "set_by": row.set_by,
+        "set_at": row.set_at,
     }
 
 

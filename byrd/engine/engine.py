@@ -15,6 +15,7 @@ from sqlalchemy import Connection
 from sqlalchemy.engine import URL
 
 from byrd.engine import settings
+from byrd.engine.limits import Limits
 from byrd.engine.run import Run
 from byrd.engine.workflow import Workflow
 from byrd.errors import (
@@ -56,6 +57,8 @@ class Byrd:
         self.app = app
         url = settings.apply(app, database_url)
         self.runtime = Runtime(app, url)
+        #: The limits of the cluster: to be seen, and to be set otherwise than the code declares them.
+        self.limits = Limits(self)
         self._workflows: dict[str, Workflow[..., Any]] = {}
         self._closed = False
         self._live = False

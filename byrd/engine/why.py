@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from byrd.engine.words import ago, count, error_text, moment, shortened, since, span
 from byrd.model import RunStatus, StepKind, StepStatus
-from byrd.store import Store, insight
+from byrd.store import Store, insight, limits
 from byrd.store.insight import OpenStep, Standing
+from byrd.store.limits import Place, Turn
 from byrd.worker.bootstep import settings_of
 
 if TYPE_CHECKING:
@@ -205,6 +206,8 @@ def _reason(case: _Case, step: OpenStep) -> _Reason:
         return _held(case, step)
     if step.status == StepStatus.WAITING or (step.signal is not None and not step.due):
         return _waits(case, step)
+    if step.limit_no is not None and (step.limit_slot is None or not step.due):
+        return _limited(case, step)
     if not step.due:
         return _delayed(case, step)
     return _due(case, step)
@@ -277,19 +280,48 @@ def _delayed(case: _Case, step: OpenStep) -> _Reason:
     when = f"{moment(step.run_at, case.standing.now)}"
     if step.run_at is not None and step.run_at.year < 9999:
         when += f" ({ago(step.run_at, case.standing.now)})"
-    if step.retries and step.last_outcome == "retried":
+    if step.last_outcome == "retried":
         why = error_text(step.last_error) if step.last_error else "it asked for a retry"
+        again = f"is tried again (retry {step.retries})" if step.retries else "is tried again"
         return _Reason(
             step,
             ("retry", why),
-            lambda many: (
-                f"{'are tried again, the first' if many else f'is tried again (retry {step.retries})'} at {when}, "
-                f"after {why}"
-            ),
+            lambda many: f"{'are tried again, the first' if many else again} at {when}, after {why}",
         )
     return _Reason(
         step, ("delayed",), lambda many: f"{'are delayed, the first' if many else 'is delayed'} until {when}"
     )
+
+
+def _limited(case: _Case, step: OpenStep) -> _Reason:
+    """A step that waits for its turn under its task's limit."""
+    now = case.standing.now
+    name = f"the limit {step.limit_name!r}" + (f" of {step.limit_key!r}" if step.limit_key else "")
+
+    def text(many: bool) -> str:  # noqa: FBT001 - the shape of _Reason.text
+        start = f"{'wait' if many else 'waits'} for {name}"
+        place = Place(step.limit_name or "", step.limit_key or "")
+        turn = case.store.run(limits.turn_of, place, step.limit_no or 0)
+        if turn is None:
+            return f"{start}, which is not on record any more"
+        until = step.run_at if step.limit_slot is not None else turn.until
+        end = f"{', the first' if many else ''} until {moment(until, now)} ({ago(until, now)})" if until else ""
+        if not until:
+            running = "the one that runs ends" if turn.running == 1 else f"one of the {turn.running:,} that run ends"
+            end = f" until {running if turn.running else 'somebody lets it start'}"
+        if turn.parked_until is not None:
+            end += f"; it is parked until {moment(turn.parked_until, now)}"
+        before = f"; {count(turn.before, 'step waits', 'steps wait')} before {'them' if many else 'it'}"
+        return f"{start} ({_limit_text(turn)}){end}{before if turn.before else ''}"
+
+    return _Reason(step, ("limit", step.limit_name, step.limit_key), text)
+
+
+def _limit_text(turn: Turn) -> str:
+    burst = f", burst {turn.burst:,}" if turn.burst > 1 else ""
+    rate = [f"{turn.rate}{burst}"] if turn.rate else []
+    most = [f"at most {turn.concurrency:,} at once, {turn.running:,} in use"] if turn.concurrency is not None else []
+    return ", ".join(rate + most) or "as it is now, none"
 
 
 def _waits(case: _Case, step: OpenStep) -> _Reason:

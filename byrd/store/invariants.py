@@ -122,6 +122,11 @@ RULES = {
                         AND g.delivered_at IS NULL)
            AND NOT EXISTS (SELECT 1 FROM byrd.steps o WHERE o.run_id = s.run_id AND o.status = 'waiting'
                             AND o.signal = s.signal AND o.wake_at <= clock_timestamp())""",
+    "a step that waits for a limit is looked for": """
+        SELECT s.run_id, s.no, s.limit_name || ' of ' || s.limit_key FROM byrd.steps s
+          LEFT JOIN byrd.limit_keys k ON k.name = s.limit_name AND k.key = s.limit_key
+         WHERE s.status = 'ready' AND s.limit_no IS NOT NULL AND s.limit_slot IS NULL AND s.wake_at < 'infinity'
+           AND k.next_at IS NULL""",
     "compensations run one at a time": """
         SELECT s.run_id, NULL, count(*)::text FROM byrd.steps s
          WHERE s.kind = 'compensation' AND s.status IN ('ready','running') GROUP BY s.run_id HAVING count(*) > 1""",

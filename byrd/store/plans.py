@@ -102,7 +102,7 @@ def write(conn: Connection, new: Sequence[NewRun], *, told: bool = True) -> tupl
 def _first_wakeup(run_id: str, step: Step) -> Wakeup:
     return Wakeup(
         step.id, run_id, step.no, step.kind.value, step.task or "", step.queue or "", 0, 0, options_json(step),
-        step.group_id, step.position, None, due=True, solo=step.solo,
+        step.group_id, step.position, None, due=True, solo=step.solo, limited=step.limit_key is not None,
     )  # fmt: skip
 
 
@@ -204,6 +204,7 @@ _COLUMNS = {
     "options": "text", "compensation": "text", "after": "int", "on_failure": "bool", "input": "int", "join_no": "int",
     "join_pos": "int", "waiting": "int", "group_id": "text", "countdown": "float8", "eta": "timestamptz",
     "expires_in": "float8", "expires_at": "timestamptz", "solo": "bool", "signal": "text", "fallback": "text",
+    "limit_name": "text", "limit_key": "text",
 }  # fmt: skip
 #: What ``byrd.write_runs`` puts in place of NULL.
 _DEFAULTS = {"kind": "task", "args": "[]", "kwargs": "{}", "options": "{}", "on_failure": False, "waiting": 0,
@@ -244,7 +245,7 @@ def _row(step: Step) -> tuple[Any, ...]:
         step.id, step.no, step.kind.value, step.task, step.queue, step.args, step.kwargs, options_json(step),
         step.compensation, step.after, step.on_failure, step.input, step.into, step.position, step.members,
         step.group_id, step.countdown, step.eta, step.expires_in, step.expires_at, step.solo, step.signal,
-        step.fallback,
+        step.fallback, step.limit_name, step.limit_key,
     )  # fmt: skip
 
 

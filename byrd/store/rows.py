@@ -36,12 +36,15 @@ class Wakeup(NamedTuple):
     due: bool
     #: It is run by its own message only; otherwise by whoever is awake.
     solo: bool = True
+    #: Its task has a limit, and it has neither a place nor a ticket yet: it is to line up first.
+    limited: bool = False
 
 
 #: The columns of :class:`Wakeup` for a RETURNING clause, of the table alias ``s``.
 WAKEUP = """s.id, s.run_id, s.no, s.kind, s.task, s.queue, s.attempt, s.retries, s.options, s.group_id, s.join_pos,
     (SELECT p.id FROM byrd.steps p WHERE p.run_id = s.run_id AND p.no = s.after) AS parent_id,
-    s.run_at <= clock_timestamp() AS due, s.solo"""
+    s.run_at <= clock_timestamp() AS due, s.solo,
+    s.limit_key IS NOT NULL AND s.limit_no IS NULL AND s.limit_slot IS NULL AS limited"""
 
 
 def wakeups_of(rows: Iterable[Any]) -> list[Wakeup]:

@@ -132,7 +132,7 @@ def cancel(
     )
     query(
         conn,
-        f"""UPDATE byrd.steps SET status = 'cancelled', finished_at = {_NOW}, error = %(error)s
+        f"""UPDATE byrd.steps SET status = 'cancelled', finished_at = {_NOW}, error = %(error)s, limit_slot = NULL
             WHERE run_id = %(run)s AND status IN ('pending','ready','waiting')""",
         {"run": run_id, "error": error or flow.error_json("TaskRevokedError", "celery.exceptions", ["cancelled"])},
     )
@@ -270,7 +270,7 @@ def _reopen(conn: Connection, run_id: str, which: str, params: Mapping[str, Any]
         conn,
         f"""UPDATE byrd.steps SET status = 'pending', finished_at = NULL, result = NULL, error = NULL, cause = NULL,
                    retries = 0, preemptions = 0, started_at = NULL, run_at = NULL, wake_at = NULL, ready_at = NULL,
-                   expires_at = nullif(expires_at, {flow.REVOKED})
+                   limit_no = NULL, expires_at = nullif(expires_at, {flow.REVOKED})
             WHERE run_id = %(run)s AND {which} RETURNING no""",
         {"run": run_id, **(params or {})},
     )
@@ -291,7 +291,15 @@ def _wake(conn: Connection, run_id: str) -> list[Wakeup]:
         f"UPDATE byrd.steps s SET wake_at = {flow.LOOK_AT} WHERE s.run_id = %(run)s AND s.status = 'waiting'",
         {"run": run_id},
     )
-    if waits.rowcount:
+    limited = query(
+        conn,
+        """UPDATE byrd.limit_keys k SET next_at = now() FROM
+             (SELECT DISTINCT s.limit_name, s.limit_key FROM byrd.steps s
+               WHERE s.run_id = %(run)s AND s.status = 'ready' AND s.limit_no IS NOT NULL AND s.limit_slot IS NULL) s
+            WHERE k.name = s.limit_name AND k.key = s.limit_key""",
+        {"run": run_id},
+    )
+    if waits.rowcount or limited.rowcount:
         query(conn, f"NOTIFY {CHANNEL}")
     return wakeups
 

@@ -28,7 +28,7 @@ SUSPECT_SECONDS = 1.0
 SEND_AGAIN_SECONDS = 0.5
 
 _NOW = "clock_timestamp()"
-_UNCLAIMED = "worker_id = NULL, pid = NULL, claim = NULL"
+_UNCLAIMED = "worker_id = NULL, pid = NULL, claim = NULL, limit_slot = NULL, limit_no = NULL"
 
 _CLAIM = f"""
 UPDATE byrd.steps s
@@ -47,7 +47,8 @@ RETURNING s.id
 # for the step's row is seen in that row only.  FOR KEY SHARE: a worker is not given up between this check and the
 # commit, or nobody would ever recover what it has just claimed.
 
-_CLAIMED = """
+#: What a :class:`Claim` is read from, up to the WHERE.
+CLAIM_COLUMNS = """
 SELECT s.id, s.run_id, s.no, s.kind, s.task, s.queue, s.attempt, s.retries, s.preemptions, s.args, s.kwargs, s.options,
        s.group_id, s.join_no, s.join_pos, s.compensates, p.id AS parent_id,
        s.on_failure, s.input AS input_no, i.result AS input, p.task AS parent_task,
@@ -56,8 +57,8 @@ SELECT s.id, s.run_id, s.no, s.kind, s.task, s.queue, s.attempt, s.retries, s.pr
   LEFT JOIN byrd.steps p ON p.run_id = s.run_id AND p.no = s.after
   LEFT JOIN byrd.steps i ON i.run_id = s.run_id AND i.no = s.input
   LEFT JOIN byrd.steps c ON c.run_id = s.run_id AND c.no = p.cause
- WHERE s.id = %(id)s AND s.status = 'running' AND s.claim = %(claim)s
 """
+_CLAIMED = f"{CLAIM_COLUMNS} WHERE s.id = %(id)s AND s.status = 'running' AND s.claim = %(claim)s"
 
 
 def claim(
@@ -197,17 +198,26 @@ def retry(
     kwargs: str | None = None,
     queue: str | None = None,
     options: str | None = None,
+    counted: bool = True,
 ) -> list[Wakeup]:
-    """running → ready at a later time, the retry count raised.  New arguments replace all the old ones."""
+    """running → ready at a later time, the retry count raised, unless it is not ``counted``.
+
+    New arguments replace all the old ones.
+    """
     row = _end(
         conn, step_id, attempt, "ready", Outcome.RETRIED, error,
-        extra=f"""retries = s.retries + 1, sends = 0, ready_at = {_NOW}, started_at = NULL,
+        extra=f"""retries = s.retries + %(counted)s, sends = 0, ready_at = {_NOW}, started_at = NULL,
+                  limit_name = CASE WHEN %(args)s IS NULL THEN s.limit_name END,
+                  limit_key = CASE WHEN %(args)s IS NULL THEN s.limit_key END,
                   args = coalesce(%(args)s, s.args), kwargs = coalesce(%(kwargs)s, s.kwargs),
                   input = CASE WHEN %(args)s IS NULL THEN s.input END, options = coalesce(%(options)s, s.options),
                   queue = coalesce(%(queue)s, s.queue), solo = s.solo OR %(options)s::text IS NOT NULL,
                   run_at = coalesce(%(eta)s, {_NOW} + %(delay)s * interval '1 second'),
                   wake_at = coalesce(%(eta)s, {_NOW} + %(delay)s * interval '1 second')""",
-        params={"args": args, "kwargs": kwargs, "queue": queue, "options": options, "delay": delay, "eta": eta},
+        params={
+            "args": args, "kwargs": kwargs, "queue": queue, "options": options, "delay": delay, "eta": eta,
+            "counted": int(counted),
+        },
     )  # fmt: skip
     if row is None:
         _refuse_unless_recorded(conn, step_id, attempt, Outcome.RETRIED)
@@ -321,7 +331,7 @@ def revoke(
     if row is None:
         row = query(
             conn,
-            f"""UPDATE byrd.steps s SET status = 'cancelled', error = %(error)s, finished_at = {_NOW}
+            f"""UPDATE byrd.steps s SET status = 'cancelled', error = %(error)s, finished_at = {_NOW}, limit_slot = NULL
                 FROM {SHARE_RUN_OF_STEP}
                 WHERE s.id = %(id)s AND s.status IN ('ready','waiting') RETURNING {_ENDED}""",
             {"id": step_id, "error": error},
@@ -346,7 +356,7 @@ def expire(conn: Connection, step_id: str) -> list[Wakeup]:
     """ready → cancelled when the step's time to start is over."""
     row = query(
         conn,
-        f"""UPDATE byrd.steps s SET status = 'cancelled', finished_at = {_NOW},
+        f"""UPDATE byrd.steps s SET status = 'cancelled', finished_at = {_NOW}, limit_slot = NULL,
                    error = CASE WHEN s.expires_at = {flow.REVOKED} THEN %(revoked)s ELSE %(expired)s END
             FROM {SHARE_RUN_OF_STEP}
             WHERE s.id = %(id)s AND s.status = 'ready' AND s.attempt = 0 AND s.expires_at <= {_NOW}

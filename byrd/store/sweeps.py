@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from byrd.errors import IllegalTransitionError
-from byrd.store import locks, runs, steps
+from byrd.store import limits, locks, runs, steps
 from byrd.store.flow import RESEND_SECONDS
 from byrd.store.rows import WAKEUP, Consumers, Wakeup, WorkerRow, query, wakeups_of
 
@@ -181,7 +181,8 @@ def seconds_until_due(conn: Connection, *, at_most: float, shared: bool = True) 
                 (SELECT wake_at FROM byrd.steps WHERE status = 'ready' AND sends = 0 AND wake_at < 'infinity'
                   ORDER BY wake_at LIMIT 1), {", ".join(published)},
                 (SELECT wake_at FROM byrd.steps WHERE status = 'waiting' AND wake_at < 'infinity'
-                  ORDER BY wake_at LIMIT 1)) - clock_timestamp())""",
+                  ORDER BY wake_at LIMIT 1),
+                (SELECT min(next_at) FROM byrd.limit_keys WHERE next_at IS NOT NULL)) - clock_timestamp())""",
     ).scalar()
     return at_most if found is None else max(0.0, min(at_most, float(found)))
 
@@ -351,6 +352,7 @@ def follow_clock_back(conn: Connection) -> bool:
              FROM (TABLE due UNION ALL TABLE sent UNION ALL TABLE shared UNION ALL TABLE waits)
                   early WHERE s.id = early.id""",
     )
+    limits.follow_clock_back(conn)
     # A signal that came is no matter of time.
     query(
         conn,

@@ -124,7 +124,7 @@ def _wakeup(columns: Sequence[Any]) -> Wakeup:
     ) = columns  # fmt: skip
     return Wakeup(
         step_id, str(run_id), no, kind, task, queue, attempt, retries, options, group_id, join_pos, parent_id,
-        bool(due), solo is not None,
+        bool(due), solo is not None, solo == "limited",
     )  # fmt: skip
 
 

@@ -16,7 +16,8 @@ from celery.app.task import Context
 from kombu.utils.json import dumps
 
 from byrd.errors import StaleAttempt
-from byrd.store import Claim, Wakeup, flow, steps
+from byrd.store import Claim, Wakeup, flow, limits, steps
+from byrd.store.limits import Place
 from byrd.task.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -32,7 +33,10 @@ _MOST_ATTEMPTS = 2**31 - 1
 
 @dataclass(frozen=True, slots=True)
 class RetryRequest:
-    """What ``self.retry`` asked for; None keeps what the step has.  ``args``, ``kwargs``, ``options`` are JSON."""
+    """What ``self.retry`` asked for; None keeps what the step has.  ``args``, ``kwargs``, ``options`` are JSON.
+
+    ``parks``: :class:`LimitedError` was raised, and asked for ``countdown`` alone.
+    """
 
     countdown: float = 0.0
     eta: datetime | None = None
@@ -40,14 +44,19 @@ class RetryRequest:
     kwargs: str | None = None
     queue: str | None = None
     options: str | None = None
+    parks: bool = False
 
 
 class Attempt:
     """A claimed step.  ``closed`` once its outcome is recorded; a second outcome is refused."""
 
-    def __init__(self, runtime: Runtime, claim: Claim, *, in_slice: Slice | None = None) -> None:
+    def __init__(
+        self, runtime: Runtime, claim: Claim, *, in_slice: Slice | None = None, place: Place | None = None
+    ) -> None:
         self.runtime = runtime
         self.claim = claim
+        #: What it has of its task's limit, if that has one.
+        self.place = place
         #: The slice that it is run in, if any: a result may be recorded with others'.
         self._slice = in_slice
         self.closed = False
@@ -88,6 +97,9 @@ class Attempt:
     def retry(self, error: str | None) -> None:
         """Give the step back, to be tried again when and how ``self.retry`` said."""
         wanted = self.retry_with or RetryRequest()
+        if wanted.parks and self.place is not None:
+            self._close(limits.retry_later, error, place=self.place, delay=wanted.countdown)
+            return
         self._close(
             steps.retry,
             error,
@@ -97,6 +109,7 @@ class Attempt:
             kwargs=wanted.kwargs,
             queue=wanted.queue,
             options=wanted.options,
+            counted=not wanted.parks,
         )
 
     def hand_back(self, *, delay: float = 0.0) -> None:
@@ -139,9 +152,15 @@ class Attempt:
         self.runtime.publisher.publish(wakeups)
 
     def _recorded(self, transition: Any, *args: Any, **kwargs: Any) -> list[Wakeup]:
+        store: Any = self.runtime.patient_store
+        step = (self.step_id, self.number)
         while True:
             try:
-                return self.runtime.patient_store.run(transition, self.step_id, self.number, *args, **kwargs)
+                if self.place is None:
+                    wakeups: list[Wakeup] = store.run(transition, *step, *args, **kwargs)
+                else:
+                    wakeups = store.run(limits.ending, transition, self.place, *step, *args, **kwargs)
+                return wakeups
             except SoftTimeLimitExceeded:  # the task is done, and the same outcome may be recorded twice
                 log.warning("step %s: attempt %d was being recorded at its soft time limit", self.step_id, self.number)
 

@@ -28,10 +28,11 @@ from celery.result import AsyncResult
 from kombu.utils.json import loads
 
 from byrd.errors import ArgumentError, ControlFlow, StepCancelled, StepHandedBack, TaskOverrideError
+from byrd.limits import limit_of
 from byrd.model import PROTOCOL_VERSION, StepKind
 from byrd.store import steps, sweeps
 from byrd.store.work import Own
-from byrd.task import control, results, slices
+from byrd.task import control, limited, results, slices
 from byrd.task.attempt import (
     Attempt,
     RetryRequest,
@@ -158,6 +159,10 @@ def _trace_step(task: Task, tracer: Tracer, named: Any, request: Mapping[str, An
             elif outcome is None:
                 outcome = _refused(_not_ready(header), logging.INFO)
             return with_reports(outcome, reports)
+    limit = limit_of(task)
+    if limit is not None:
+        found = limited.claim(runtime, header, task, limit, _arguments)
+        return _refused(found, logging.INFO) if isinstance(found, str) else _run(task, tracer, found, request)
     attempt = claim_step(runtime, header, task=task.name, pid=os.getpid())
     if attempt is None:
         return _refused(_not_ready(header), logging.INFO)
@@ -442,10 +447,10 @@ class DurableRegistry(TaskRegistry):
 def adopt_task(task: Any) -> None:
     """Make a task durable in place; its class gets :class:`DurableTask` in front."""
     plain = type(task)
-    if issubclass(plain, DurableTask):
-        _refuse_overrides(task, plain)
-        return
     _refuse_overrides(task, plain)
+    limited.adopt_limit(task)
+    if issubclass(plain, DurableTask):
+        return
     namespace = {"__module__": plain.__module__, "__doc__": plain.__doc__, "abstract": True}
     durable = type(plain.__name__, (DurableTask, plain), namespace)
     durable.__qualname__ = plain.__qualname__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -48,8 +48,15 @@ _SHARED = f'"{SHARED}": true'.encode()
 class Publisher:
     """Sends wake-ups to the queues that Celery's router chose for their steps."""
 
-    def __init__(self, app: Celery, consumers: Callable[[str], Consumers] | None = None) -> None:
+    def __init__(
+        self,
+        app: Celery,
+        consumers: Callable[[str], Consumers] | None = None,
+        *,
+        line_up: Callable[[Sequence[Wakeup]], list[Wakeup]] = lambda limited: [*limited],
+    ) -> None:
         self.app = app
+        self._line_up = line_up
         #: Asks who consumes a queue; without it, each step gets a message of its own.
         self._ask_consumers = consumers
         self._consumers: dict[str, tuple[int, float]] = {}
@@ -65,6 +72,8 @@ class Publisher:
         finds it.  The step is committed by now, so none of these is taken too early for that.
         """
         due = [wakeup for wakeup in wakeups if wakeup.due]
+        if limited := [wakeup for wakeup in due if wakeup.limited]:
+            due = [wakeup for wakeup in due if not wakeup.limited] + self._in_line(limited)
         if not due:
             return True
         if time.monotonic() < self._away_until:
@@ -81,6 +90,17 @@ class Publisher:
             self._away_until = time.monotonic() + _AWAY_SECONDS
             return False
         return not failed
+
+    def _in_line(self, limited: list[Wakeup]) -> list[Wakeup]:
+        """Have steps whose tasks have limits wait for their turn, each in its line; return those whose turn it is.
+
+        Else each would have to be claimed by a worker to learn that it has to wait, and keep others from it meanwhile.
+        """
+        try:
+            return self._line_up(limited)
+        except (NotLiveError, DBAPIError) as exc:  # a worker may take them, and have them wait
+            self._complain("Postgres does not answer (%r); what waits for a limit is sent instead", exc)
+            return limited
 
     def _wanted(self, producer: Any, due: list[Wakeup]) -> list[Wakeup]:
         """Leave out the wake-ups that nobody needs."""

@@ -20,8 +20,9 @@ from sqlalchemy.engine import URL
 
 from byrd.canvas import Plan, Step, compile_canvas
 from byrd.errors import ArgumentError, ConfigurationError, UnknownTaskError
+from byrd.limits import key_of, limit_of
 from byrd.model import StepKind
-from byrd.store import Store, Wakeup, steps, sweeps
+from byrd.store import Store, Wakeup, limits, steps, sweeps
 from byrd.task.publisher import Publisher
 
 #: Children of a pool that is spawned rather than forked learn their worker's id from here.
@@ -59,7 +60,11 @@ class Runtime:
         self.patient_store = Store(database_url, patience=math.inf)
         #: For transactions of the user's own, which may take long: they take no connection from the two above.
         self.user_store = Store(database_url, patience=math.inf, for_users=True)
-        self.publisher = Publisher(app, lambda queue: self.store.run(sweeps.consumers, queue))
+        self.publisher = Publisher(
+            app,
+            lambda queue: self.store.run(sweeps.consumers, queue),
+            line_up=partial(limits.line_up_all, self.store),
+        )
         #: What a worker's main process has to record: its event loop must not wait for Postgres or the broker, so
         #: its recorder does it, in this order.
         self.chores: deque[Callable[[], list[Wakeup]]] = deque()
@@ -199,8 +204,15 @@ class Runtime:
         if step.input is None and not step.on_failure:
             _check_arguments(task, step)
         queue, options, compensation = self._nature(task, step)
+        limit_name, limit_key = _place(step, task)
         return replace(
-            step, solo=_is_solo(step, task, options), queue=queue, options=options, compensation=compensation
+            step,
+            solo=_is_solo(step, task, options),
+            queue=queue,
+            options=options,
+            compensation=compensation,
+            limit_name=limit_name,
+            limit_key=limit_key,
         )
 
     def _nature(self, task: Any, step: Step) -> _Nature:
@@ -267,8 +279,21 @@ def _is_solo(step: Step, task: Any, options: Mapping[str, Any]) -> bool:
         or step.expires_in is not None
         or step.expires_at is not None
         or task.rate_limit is not None
+        or limit_of(task) is not None
         or not options.keys() <= _SHARED_OPTIONS
     )
+
+
+def _place(step: Step, task: Any) -> tuple[str | None, str | None]:
+    """Return the limit of a step and its key of it, where its arguments are known: then it lines up without a message.
+
+    Raises :class:`LimitKeyError`.
+    """
+    limit = limit_of(task)
+    if limit is None or step.input is not None or step.on_failure:
+        return None, None
+    key = key_of(limit, task.run, loads(step.args), loads(step.kwargs))
+    return (None, None) if key is None else (limit.name, key)
 
 
 def _task_options(task: Any) -> dict[str, Any]:

@@ -15,6 +15,9 @@ from celery.signals import worker_init, worker_shutdown, worker_shutting_down
 from celery.worker import state
 
 from byrd.errors import ConfigurationError
+from byrd.limits import limit_of
+from byrd.store import limits
+from byrd.task.limited import limits_of
 from byrd.task.runtime import SLICE_SECONDS, runtime_of
 from byrd.worker import broker, messages, remote
 from byrd.worker.keeper import CHILD_SECONDS, Keeper, Settings, Sweeper, has_exited
@@ -43,6 +46,8 @@ class LeaseStep(bootsteps.StartStopStep):
         runtime = runtime_of(app)
         settings = settings_of(app)
         runtime.patient_store.check_live()  # a Postgres that is away is waited for
+        if declared := limits_of(app):
+            runtime.patient_store.run(limits.declare, declared, anew=True)
         self.sweeper = Sweeper(runtime, settings)
         self.keeper = Keeper(
             runtime,
@@ -188,16 +193,24 @@ def _shares(app: Celery) -> list[str]:
     return sorted(
         name
         for name, task in app.tasks.items()
-        if task.rate_limit is None and task.time_limit is None and task.soft_time_limit is None
+        if task.rate_limit is None
+        and task.time_limit is None
+        and task.soft_time_limit is None
+        and limit_of(task) is None
     )
 
 
 def _is_listened_to(worker: Any) -> bool:
-    """Tell whether Celery's events are sent; a monitor may ask for them at any time."""
+    """Tell whether Celery's events are sent; a monitor may ask for them at any time.
+
+    A worker that has not come as far as to know says yes: steps may begin before it is asked again.
+    """
     dispatcher = getattr(getattr(worker, "consumer", None), "event_dispatcher", None)
-    if dispatcher is None or not dispatcher.enabled:
-        return False
-    return not dispatcher.groups or "task" in dispatcher.groups  # a worker's own heartbeats are events, too
+    if dispatcher is None:
+        return True
+    return dispatcher.enabled and (
+        not dispatcher.groups or "task" in dispatcher.groups  # a worker's own heartbeats are events, too
+    )
 
 
 def _children(worker: Any) -> list[int]:

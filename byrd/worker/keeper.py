@@ -23,7 +23,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from byrd.errors import NotLiveError, StaleAttempt
-from byrd.store import Store, Wakeup, steps, sweeps, waits
+from byrd.store import Store, Wakeup, limits, steps, sweeps, waits
 from byrd.store.database import exceeds_limit, is_outage, is_race
 from byrd.store.rows import CHANNEL
 from byrd.task.runtime import Runtime
@@ -33,8 +33,10 @@ log = logging.getLogger(__name__)
 
 #: How often a worker looks whether one of its pool processes has died.
 CHILD_SECONDS = 0.25
-#: So many batches of waits are ended before the sweeper does something else.
+#: So many batches of waits are ended, or of places given, before the sweeper does something else.
 _ROUNDS = 10
+#: So often keys of limits that nobody uses any more are looked for.
+_FORGET_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +279,7 @@ class Sweeper(_Loop):
         self._rope.setblocking(False)
         self._well_since = self._last_tick = time.monotonic()
         self._last_recovery = self._last_look = 0.0
+        self._last_forgetting = time.monotonic()
         self._clock = ServerClock()
         self._clock_went_back: bool | None = None  # nobody may have been there to see it
         self._knows_broker = False
@@ -296,6 +299,7 @@ class Sweeper(_Loop):
             try:
                 self.recover()
                 self.end_waits()
+                self.give_places()
             finally:  # what recovery cannot do, for it takes too long, say, must not hold up what is ready
                 self.relay()
             self._last_tick = time.monotonic()  # a broker that hangs is no frozen process
@@ -419,6 +423,15 @@ class Sweeper(_Loop):
                 self.runtime.publisher.publish(self.store.run(waits.end_due_of, run_id))
             if not more:
                 return
+
+    def give_places(self) -> None:
+        """Tell those who wait for a limit when they may start, a little before it."""
+        for _ in range(_ROUNDS):
+            if self.store.run(limits.give_due) < limits.BATCH:
+                break
+        if time.monotonic() - self._last_forgetting > _FORGET_SECONDS:
+            self._last_forgetting = time.monotonic()
+            self.store.run(limits.forget_idle)
 
     def _look_at_the_clock(self) -> None:
         """Leases go by Postgres's clock.  Once it was stepped, or restarted, everybody gets time for a heartbeat."""

@@ -65,6 +65,13 @@ def slow_down(value: int) -> int:
     return value
 
 
+@app.task(byrd_limit=byrd.Limit("1/h", burst=2, concurrency=1, key="host", name="hosts"))
+def visit(host: str, path: str) -> str:
+    """Run until the file is there; one at a time for each host."""
+    hold(path)
+    return host
+
+
 @app.task
 def mourn(request: Any, exc: Any, traceback: Any) -> str:
     """An errback."""

@@ -16,7 +16,7 @@ from byrd.embedded import EmbeddedPostgres, EmbeddedValkey
 from byrd.engine.words import span
 from byrd.worker import Settings, Sweeper
 from tests.cli.conftest import APP, Cli, cli_on
-from tests.cluster import Cluster, ClusterFactory, wait_until
+from tests.cluster import Cluster, ClusterFactory, Worker, wait_until
 
 TIME = r"\d\d:\d\d:\d\d"
 SINCE = rf"{TIME} \([^)]+ ago\)"
@@ -118,9 +118,22 @@ def test_a_busy_worker_a_missing_task_a_missing_queue_and_a_lost_worker(
     becomes(held, rf"Step 0 .* is ready .* in queue 'celery', .*; it lost its worker at {TIME} \(.*lease.* ran out\)\.")
 
 
+def frozen_in_wait(cluster: Cluster, worker: Worker) -> bool:
+    """Freeze a worker just when Redis has its word that it takes the next message."""
+    worker.sigstop()
+    with cluster.redis() as redis:
+        db = str(redis.get_connection_kwargs().get("db", 0))
+        if any(
+            client["cmd"] == "brpop" and "b" in client["flags"] and client["db"] == db for client in redis.client_list()
+        ):
+            return True
+    worker.sigcont()
+    return False
+
+
 def test_a_message_that_is_not_taken(cluster: Cluster, shop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = cluster.worker(APP, env={"TEST_LEASE_SECONDS": "60"})
-    worker.sigstop()
+    wait_until(lambda: frozen_in_wait(cluster, worker), what="worker that waits for a message")
     run = shop.engine.submit(shop.price.s(1))
     becomes(
         run,

@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,17 @@ def run(cluster: Cluster, *command: str, folder: Path = EXAMPLES) -> list[str]:
     return done.stdout.splitlines()
 
 
+@contextmanager
+def program(cluster: Cluster, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Start an example; it waits for its run, and is killed if the test fails before."""
+    command, env = [sys.executable, *arguments], environment(cluster, EXAMPLES)
+    with subprocess.Popen(command, cwd=EXAMPLES, env=env, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def test_shop(cluster: Cluster) -> None:
     worker(cluster, "shop")
     assert run(cluster, sys.executable, "shop.py") == ["order 42 is paid: 16.20"]
@@ -48,14 +61,11 @@ def test_imports_outlive_a_killed_worker(cluster: Cluster, tmp_path: Path) -> No
     file = tmp_path / "customers.csv"
     file.write_text("\n".join(lines) + "\n")
     first = worker(cluster, "imports")
-    command = [sys.executable, "imports.py", str(file)]
-    with subprocess.Popen(
-        command, cwd=EXAMPLES, env=environment(cluster, EXAMPLES), stdout=subprocess.PIPE, text=True
-    ) as program:
+    with program(cluster, "imports.py", str(file)) as waits:
         wait_until(lambda: cluster.rows("SELECT 1 FROM byrd.checkpoints WHERE completed > 0 AND NOT done"))
         first.kill()
         worker(cluster, "imports")
-        output, _ = program.communicate(timeout=120)
+        output, _ = waits.communicate(timeout=120)
     assert output.splitlines() == [
         "49999 customers imported",
         "refused: Nobody,no address (ValueError: 'no address' is not an e-mail address)",
@@ -96,16 +106,12 @@ def test_trip(cluster: Cluster) -> None:
 def test_approval(cluster: Cluster) -> None:
     worker(cluster, "approval")
     byrd = [sys.executable, "-c", "from byrd.cli import main; main()", "-A", "approval"]
-    program = subprocess.Popen(
-        [sys.executable, "approval.py", "900"], cwd=EXAMPLES, env=environment(cluster, EXAMPLES),
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    with program:
+    with program(cluster, "approval.py", "900") as waits:
         wait_until(lambda: cluster.rows("SELECT 1 FROM byrd.steps WHERE status = 'waiting'"))
         [(run_id,)] = cluster.rows("SELECT id::text FROM byrd.runs")
         assert run_id[:8] in run(cluster, *byrd, "waiting")[1]
         run(cluster, *byrd, "signal", run_id[:8], "approval", '{"ok": true, "by": "ann"}')
-        output, _ = program.communicate(timeout=60)
+        output, _ = waits.communicate(timeout=60)
     assert output.splitlines()[1] == "900.00 paid, decided by ann"
     assert run(cluster, sys.executable, "approval.py", "9", "0.2")[1] == "9.00 refused, decided by nobody"
 

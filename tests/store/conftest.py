@@ -27,7 +27,7 @@ def shared_store(postgres_server: Server, database_template: str) -> Iterator[St
 @pytest.fixture
 def store(shared_store: Store) -> Store:
     """A store on an empty database."""
-    for table in ("runs", "workers"):  # the other tables go with the runs
+    for table in ("runs", "workers", "limits"):  # the other tables go with the runs
         shared_store.run(query, f"DELETE FROM byrd.{table}")
     return shared_store
 

@@ -23,10 +23,11 @@ when one of the compensations used up its retries: then it waits for an operator
 """
 
 _STEP = """A step is `pending` until what it comes after is done, then `ready`: a worker may claim it. Each claim raises
-the attempt number, and only the attempt that claimed last may write. A group's join is never `ready` or `running`: it
-ends by itself with the last member. A sleep, or a step that waits for a signal, is `waiting` instead until its time or
-its signal has come; it has no attempts. A step that replaced itself by a canvas is `pending` again until the canvas is
-done.
+the attempt number, and only the attempt that claimed last may write. A claim that the limit of the step's task does not
+allow is put off before it is committed: the step is `ready` for later, and has its number back. A group's join is never
+`ready` or `running`: it ends by itself with the last member. A sleep, or a step that waits for a signal, is `waiting`
+instead until its time or its signal has come; it has no attempts. A step that replaced itself by a canvas is `pending`
+again until the canvas is done.
 """
 
 

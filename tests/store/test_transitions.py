@@ -15,6 +15,7 @@ from sqlalchemy.exc import DBAPIError, NoResultFound
 
 import byrd
 from byrd.errors import IllegalTransitionError, StaleAttempt
+from byrd.limits import Limit
 from byrd.model import (
     FINAL_RUN,
     FINAL_STEP,
@@ -26,7 +27,7 @@ from byrd.model import (
     StepStatus,
     Transition,
 )
-from byrd.store import Store, flow, plans, runs, steps, sweeps, waits
+from byrd.store import Store, flow, limits, plans, runs, steps, sweeps, waits
 from byrd.store.rows import query
 from tests.store.world import ERROR, World, plan_of, sig
 
@@ -233,6 +234,18 @@ def expire_it(case: Case) -> None:
     case.world.do(steps.expire, case.step_id)
 
 
+def put_it_off(case: Case) -> None:
+    """What a claim does in the same transaction, of a limit that lets nothing start."""
+    world = case.world
+    world.do(limits.declare, [Limit(concurrency=1, name="none")])
+    world.do(limits.change, "none", concurrency=0)
+    [row] = world.sql("SELECT claim FROM byrd.steps WHERE id = %(id)s", id=case.step_id)
+    world.sql(
+        "SELECT byrd.admit(%(id)s, %(claim)s::uuid, 'none', '', NULL, 0, 1, 1)",
+        id=case.step_id, claim=row.claim or str(uuid.uuid4()),
+    )  # fmt: skip
+
+
 def finish_join(case: Case) -> None:
     step = case.world.step(case.run_id, case.no)
     case.world.do(flow.finish_join, case.run_id, case.no, is_join=step.kind == "join")
@@ -244,6 +257,7 @@ StepDriver = tuple[Callable[[World], Case], Callable[[Case], Any]]
 STEP_DRIVERS: dict[str, list[StepDriver]] = {
     "release": [(in_chain, lambda c: c.world.do(flow.release, c.run_id, [c.no]))],
     "claim": [(in_chain_in_time, claim_it), (shared("succeeded"), claim_with_others)],
+    "put_off": [(in_chain, put_it_off)],
     "run_on": [(shared("running"), run_on)],
     "complete": [
         (in_chain, lambda c: c.do(steps.complete, '"value"')),
@@ -473,6 +487,7 @@ NEW_ATTEMPT = "INSERT INTO byrd.attempts (step_id, attempt, outcome) VALUES ({id
 NEW_EVENT = "INSERT INTO byrd.events (run_id, event) VALUES (gen_random_uuid(), 'x')"
 NEW_WORKER = """INSERT INTO byrd.workers (id, hostname, pid, pool, queues, tasks, version)
                 SELECT id, 'w', 1, 'solo', '{}', '{}', '0' FROM byrd.workers LIMIT 1"""
+NEW_LIMIT = "INSERT INTO byrd.limits (name, concurrency) SELECT 'l', 1{sets}"
 READY = "(SELECT id FROM byrd.steps WHERE no = 0)"
 RUN = "(SELECT id FROM byrd.runs)"
 
@@ -531,6 +546,16 @@ ILLEGAL = {
     "signal_delivered_to_step": f"""INSERT INTO byrd.signals (run_id, name, payload, step_no)
                                     VALUES ({RUN}, 'x', '1', 1)""",
     "workers_pkey": NEW_WORKER,
+    "limit_has_key": step_with("limit_name = 'l'"),
+    "place_is_used": step_with("limit_slot = now()"),
+    "limits_pkey": f"{NEW_LIMIT.format(sets='')} UNION ALL SELECT 'l', 1",
+    "limit_counts": NEW_LIMIT.format(sets=" - 1"),
+    "limit_rate_is_spacing": "INSERT INTO byrd.limits (name, rate) VALUES ('l', '1/s')",
+    "limit_set_counts": "INSERT INTO byrd.limits (name, set_concurrency) VALUES ('l', -2)",
+    "limit_set_rate_is_spacing": "INSERT INTO byrd.limits (name, set_rate, set_every) VALUES ('l', '1/s', 0)",
+    "limit_keys_pkey": f"""WITH l AS ({NEW_LIMIT.format(sets="")} RETURNING name)
+                           INSERT INTO byrd.limit_keys (name, key) SELECT name, 'k' FROM l, generate_series(1, 2)""",
+    "limit_keys_name_fkey": "INSERT INTO byrd.limit_keys (name, key) VALUES ('nobody', 'k')",
     "brokers_pkey": "INSERT INTO byrd.brokers (mark) VALUES ('m'), ('m')",
 }
 

@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 from byrd.store import Store, work
 from byrd.store.rows import query
 from byrd.store.work import Done, Own, Work
-from tests.store.world import World, sig
+from tests.store.world import World, nodes, sig
 
 FINISHED, WAITING = 20_000, 5_000
 #: No node of a plan reads more rows than this for what is asked of it here.
@@ -115,12 +115,6 @@ def everything(explained: Explained, world: World) -> None:
     assert explained.work(world, done=[Done(stale, '"y"')]).refused == {}
     gone = stale.__class__(**{**{n: getattr(stale, n) for n in stale.__dataclass_fields__}, "attempt": 7})
     assert explained.work(world, done=[Done(gone, '"y"')], own=Own(first.id, 5, "a"), most=1).refused
-
-
-def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield plan
-    for inner in plan.get("Plans", ()):
-        yield from nodes(inner)
 
 
 def bad(plan: dict[str, Any]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -269,3 +269,10 @@ def submit(
     return plans.submit(
         conn, run_id, plan, workflow="test", title="test", key=key, args=None, deadline_seconds=deadline
     )
+
+
+def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the nodes of a plan as EXPLAIN tells it in JSON."""
+    yield plan
+    for inner in plan.get("Plans", ()):
+        yield from nodes(inner)

@@ -229,9 +229,10 @@ BEGIN
     IF cardinality(ready_ids) > 0 THEN
         RETURN QUERY
             SELECT 'ready', s.id, s.run_id, s.no, s.kind, s.task, s.queue, s.attempt, s.retries,
-                   (s.run_at <= clock_timestamp())::int, CASE WHEN s.solo THEN 'solo' END, NULL, s.options, s.group_id,
-                   NULL::int, s.join_pos, (SELECT p.id FROM byrd.steps p WHERE p.run_id = s.run_id AND p.no = s.after),
-                   NULL::int, NULL
+                   (s.run_at <= clock_timestamp())::int,
+                   CASE WHEN s.limit_key IS NOT NULL THEN 'limited' WHEN s.solo THEN 'solo' END, NULL, s.options,
+                   s.group_id, NULL::int, s.join_pos,
+                   (SELECT p.id FROM byrd.steps p WHERE p.run_id = s.run_id AND p.no = s.after), NULL::int, NULL
               FROM byrd.steps s WHERE s.id = ANY(ready_ids);
     END IF;
     -- There is more than this process takes, and nobody else is told of it.

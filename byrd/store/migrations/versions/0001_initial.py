@@ -1,4 +1,4 @@
-"""The tables of Byrd 0.1: runs, steps, checkpoints, failed items, attempts, events, signals, workers, brokers.
+"""The tables of Byrd 0.1: runs, steps, checkpoints, failed items, attempts, events, signals, limits, workers, brokers.
 
 Revision ID: 0001
 Revises:
@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql as pg
 
+from byrd.store.migrations.limits import ADMIT, GIVE_PLACES, LINE_UP, PLACE_FREED
 from byrd.store.migrations.work import WORK
 from byrd.store.migrations.write_runs import WRITE_RUNS
 
@@ -104,6 +105,12 @@ def _steps() -> None:
         # signal has one, too.
         sa.Column("signal", sa.Text),
         sa.Column("fallback", sa.Text),
+        # Of a step whose task has a limit: by which key it waits for its turn, with which ticket, and since when, or
+        # from when on, it has a place.
+        sa.Column("limit_name", sa.Text),
+        sa.Column("limit_key", sa.Text),
+        sa.Column("limit_no", sa.BigInteger),
+        _time("limit_slot"),
         # Where it stands.
         sa.Column("status", sa.Text, nullable=False, server_default="pending"),
         _zero("attempt"),
@@ -141,6 +148,10 @@ def _steps() -> None:
         sa.CheckConstraint("status <> 'ready' OR (run_at IS NOT NULL AND wake_at IS NOT NULL)", name="ready_is_due"),
         sa.CheckConstraint("attempt >= 0 AND retries >= 0 AND preemptions >= 0 AND waiting >= 0", name="step_counts"),
         sa.CheckConstraint("(kind = 'compensation') = (compensates IS NOT NULL)", name="compensation_has_step"),
+        sa.CheckConstraint("(limit_name IS NULL) = (limit_key IS NULL)", name="limit_has_key"),
+        sa.CheckConstraint(
+            "limit_slot IS NULL OR (limit_name IS NOT NULL AND status IN ('ready','running'))", name="place_is_used"
+        ),
         schema=SCHEMA,
         postgresql_with={"fillfactor": "80"},
     )
@@ -163,6 +174,11 @@ def _steps() -> None:
         " WHERE signal IS NOT NULL AND status IN ('waiting','ready')"
     )
     op.execute("CREATE INDEX steps_running ON byrd.steps (worker_id) WHERE status = 'running'")
+    op.execute("CREATE INDEX steps_placed ON byrd.steps (limit_name, limit_key) WHERE limit_slot IS NOT NULL")
+    op.execute(
+        """CREATE INDEX steps_unplaced ON byrd.steps (limit_name, limit_key, limit_no)
+           WHERE status = 'ready' AND limit_no IS NOT NULL AND limit_slot IS NULL AND wake_at < 'infinity'"""
+    )
 
 
 def _progress() -> None:
@@ -273,6 +289,54 @@ def _signals() -> None:
     op.execute(_SIGNAL)
 
 
+def _limits() -> None:
+    op.create_table(
+        "limits",
+        sa.Column("name", sa.Text, primary_key=True),
+        # As the code declares it: a rate is a token every so many seconds, none is 0.
+        sa.Column("rate", sa.Text),
+        sa.Column("every", sa.Float, nullable=False, server_default=sa.text("0")),
+        sa.Column("burst", sa.Integer, nullable=False, server_default=sa.text("1")),
+        sa.Column("concurrency", sa.Integer),
+        _time("declared_at", nullable=False),
+        # As somebody has set it since: NULL is as declared; a concurrency of -1 is none.
+        sa.Column("set_rate", sa.Text),
+        sa.Column("set_every", sa.Float),
+        sa.Column("set_burst", sa.Integer),
+        sa.Column("set_concurrency", sa.Integer),
+        sa.Column("set_by", sa.Text),
+        _time("set_at"),
+        sa.CheckConstraint("every >= 0 AND burst >= 1 AND concurrency >= 1", name="limit_counts"),
+        sa.CheckConstraint("set_every >= 0 AND set_burst >= 1 AND set_concurrency >= -1", name="limit_set_counts"),
+        sa.CheckConstraint("(rate IS NULL) = (every = 0)", name="limit_rate_is_spacing"),
+        sa.CheckConstraint(
+            "(set_rate IS NULL) = (set_every IS NULL) AND (set_rate = 'none') = (set_every = 0)",
+            name="limit_set_rate_is_spacing",
+        ),
+        schema=SCHEMA,
+    )
+    op.create_table(
+        "limit_keys",
+        sa.Column("name", sa.Text, sa.ForeignKey("byrd.limits.name", ondelete="CASCADE"), nullable=False),
+        sa.Column("key", sa.Text, nullable=False),
+        # When the next call would come if they came as they should (GCRA), and when the last that waits may start.
+        _time("tat"),
+        _time("tail"),
+        _time("parked_until"),
+        # When to look whether there is something to give to those who wait; NULL while nobody does.
+        _time("next_at"),
+        _time("seen_at", nullable=False),
+        sa.PrimaryKeyConstraint("name", "key"),
+        schema=SCHEMA,
+        postgresql_with={"fillfactor": "80"},
+    )
+    op.execute("CREATE INDEX limit_keys_next ON byrd.limit_keys (next_at) WHERE next_at IS NOT NULL")
+    op.execute("CREATE INDEX limit_keys_seen ON byrd.limit_keys (seen_at)")
+    op.execute("CREATE SEQUENCE byrd.limit_tickets")
+    for function in (GIVE_PLACES, ADMIT, LINE_UP, PLACE_FREED):
+        op.execute(function)
+
+
 # The lock is that of byrd.store.locks.own_run: no wait begins while a signal is written, so each sees the other.
 _SIGNAL = """
 CREATE FUNCTION byrd.signal(run uuid, name text, payload text DEFAULT 'null', sender text DEFAULT session_user,
@@ -320,6 +384,7 @@ def upgrade() -> None:
     _progress()
     _events_and_workers()
     _signals()
+    _limits()
     op.execute(WORK)
     op.execute(WRITE_RUNS)
 
@@ -328,7 +393,13 @@ def downgrade() -> None:
     """Drop the tables, and with them every run."""
     for function in ("signal", "work", "write_runs"):
         op.execute(f"DROP FUNCTION byrd.{function}")
+    op.execute("DROP TRIGGER place_freed ON byrd.steps")
+    for function in ("place_freed", "line_up", "admit", "give_places"):
+        op.execute(f"DROP FUNCTION byrd.{function}")
+    op.execute("DROP SEQUENCE byrd.limit_tickets")
     for table in (
+        "limit_keys",
+        "limits",
         "signals",
         "brokers",
         "workers",
