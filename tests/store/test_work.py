@@ -111,6 +111,14 @@ def test_a_task_that_the_worker_does_not_share(world: World) -> None:
     assert (own.claims, own.own_is_ready) == ([], True), "its message runs it in the ordinary way"
 
 
+def test_a_step_with_a_limit_that_becomes_ready_is_to_line_up(world: World) -> None:
+    run = world.submit(chain(sig("a"), group(sig("b"), sig("c"))), shared=True)
+    world.sql("UPDATE byrd.steps SET limit_name = 'l', limit_key = 'k', solo = true WHERE task = 'b' RETURNING 1")
+    found = world.work([world.claim(run, "a")], most=5)
+    assert tasks(found) == ["c"]
+    assert [(wakeup.task, wakeup.limited) for wakeup in found.wakeups] == [("b", True)]
+
+
 @pytest.mark.parametrize("which", ["task", "attempt", "step"])
 def test_a_message_that_does_not_fit_its_step(world: World, which: str) -> None:
     run = world.submit(sig("a"), shared=True)
