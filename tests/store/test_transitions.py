@@ -28,6 +28,7 @@ from byrd.model import (
     Transition,
 )
 from byrd.store import Store, flow, limits, plans, runs, steps, sweeps, waits
+from byrd.store.migrations.rules import RUN_RULES, STEP_RULES
 from byrd.store.rows import query
 from tests.store.world import ERROR, World, plan_of, sig
 
@@ -440,7 +441,7 @@ def test_a_retry_alone_leaves_a_final_state() -> None:
 
 
 def constraints(store: Store) -> dict[str, str]:
-    """Return the definitions of Byrd's constraints and unique indexes, by name."""
+    """Return the definitions of Byrd's rules, constraints and unique indexes, by name."""
 
     def read(conn: Any) -> dict[str, str]:
         rows = query(
@@ -453,7 +454,7 @@ def constraints(store: Store) -> dict[str, str]:
                 WHERE i.indisunique AND c.relnamespace = 'byrd'::regnamespace
                   AND i.indrelid <> 'byrd.alembic_version'::regclass""",
         )
-        return {row.name: row.definition for row in rows}
+        return {**RUN_RULES, **STEP_RULES, **{row.name: row.definition for row in rows}}
 
     return store.run(read)
 

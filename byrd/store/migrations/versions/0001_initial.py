@@ -13,6 +13,7 @@ from alembic import op
 from sqlalchemy.dialects import postgresql as pg
 
 from byrd.store.migrations.limits import ADMIT, GIVE_PLACES, LINE_UP, PLACE_FREED
+from byrd.store.migrations.rules import RUN_RULES, STEP_RULES, trigger_of
 from byrd.store.migrations.work import WORK
 from byrd.store.migrations.write_runs import WRITE_RUNS
 
@@ -22,8 +23,6 @@ branch_labels = None
 depends_on = None
 
 SCHEMA = "byrd"
-RUN_STATUSES = "'running','paused','cancelling','compensating','rollback_stuck','succeeded','failed','cancelled'"
-STEP_STATUSES = "'pending','ready','running','waiting','succeeded','failed','skipped','cancelled'"
 OUTCOMES = "'failed','retried','preempted','handed_back','replaced','cancelled'"
 
 
@@ -56,11 +55,6 @@ def _runs() -> None:
         _time("created_at", nullable=False),
         _time("finished_at"),
         _time("deadline"),
-        sa.CheckConstraint(f"status IN ({RUN_STATUSES})", name="run_status_known"),
-        sa.CheckConstraint(
-            "(finished_at IS NOT NULL) = (status IN ('succeeded','failed','cancelled'))", name="run_finished_if_final"
-        ),
-        sa.CheckConstraint("outcome IS NULL OR outcome IN ('failed','cancelled')", name="run_outcome_known"),
         schema=SCHEMA,
     )
     # A second submit of the same workflow with the same key finds this row: the unique key is the guard.
@@ -68,6 +62,7 @@ def _runs() -> None:
     op.execute("CREATE INDEX runs_created ON byrd.runs (created_at DESC)")
     op.execute("CREATE INDEX runs_workflow ON byrd.runs (workflow, created_at DESC)")
     op.execute("CREATE INDEX runs_status ON byrd.runs (status, created_at DESC)")
+    op.execute(trigger_of("runs", RUN_RULES))
     op.execute("CREATE INDEX runs_deadline ON byrd.runs (deadline) WHERE finished_at IS NULL AND deadline IS NOT NULL")
 
 
@@ -129,32 +124,10 @@ def _steps() -> None:
         sa.Column("error", sa.Text),
         sa.Column("cause", sa.Integer),
         sa.UniqueConstraint("run_id", "no", name="steps_run_no"),
-        sa.CheckConstraint(f"status IN ({STEP_STATUSES})", name="step_status_known"),
-        sa.CheckConstraint(
-            "kind IN ('task','join','wait','callback','errback','compensation')", name="step_kind_known"
-        ),
-        sa.CheckConstraint("(kind = 'join') = (task IS NULL)", name="step_has_task_unless_join"),
-        sa.CheckConstraint("kind <> 'join' OR status NOT IN ('ready','running')", name="join_never_runs"),
-        sa.CheckConstraint("kind <> 'wait' OR status NOT IN ('ready','running')", name="wait_never_runs"),
-        sa.CheckConstraint("status <> 'waiting' OR (kind = 'wait' AND wake_at IS NOT NULL)", name="waiting_is_due"),
-        sa.CheckConstraint("kind = 'wait' OR fallback IS NULL", name="fallback_of_wait"),
-        sa.CheckConstraint("(status = 'running') = (worker_id IS NOT NULL)", name="step_running_has_worker"),
-        sa.CheckConstraint("(status = 'running') = (claim IS NOT NULL)", name="step_running_has_claim"),
-        sa.CheckConstraint(
-            "(finished_at IS NOT NULL) = (status IN ('succeeded','failed','skipped','cancelled'))",
-            name="step_finished_if_final",
-        ),
-        sa.CheckConstraint("(result IS NOT NULL) = (status = 'succeeded')", name="step_result_if_succeeded"),
-        sa.CheckConstraint("status <> 'ready' OR (run_at IS NOT NULL AND wake_at IS NOT NULL)", name="ready_is_due"),
-        sa.CheckConstraint("attempt >= 0 AND retries >= 0 AND preemptions >= 0 AND waiting >= 0", name="step_counts"),
-        sa.CheckConstraint("(kind = 'compensation') = (compensates IS NOT NULL)", name="compensation_has_step"),
-        sa.CheckConstraint("(limit_name IS NULL) = (limit_key IS NULL)", name="limit_has_key"),
-        sa.CheckConstraint(
-            "limit_slot IS NULL OR (limit_name IS NOT NULL AND status IN ('ready','running'))", name="place_is_used"
-        ),
         schema=SCHEMA,
         postgresql_with={"fillfactor": "80"},
     )
+    op.execute(trigger_of("steps", STEP_RULES))
     op.execute(
         "CREATE UNIQUE INDEX steps_compensates ON byrd.steps (run_id, compensates) WHERE compensates IS NOT NULL"
     )
@@ -397,6 +370,9 @@ def downgrade() -> None:
     for function in ("place_freed", "line_up", "admit", "give_places"):
         op.execute(f"DROP FUNCTION byrd.{function}")
     op.execute("DROP SEQUENCE byrd.limit_tickets")
+    for table in ("steps", "runs"):
+        op.execute(f"DROP TRIGGER legal_{table} ON byrd.{table}")
+        op.execute(f"DROP FUNCTION byrd.refuse_illegal_{table}")
     for table in (
         "limit_keys",
         "limits",
