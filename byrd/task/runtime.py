@@ -9,7 +9,6 @@ import mmap
 import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -205,15 +204,9 @@ class Runtime:
             _check_arguments(task, step)
         queue, options, compensation = self._nature(task, step)
         limit_name, limit_key = _place(step, task)
-        return replace(
-            step,
-            solo=_is_solo(step, task, options),
-            queue=queue,
-            options=options,
-            compensation=compensation,
-            limit_name=limit_name,
-            limit_key=limit_key,
-        )
+        step.solo, step.queue, step.options = _is_solo(step, task, options), queue, options
+        step.compensation, step.limit_name, step.limit_key = compensation, limit_name, limit_key
+        return step
 
     def _nature(self, task: Any, step: Step) -> _Nature:
         """Return what the task and its routes say of a step; looked up once where it depends on nothing else."""
