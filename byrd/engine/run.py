@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Iterator
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from celery.exceptions import TimeoutError as CeleryTimeoutError
@@ -18,8 +20,7 @@ from byrd.waits import checked_name
 if TYPE_CHECKING:
     from byrd.engine.engine import Byrd
 
-#: How often a waiting caller asks Postgres: at first quickly, then more and more slowly.
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.25
+_LONGEST_PAUSE = 0.25
 
 
 class Run:
@@ -57,7 +58,7 @@ class Run:
         seconds.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        pause = _FIRST_PAUSE
+        pauses = _pauses()
         while True:
             no, status, result, error, run_status, ignored = self._store.run_alone(runs.outcome, self.id)
             if status in FINAL_STEP:
@@ -66,8 +67,8 @@ class Run:
                 raise CeleryTimeoutError(
                     f"run {self.id} is {run_status} after {timeout} s; `byrd why {self.id}` says why"
                 )
+            pause = next(pauses)
             time.sleep(pause if deadline is None else max(0.0, min(pause, deadline - time.monotonic())))
-            pause = min(_LONGEST_PAUSE, pause * 1.4)
         if status == "succeeded":
             return None if ignored or result is None else loads(result)
         error = self._store.run(runs.root_error, self.id, no) or error
@@ -84,15 +85,14 @@ class Run:
         Unlike :meth:`get` it waits for callbacks, errbacks and compensations too, and raises for none of them.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        pause = _FIRST_PAUSE
+        pauses = _pauses()
         while True:
             status = self.status
             if status.final or status is RunStatus.ROLLBACK_STUCK:
                 return status
             if deadline is not None and time.monotonic() >= deadline:
                 raise self._timed_out(status, timeout)
-            time.sleep(pause)
-            pause = min(_LONGEST_PAUSE, pause * 1.4)
+            time.sleep(next(pauses))
 
     def steps(self) -> list[StepRow]:
         """Return the run's steps, in the plan's order, as they stand now."""
@@ -160,6 +160,16 @@ class Run:
 
     def __repr__(self) -> str:
         return f"<Run {self.id}>"
+
+
+def _pauses() -> Iterator[float]:
+    """Yield how long to wait before each question: quick at first, for most runs are short, then slower and slower."""
+    yield 0.004  # before that there is nothing to see
+    yield from repeat(0.0015, 16)
+    pause = 0.002
+    while True:
+        yield pause
+        pause = min(_LONGEST_PAUSE, pause * 1.4)
 
 
 def _payload_json(name: str, payload: Any) -> str:
