@@ -56,8 +56,8 @@ class Runtime:
         #: For callers: gives up after a while.
         self.store = Store(database_url)
         #: For running steps: what was done must be recorded, so it waits for Postgres as long as it takes.
-        self.patient_store = Store(database_url, patience=math.inf)
-        #: For transactions of the user's own, which may take long: they take no connection from the two above.
+        self.patient_store = self.store.with_patience(math.inf)
+        #: For transactions of the user's own, which may take long: they take no connection from those above.
         self.user_store = Store(database_url, patience=math.inf, for_users=True)
         self.publisher = Publisher(
             app,
@@ -170,7 +170,7 @@ class Runtime:
 
     def close(self) -> None:
         """Close the connections to Postgres."""
-        for store in (self.store, self.patient_store, self.user_store):
+        for store in (self.store, self.user_store):
             store.close()
 
     # -- plans -----------------------------------------------------------------------------------
