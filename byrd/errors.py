@@ -120,6 +120,10 @@ class WaitOutsideRunError(ByrdError):
     """``byrd.sleep`` or ``byrd.wait_for`` was called as a task, outside a run."""
 
 
+class SubWorkflowError(ByrdError):
+    """A workflow that is a step of another was cancelled, or was called where there is no run."""
+
+
 class LimitKeyError(ByrdError):
     """A call has no key for the limit of its task: the step fails without being called."""
 

@@ -14,7 +14,7 @@ from kombu.utils.json import dumps
 from sqlalchemy import Connection
 from sqlalchemy.engine import URL
 
-from byrd.engine import settings
+from byrd.engine import settings, subworkflow
 from byrd.engine.limits import Limits
 from byrd.engine.run import Run
 from byrd.engine.workflow import Workflow
@@ -67,6 +67,7 @@ class Byrd:
         app.byrd = self
         self._add_submit_task()
         add_waits(app)
+        subworkflow.add_task(self)
 
     # -- submitting ------------------------------------------------------------------------------
 
@@ -91,7 +92,7 @@ class Byrd:
         then nothing was written.
         """
         self._check_may_submit()
-        new = self._new_run(canvas, args, kwargs, key=key, timeout=timeout)
+        new = self.new_run(canvas, args, kwargs, key=key, timeout=timeout)
         return Run(self, self._write([new], connection)[0])
 
     def submit_many(
@@ -112,7 +113,7 @@ class Byrd:
         if len(named) != len(wanted):
             raise ArgumentError(f"{len(wanted)} canvases need as many keys, not {len(named)}")
         new = [
-            self._new_run(canvas, (), {}, key=key, timeout=timeout) for canvas, key in zip(wanted, named, strict=True)
+            self.new_run(canvas, (), {}, key=key, timeout=timeout) for canvas, key in zip(wanted, named, strict=True)
         ]
         given = [(run.workflow, run.key) for run in new if run.key is not None]
         if len(given) != len(set(given)):
@@ -123,9 +124,17 @@ class Byrd:
         self.check_live()
         settings.refuse_unsafe(self.app)
 
-    def _new_run(
-        self, canvas: Any, args: Sequence[Any], kwargs: dict[str, Any], *, key: str | None, timeout: float | None
+    def new_run(
+        self,
+        canvas: Any,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        *,
+        key: str | None = None,
+        timeout: float | None = None,
+        parent_step: str | None = None,
     ) -> plans.NewRun:
+        """Return a run as it is to be written; ``parent_step``: the step that it is the work of."""
         if isinstance(canvas, Workflow):
             canvas = canvas.name
         name: str | None = None
@@ -144,7 +153,7 @@ class Byrd:
         if timeout is not None and not timeout > 0:
             raise ArgumentError(f"timeout={timeout!r} must be a number of seconds above 0")
         plan = self.runtime.plan(canvas, args=args, kwargs=kwargs)
-        return plans.NewRun(str(uuid.uuid4()), plan, name, title, key, call, timeout)
+        return plans.NewRun(str(uuid.uuid4()), plan, name, title, key, call, timeout, parent_step)
 
     def _write(self, new: Sequence[plans.NewRun], connection: Any) -> list[str]:
         """Write runs in one transaction, or in the caller's."""

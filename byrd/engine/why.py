@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from byrd.engine.words import ago, count, error_text, moment, shortened, since, span
 from byrd.model import RunStatus, StepKind, StepStatus
-from byrd.store import Store, insight, limits
+from byrd.store import Store, children, insight, limits
 from byrd.store.insight import OpenStep, Standing
 from byrd.store.limits import Place, Turn
+from byrd.waits import SUBWORKFLOW
 from byrd.worker.bootstep import settings_of
 
 if TYPE_CHECKING:
@@ -209,7 +210,7 @@ def _reason(case: _Case, step: OpenStep) -> _Reason:
     if step.limit_no is not None and (step.limit_slot is None or not step.due):
         return _limited(case, step)
     if not step.due:
-        return _delayed(case, step)
+        return _delegated(case, step) if step.task == SUBWORKFLOW else _delayed(case, step)
     return _due(case, step)
 
 
@@ -290,6 +291,20 @@ def _delayed(case: _Case, step: OpenStep) -> _Reason:
         )
     return _Reason(
         step, ("delayed",), lambda many: f"{'are delayed, the first' if many else 'is delayed'} until {when}"
+    )
+
+
+def _delegated(case: _Case, step: OpenStep) -> _Reason:
+    """A step that waits for the run of a workflow."""
+    child = case.store.run(children.of_number, case.standing.run.id, step.no)
+    if child is None:
+        return _delayed(case, step)
+    short = child.id[:8]
+    how = child.status.replace("_", " ")
+    return _Reason(
+        step,
+        ("delegated", child.id),
+        lambda _: f"waits for run {short} of workflow {child.workflow!r}, which is {how}: see `byrd why {short}`",
     )
 
 

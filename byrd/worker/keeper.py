@@ -22,8 +22,8 @@ from typing import Any
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
-from byrd.errors import NotLiveError, StaleAttempt
-from byrd.store import Store, Wakeup, limits, steps, sweeps, waits
+from byrd.errors import IllegalTransitionError, NotLiveError, StaleAttempt
+from byrd.store import Store, Wakeup, children, limits, runs, steps, sweeps, waits
 from byrd.store.database import exceeds_limit, is_outage, is_race
 from byrd.store.rows import CHANNEL
 from byrd.task.runtime import Runtime
@@ -298,6 +298,7 @@ class Sweeper(_Loop):
             self._listen()
             try:
                 self.recover()
+                self.follow_children()
                 self.end_waits()
                 self.give_places()
             finally:  # what recovery cannot do, for it takes too long, say, must not hold up what is ready
@@ -413,6 +414,7 @@ class Sweeper(_Loop):
         error = json.dumps({"exc_type": "RunTimeoutError", "exc_module": "byrd.errors", "exc_message": [_DEADLINE]})
         wakeups += store.run(sweeps.end_overdue_runs, error)
         self.runtime.publisher.publish(wakeups)
+        self.stop_abandoned()
 
     def end_waits(self) -> None:
         """End the sleeps that are over, and what has its signal or has waited for it too long."""
@@ -423,6 +425,18 @@ class Sweeper(_Loop):
                 self.runtime.publisher.publish(self.store.run(waits.end_due_of, run_id))
             if not more:
                 return
+
+    def follow_children(self) -> None:
+        """Tell steps that wait for a run of their own when that has ended."""
+        for _ in range(_ROUNDS):
+            if self.store.run(children.tell_parents) < children.BATCH:
+                return
+
+    def stop_abandoned(self) -> None:
+        """Cancel runs whose step has ended without them: it was revoked, say, or lost too many workers."""
+        for child, outer in self.store.run(children.abandoned):
+            with contextlib.suppress(IllegalTransitionError):  # it has ended meanwhile
+                self.runtime.publisher.publish(self.store.run(runs.cancel, child, by=f"run {outer}"))
 
     def give_places(self) -> None:
         """Tell those who wait for a limit when they may start, a little before it."""

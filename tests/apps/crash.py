@@ -32,6 +32,12 @@ def one_at_a_time(key: str, value: int) -> int:
     return value
 
 
+@engine.workflow("crash.inner")
+def inner(x: Any) -> Any:
+    """x + 3, in a run of its own."""
+    return add.s(x, 3)
+
+
 @app.task
 def total(values: list[Any]) -> Any:
     """The sum of a list."""

@@ -501,6 +501,8 @@ def step_with(sets: str, no: int = 0) -> str:
 ILLEGAL = {
     "runs_pkey": f"INSERT INTO byrd.runs (id, output) VALUES ({RUN}, 0)",
     "runs_key": NEW_RUN,
+    "runs_parent": """INSERT INTO byrd.runs (id, output, parent_step)
+                      SELECT gen_random_uuid(), n, 's' FROM generate_series(1, 2) n""",
     "run_status_known": "UPDATE byrd.runs SET status = 'lost'",
     "run_finished_if_final": "UPDATE byrd.runs SET status = 'failed'",
     "run_outcome_known": "UPDATE byrd.runs SET outcome = 'succeeded'",

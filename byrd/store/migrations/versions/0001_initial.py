@@ -55,6 +55,9 @@ def _runs() -> None:
         _time("created_at", nullable=False),
         _time("finished_at"),
         _time("deadline"),
+        # Of a sub-workflow: the step that it is the work of, and whether that was told of its end.
+        sa.Column("parent_step", sa.Text),
+        sa.Column("parent_told", sa.Boolean, nullable=False, server_default=sa.false()),
         schema=SCHEMA,
     )
     # A second submit of the same workflow with the same key finds this row: the unique key is the guard.
@@ -63,6 +66,14 @@ def _runs() -> None:
     op.execute("CREATE INDEX runs_workflow ON byrd.runs (workflow, created_at DESC)")
     op.execute("CREATE INDEX runs_status ON byrd.runs (status, created_at DESC)")
     op.execute(trigger_of("runs", RUN_RULES))
+    op.execute("CREATE UNIQUE INDEX runs_parent ON byrd.runs (parent_step) WHERE parent_step IS NOT NULL")
+    op.execute(
+        "CREATE INDEX runs_of_steps ON byrd.runs (parent_step) WHERE parent_step IS NOT NULL AND finished_at IS NULL"
+    )
+    op.execute(
+        "CREATE INDEX runs_untold ON byrd.runs (finished_at)"
+        " WHERE parent_step IS NOT NULL AND finished_at IS NOT NULL AND NOT parent_told"
+    )
     op.execute("CREATE INDEX runs_deadline ON byrd.runs (deadline) WHERE finished_at IS NULL AND deadline IS NOT NULL")
 
 
