@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
+from byrd.policies import Retry
+
 if TYPE_CHECKING:
     from byrd.engine.engine import Byrd
     from byrd.engine.run import Run
@@ -16,11 +18,14 @@ R = TypeVar("R")
 class Workflow(Generic[P, R]):
     """What ``@engine.workflow("name")`` returns: call it for the canvas, ``submit`` it for a run."""
 
-    def __init__(self, engine: Byrd, name: str, build: Callable[P, R], timeout: float | None) -> None:
+    def __init__(
+        self, engine: Byrd, name: str, build: Callable[P, R], timeout: float | None, retry: Retry | None = None
+    ) -> None:
         self.engine = engine
         self.name = name
         self.build = build
         self.timeout = timeout
+        self.retry = retry
         self.__doc__ = build.__doc__
         self.__wrapped__ = build
 

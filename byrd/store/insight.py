@@ -229,7 +229,8 @@ SELECT s.no, s.kind, s.task, coalesce(s.queue, '') AS queue, s.status, s.signal,
   LEFT JOIN LATERAL (SELECT outcome, error, worker, ended_at FROM byrd.attempts a
                       WHERE a.step_id = s.id ORDER BY a.attempt DESC LIMIT 1) a ON true
   LEFT JOIN LATERAL (SELECT updated_at, completed, failed FROM byrd.checkpoints c
-                      WHERE c.step_id = s.id AND c.name !~ '^(step|wait):' ORDER BY c.updated_at DESC LIMIT 1) c ON true
+                      WHERE c.step_id = s.id AND c.name !~ '^(step|wait|beat):'
+                      ORDER BY c.updated_at DESC LIMIT 1) c ON true
  WHERE s.run_id = %(run)s AND s.status IN ('ready','running','waiting')
  ORDER BY array_position(ARRAY['running','ready'], s.status), s.no LIMIT %(limit)s
 """
