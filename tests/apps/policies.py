@@ -168,8 +168,7 @@ def beating(self: Task, seconds: float) -> int:
     while time.monotonic() < until:
         self.heartbeat()
         time.sleep(0.05)
-    number: int = self.request.byrd.number
-    return number
+    return getattr(self.request.get("byrd"), "number", 0)
 
 
 @app.task(bind=True, base=byrd.CheckpointTask, byrd_timeouts=byrd.Timeouts(heartbeat=1.5))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -191,8 +192,10 @@ def test_a_task_that_says_that_it_is_alive_takes_its_time(cluster: Cluster, app:
     beating, patient = app.engine.submit(app.beating.s(5)), app.engine.submit(app.patient.s())
     assert beating.get(timeout=30) == 1
     assert patient.get(timeout=30) == 1
-    assert app.beating.s(0.1).apply(throw=True).failed() or True  # outside a run it is nothing
-    assert not any("beat" in name for (name,) in cluster.rows("SELECT name FROM byrd.checkpoints WHERE name = 'x'"))
+    assert app.beating.s(0.1).apply().get() == 0  # outside a run it is nothing
+    # Not each call is a statement: at most one in a quarter of the time that the task has.
+    [(beats,)] = cluster.rows("SELECT count(*) FROM byrd.checkpoints WHERE name = 'beat:'")
+    assert beats == 2  # one row of each step
 
 
 def test_it_stops_where_it_says_so_when_its_run_is_cancelled(cluster: Cluster, app: Any) -> None:
@@ -203,8 +206,8 @@ def test_it_stops_where_it_says_so_when_its_run_is_cancelled(cluster: Cluster, a
     assert run.wait(timeout=15) == "cancelled"
 
 
-def test_while_postgres_is_away_nobody_is_silent(cluster: Cluster, app: Any, notes: Path, postgres_server: Any) -> None:
-    """A worker that could not hear of a sign of life, for it was frozen itself, gives everybody their time."""
+def test_a_worker_that_was_frozen_itself_gives_its_steps_time(cluster: Cluster, app: Any, notes: Path) -> None:
+    """Nobody could have given a sign of life, nor heard of it: a suspended virtual machine, say."""
     worker = cluster.worker(APP, env={"TEST_LEASE_SECONDS": "20"})
     run = app.engine.submit(app.counting.s("count", 20))
     wait_until(lambda: len(noted(notes, "count.items")) > 2)
@@ -212,6 +215,40 @@ def test_while_postgres_is_away_nobody_is_silent(cluster: Cluster, app: Any, not
     time.sleep(5)
     worker.sigcont()
     assert run.get(timeout=40) == [20, 1]
+
+
+# -- what why says ---------------------------------------------------------------------------------
+
+TIME = r"(\d{4}-\d\d-\d\d )?\d\d:\d\d:\d\d"
+
+
+def test_why_says_until_when(cluster: Cluster, app: Any, notes: Path) -> None:
+    timeouts = byrd.Timeouts(start_to_close=100, schedule_to_start=200, heartbeat=50)
+    run = app.engine.submit(app.slow.s("slow", 6, 1).set(byrd_timeouts=timeouts))
+    [reason] = run.why()
+    assert re.search(rf"; it fails with ScheduleToStartTimeoutError unless it is started by {TIME}\.$", reason), reason
+    cluster.worker(APP)
+    wait_until(lambda: noted(notes, "slow"))
+    [reason] = run.why()
+    assert re.search(rf"; it may run until {TIME} \(in 1 min (39|40) s, its start_to_close\)", reason), reason
+    assert re.search(rf"; it is taken for hung at {TIME} \(in (49|50) s\) without a sign of life before", reason), (
+        reason
+    )
+    assert run.get(timeout=30) == 1
+
+
+def test_why_says_which_attempt_of_how_many(cluster: Cluster, app: Any) -> None:
+    cluster.worker(APP)
+    policy = byrd.Retry(max_attempts=7, first=100, jitter=False)
+    run = app.engine.submit(app.plain.s(9), retry=policy)
+    wait_until(lambda: any("is tried again" in reason for reason in run.why()))
+    [reason] = run.why()
+    said = rf"is tried again \(attempt 2 of 7\) at {TIME} \(in .*\), after ValueError: no\."
+    assert re.search(said, reason), reason
+    endless = byrd.Retry(max_attempts=None, budget=3600, first=100)
+    run = app.engine.submit(app.plain.s(9), retry=endless)
+    wait_until(lambda: any("is tried again" in reason for reason in run.why()))
+    assert re.search(rf"\(attempt 2, until {TIME} at the latest\) at {TIME}", run.why()[0]), run.why()
 
 
 # -- together --------------------------------------------------------------------------------------
