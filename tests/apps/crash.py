@@ -57,16 +57,8 @@ def unlucky(self: Task, failures: int, value: Any) -> Any:
 
 @app.task(bind=True, byrd_retry=byrd.Retry(first=0.05))
 def takes_long(self: Task, value: Any) -> Any:
-    """Take too long, once."""
+    """Take too long, and be silent, once."""
     if self.request.retries == 0:
-        time.sleep(1.5)
-    return value
-
-
-@app.task(bind=True)
-def hangs(self: Task, value: Any) -> Any:
-    """Give no sign of life, until it was taken for hung once."""
-    if self.request.byrd.claim.preemptions == 0:
         time.sleep(1.5)
     return value
 

@@ -58,7 +58,8 @@ def _tried(self: Task, failures: int, error: str) -> list[int]:
     number = self.request.byrd.number
     note("tried", number=number, retries=self.request.retries)
     if number <= failures:
-        raise ERRORS[error]
+        exc: Exception = ERRORS[error]()
+        raise exc
     return [number, self.request.retries]
 
 
