@@ -13,8 +13,9 @@ from byrd.store import limits
 from byrd.task.limited import limits_of
 from tests.crash_points.scenarios import START, Try, slow, value
 
-#: All but what the thread does that records the end of an attempt: a step that sleeps takes its time at each boundary.
-BUT_THE_RECORDER = r"^(?!.*byrd-recorder)"
+#: All but what the thread does that ends an attempt, or a step: each of these executions takes its time.
+BUT_THE_RECORDER = r"^(?!.*recorder)"
+BUT_THE_SWEEPER = r"^(?!.*sweeper.*(timeout_at|SET status))"
 
 
 @slow
@@ -24,7 +25,7 @@ def test_retries_by_a_policy(app: Any, attempt: Try) -> None:
 
 
 @slow
-@pytest.mark.byrd_crash_points(skip=START)
+@pytest.mark.byrd_crash_points(skip=BUT_THE_SWEEPER)
 def test_a_step_that_nobody_starts(app: Any, attempt: Try) -> None:
     """For its limit lets nothing start."""
     app.engine.runtime.store.run(limits.declare, limits_of(app.app))
@@ -35,7 +36,7 @@ def test_a_step_that_nobody_starts(app: Any, attempt: Try) -> None:
         with pytest.raises(ScheduleToStartTimeoutError):
             run.get(timeout=0)
 
-    report = attempt(lambda: chain(app.add.s(1, 1), unheard), check=check)
+    report = attempt(lambda: chain(app.add.s(1, 1), unheard), check=check, least=8)
     assert any("timeout_at" in boundary for boundary in report.boundaries)
 
 
