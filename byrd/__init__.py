@@ -9,9 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 from byrd import errors
 from byrd.engine import Byrd, Run, Workflow
-from byrd.errors import LimitedError
+from byrd.errors import LimitedError, RetryLater
 from byrd.limits import Limit
 from byrd.model import RunStatus, StepStatus
+from byrd.policies import Retry, Timeouts
 from byrd.task import CheckpointTask, DurableTask, Outcome, Progress, SagaTask
 from byrd.waits import sleep, wait_for
 
@@ -28,10 +29,13 @@ __all__ = [
     "LimitedError",
     "Outcome",
     "Progress",
+    "Retry",
+    "RetryLater",
     "Run",
     "RunStatus",
     "SagaTask",
     "StepStatus",
+    "Timeouts",
     "Workflow",
     "__version__",
     "errors",

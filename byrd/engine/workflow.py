@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 from celery.canvas import Signature
 
+from byrd.policies import Retry
 from byrd.waits import SUBWORKFLOW, WORKFLOW_NAME
 
 if TYPE_CHECKING:
@@ -20,11 +21,14 @@ R = TypeVar("R")
 class Workflow(Generic[P, R]):
     """What ``@engine.workflow("name")`` returns: call it for the canvas, ``submit`` it for a run."""
 
-    def __init__(self, engine: Byrd, name: str, build: Callable[P, R], timeout: float | None) -> None:
+    def __init__(
+        self, engine: Byrd, name: str, build: Callable[P, R], timeout: float | None, retry: Retry | None = None
+    ) -> None:
         self.engine = engine
         self.name = name
         self.build = build
         self.timeout = timeout
+        self.retry = retry
         self.__doc__ = build.__doc__
         self.__wrapped__ = build
 

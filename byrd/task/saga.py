@@ -8,6 +8,7 @@ from typing import Any
 from celery import Task
 
 from byrd.errors import ConfigurationError
+from byrd.policies import RETRY
 from byrd.task.durable import DurableTask
 
 #: A compensation is more patient than the step that it undoes: the world should end up whole.
@@ -36,14 +37,16 @@ class SagaTask(DurableTask):
     def compensation(self, fun: Callable[..., Any] | None = None, **options: Any) -> Any:
         """Name the function that undoes this task: called with the step's result, then with the step's arguments.
 
-        ``options`` are Celery task options: ``max_retries``, ``queue``, ``time_limit``, ...
+        ``options`` are Celery task options: ``max_retries``, ``queue``, ``time_limit``, ...; or Byrd's own: a retry
+        policy, ``byrd_retry``, takes the place of the ten retries.
         """
         if fun is None:
             return lambda fun: self.compensation(fun, **options)
         if self.compensation_task is not None:
             raise ConfigurationError(f"{self.name} has a compensation already: {self.compensation_task.name}")
         known = fun if isinstance(fun, Task) else None
-        settings = {**_PATIENCE, "name": f"{self.name}.compensation", **options}
+        patience = {} if options.get(RETRY) is not None else _PATIENCE
+        settings = {**patience, "name": f"{self.name}.compensation", **options}
         # Retries come from autoretry_for, which takes its limit from retry_kwargs or the task's max_retries.
         task = known if known is not None else self.app.task(fun, shared=False, **settings)
         type(self).compensation_task = task

@@ -23,11 +23,12 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from byrd.errors import IllegalTransitionError, NotLiveError, StaleAttempt
-from byrd.store import Store, Wakeup, children, limits, runs, steps, sweeps, waits
+from byrd.store import Store, Wakeup, children, limits, runs, steps, sweeps, timeouts, waits
 from byrd.store.database import exceeds_limit, is_outage, is_race
 from byrd.store.rows import CHANNEL
 from byrd.task.runtime import Runtime
 from byrd.worker.clock import ServerClock
+from byrd.worker.overdue import OverdueWatch
 
 log = logging.getLogger(__name__)
 
@@ -178,6 +179,7 @@ class Keeper(_Loop):
         self._recorder = Recorder(runtime, publish_soon)
         # The engine's own connections may all be in use, by a pool of threads that submit, say.
         self.store = Store(runtime.store.url, pool_size=1)
+        self._overdue = OverdueWatch(runtime, self.store, worker_id, max_preemptions=settings.max_preemptions)
 
     def start(self) -> None:
         super().start()
@@ -218,6 +220,7 @@ class Keeper(_Loop):
                 reason=f"pool process {pid} is gone",
                 max_preemptions=self.settings.max_preemptions,
             )
+        self._overdue.look()
         return CHILD_SECONDS
 
     def _look_for_unclaimed(self) -> None:
@@ -399,7 +402,7 @@ class Sweeper(_Loop):
             publisher.is_marked(self._mark, leave=True)
 
     def recover(self) -> None:
-        """Give the steps of workers whose lease is over to others, and end runs whose deadline has passed."""
+        """Give the steps of workers whose lease is over to others, end what is over time: runs, and steps to start."""
         store, lease = self.store, self.settings.lease_seconds
         if time.monotonic() - self._last_recovery < min(1.0, lease / 4):
             return
@@ -413,6 +416,8 @@ class Sweeper(_Loop):
             log.warning("the lease of worker %s ran out: its running steps are ready again", hostname)
         error = json.dumps({"exc_type": "RunTimeoutError", "exc_module": "byrd.errors", "exc_message": [_DEADLINE]})
         wakeups += store.run(sweeps.end_overdue_runs, error)
+        for step_id in store.run(timeouts.unstarted):
+            wakeups += store.run(steps.miss_start, step_id)
         self.runtime.publisher.publish(wakeups)
         self.stop_abandoned()
 

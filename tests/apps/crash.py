@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,6 +56,22 @@ def flaky(self: Task, failures: int, value: Any) -> Any:
     """Ask for so many retries, then return the value."""
     if self.request.retries < failures:
         raise self.retry(countdown=0)
+    return value
+
+
+@app.task(bind=True, byrd_retry=byrd.Retry(max_attempts=5, budget=600, first=0.05, factor=1))
+def unlucky(self: Task, failures: int, value: Any) -> Any:
+    """Fail so often, then return the value."""
+    if self.request.retries < failures:
+        raise ValueError("no luck")
+    return value
+
+
+@app.task(bind=True, byrd_retry=byrd.Retry(first=0.05))
+def takes_long(self: Task, value: Any) -> Any:
+    """Take too long, and be silent, once."""
+    if self.request.retries == 0:
+        time.sleep(1.5)
     return value
 
 

@@ -13,7 +13,7 @@ from alembic import op
 from sqlalchemy.dialects import postgresql as pg
 
 from byrd.store.migrations.limits import ADMIT, GIVE_PLACES, LINE_UP, PLACE_FREED
-from byrd.store.migrations.rules import RUN_RULES, STEP_RULES, trigger_of
+from byrd.store.migrations.rules import RUN_RULES, SET_TIMEOUT, STEP_RULES, trigger_of
 from byrd.store.migrations.work import WORK
 from byrd.store.migrations.write_runs import WRITE_RUNS
 
@@ -117,6 +117,11 @@ def _steps() -> None:
         sa.Column("limit_key", sa.Text),
         sa.Column("limit_no", sa.BigInteger),
         _time("limit_slot"),
+        # Of a step that has time-outs: until when it is to be started, and when somebody is to look at it.
+        _time("start_by"),
+        _time("timeout_at"),
+        # When the first of the attempts began that its retries are for.
+        _time("tried_since"),
         # Where it stands.
         sa.Column("status", sa.Text, nullable=False, server_default="pending"),
         _zero("attempt"),
@@ -138,7 +143,7 @@ def _steps() -> None:
         schema=SCHEMA,
         postgresql_with={"fillfactor": "80"},
     )
-    op.execute(trigger_of("steps", STEP_RULES))
+    op.execute(trigger_of("steps", STEP_RULES, before=SET_TIMEOUT))
     op.execute(
         "CREATE UNIQUE INDEX steps_compensates ON byrd.steps (run_id, compensates) WHERE compensates IS NOT NULL"
     )
@@ -158,6 +163,7 @@ def _steps() -> None:
         " WHERE signal IS NOT NULL AND status IN ('waiting','ready')"
     )
     op.execute("CREATE INDEX steps_running ON byrd.steps (worker_id) WHERE status = 'running'")
+    op.execute("CREATE INDEX steps_timeout ON byrd.steps (timeout_at) WHERE timeout_at IS NOT NULL")
     op.execute("CREATE INDEX steps_placed ON byrd.steps (limit_name, limit_key) WHERE limit_slot IS NOT NULL")
     op.execute(
         """CREATE INDEX steps_unplaced ON byrd.steps (limit_name, limit_key, limit_no)
