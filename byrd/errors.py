@@ -24,6 +24,7 @@
     ├── CheckpointError           a checkpoint that cannot be saved
     ├── SignalTimeoutError        a signal did not come in time
     ├── WaitOutsideRunError       a sleep or a wait that is no step of a run
+    ├── SubWorkflowError          a workflow within a run was cancelled, or called outside one
     ├── LimitKeyError             a call has no key for the limit of its task
     ├── LimitNotFoundError        no limit has this name
     ├── LimitedError              raised by a task: the other side wants a pause
