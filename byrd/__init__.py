@@ -12,6 +12,7 @@ from byrd.engine import Byrd, Run, Workflow
 from byrd.errors import LimitedError
 from byrd.limits import Limit
 from byrd.model import RunStatus, StepStatus
+from byrd.sagas import NOT_DONE, saga
 from byrd.task import CheckpointTask, DurableTask, Outcome, Progress, SagaTask
 from byrd.waits import sleep, wait_for
 
@@ -21,6 +22,7 @@ except PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "NOT_DONE",
     "Byrd",
     "CheckpointTask",
     "DurableTask",
@@ -35,6 +37,7 @@ __all__ = [
     "Workflow",
     "__version__",
     "errors",
+    "saga",
     "sleep",
     "wait_for",
 ]

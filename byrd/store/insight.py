@@ -237,7 +237,7 @@ SELECT s.no, s.kind, s.task, coalesce(s.queue, '') AS queue, s.status, s.signal,
 
 def failure_of(conn: Connection, run_id: str, *, compensation: bool = False) -> Failure | None:
     """Return the step whose failure came first: it caused the others.  Or the compensation that is stuck."""
-    kind = "kind = 'compensation'" if compensation else "kind NOT IN ('join', 'errback', 'compensation')"
+    kind = "kind = 'compensation'" if compensation else "kind NOT IN ('join', 'saga', 'errback', 'compensation')"
     row = query(
         conn,
         f"""SELECT no, kind, task, attempt, retries, error, finished_at, compensates FROM byrd.steps
@@ -252,7 +252,7 @@ def compensations(conn: Connection, run_id: str) -> tuple[int, int]:
     """Return how many of a run's compensations are done, and how many there are."""
     row = query(
         conn,
-        """SELECT count(*) FILTER (WHERE status = 'succeeded') AS done, count(*) AS total FROM byrd.steps
+        """SELECT count(*) FILTER (WHERE status IN ('succeeded','skipped')) AS done, count(*) AS total FROM byrd.steps
            WHERE run_id = %(run)s AND kind = 'compensation'""",
         {"run": run_id},
     ).one()
@@ -283,7 +283,7 @@ def tallies(conn: Connection, run_ids: Sequence[str]) -> dict[str, Tally]:
                   count(*) FILTER (WHERE status IN ('succeeded','failed','skipped','cancelled')) AS done,
                   count(*) FILTER (WHERE status = 'running') AS running,
                   count(*) FILTER (WHERE status = 'failed') AS failed
-             FROM byrd.steps WHERE run_id = ANY(%(runs)s::uuid[]) AND kind <> 'join'
+             FROM byrd.steps WHERE run_id = ANY(%(runs)s::uuid[]) AND kind NOT IN ('join','saga')
               AND NOT (kind = 'errback' AND status IN ('pending','skipped')) GROUP BY run_id""",
         {"runs": list(run_ids)},
     )
@@ -357,7 +357,7 @@ def demand(conn: Connection) -> list[Demand]:
     rows = query(
         conn,
         """SELECT s.queue, s.task, count(*) AS steps, min(s.run_at) AS since FROM byrd.steps s
-           JOIN byrd.runs r ON r.id = s.run_id AND r.status IN ('running','compensating')
+           JOIN byrd.runs r ON r.id = s.run_id AND r.status IN ('running','compensating','cancelling')
            WHERE s.status = 'ready' AND s.wake_at < 'infinity' AND s.run_at <= clock_timestamp()
            GROUP BY s.queue, s.task ORDER BY s.queue, s.task""",
     )
