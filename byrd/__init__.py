@@ -13,7 +13,7 @@ from byrd.errors import LimitedError
 from byrd.limits import Limit
 from byrd.model import RunStatus, StepStatus
 from byrd.sagas import NOT_DONE, saga
-from byrd.task import CheckpointTask, DurableTask, Outcome, Progress, SagaTask
+from byrd.task import CheckpointTask, Compensation, DurableTask, Outcome, Progress, SagaTask, current_compensation
 from byrd.waits import sleep, wait_for
 
 try:
@@ -25,6 +25,7 @@ __all__ = [
     "NOT_DONE",
     "Byrd",
     "CheckpointTask",
+    "Compensation",
     "DurableTask",
     "Limit",
     "LimitedError",
@@ -36,6 +37,7 @@ __all__ = [
     "StepStatus",
     "Workflow",
     "__version__",
+    "current_compensation",
     "errors",
     "saga",
     "sleep",

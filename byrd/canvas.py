@@ -12,7 +12,7 @@ with one of them; ``docs/canvas.md`` says with which.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -42,9 +42,9 @@ _TIMES = _DELAYS | {"expires"}
 _MAX_DEPTH = 200
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Step:
-    """One node of a plan.
+    """One node of a plan, to be changed by whoever makes the plan only.
 
     ``after``: the step that must be done first (succeeded, or failed when ``on_failure``).
     ``input``: the step whose value is put before ``args``.  ``into``/``position``: the join that gets the value.
@@ -188,9 +188,6 @@ class _Builder:
         self.steps.append(step)
         return step.no
 
-    def change(self, no: int, **changes: Any) -> None:
-        self.steps[no] = replace(self.steps[no], **changes)
-
     def signature(self, canvas: Any) -> Signature:
         if isinstance(canvas, Signature):
             return canvas
@@ -238,9 +235,11 @@ class _Builder:
         return self.task(sig, given)
 
     def task(self, sig: Signature, given: _Given) -> int:
-        options = _merged(sig, given.options)
+        # A signature's attributes are looked up by name, each time: once is enough.
+        task, own = sig.task, sig.options
+        options = _merged(own, given.options)
         kwargs = dict(sig.kwargs)
-        if sig.task in _MAPS:
+        if task in _MAPS:
             kwargs["it"] = list(kwargs["it"])
             options.setdefault("route_name", _task_name(kwargs.get("task")))
         if sig.immutable:
@@ -253,26 +252,28 @@ class _Builder:
         no = self.add(
             Step(
                 no=len(self.steps),
-                id=str(sig.options.get("task_id") or uuid.uuid4()),
+                id=str(own.get("task_id") or uuid.uuid4()),
                 kind=given.kind,
-                task=sig.task,
-                args=_json(list(literal), sig.task, "arguments"),
-                kwargs=_json(kwargs, sig.task, "keyword arguments"),
+                task=task,
+                args=_json(list(literal), task, "arguments") if literal else "[]",
+                kwargs=_json(kwargs, task, "keyword arguments") if kwargs else "{}",
                 options={k: v for k, v in options.items() if k not in _FROZEN_OPTIONS and k not in _TIMES},
                 after=given.after,
                 on_failure=given.on_failure,
                 input=source,
                 group_id=options.get("group_id"),
                 saga=given.saga,
-                **_times(options, sig.task),
+                **_times(options, task),
             )
         )
-        self.hang(no, given, given.links_of(sig), given.errbacks_of(sig))
+        links, errbacks = given.links_of(sig), given.errbacks_of(sig)
+        if links or errbacks:
+            self.hang(no, given, links, errbacks)
         return no
 
     def wait(self, sig: Signature, given: _Given) -> int:
         """Add a step that calls no task.  A sleep hands on its one argument; what waits for a signal takes none."""
-        wait, options = wait_of(sig), _merged(sig, given.options)
+        wait, options = wait_of(sig), _merged(sig.options, given.options)
         literal, source = tuple(sig.args), None
         if not sig.immutable:
             literal = (*given.args, *sig.args)
@@ -328,7 +329,7 @@ class _Builder:
             inner=False, saga=no,
         )  # fmt: skip
         out = self.visit(body_of(sig), inside)
-        self.change(out, into=no, position=0)
+        self.steps[out].into, self.steps[out].position = no, 0
         self.hang(no, given, given.links_of(sig), given.errbacks_of(sig))
         return no
 
@@ -347,7 +348,8 @@ class _Builder:
         out = -1
         for part in parts:
             own_links = _unique(part.links, links) if part is parts[-1] else part.links
-            given = replace(given, links=own_links, errbacks=_unique(part.errbacks, errbacks))
+            if own_links or given.links or part.errbacks or errbacks or given.errbacks:
+                given = replace(given, links=own_links, errbacks=_unique(part.errbacks, errbacks))
             if isinstance(part.sig, group) and own_links:
                 # A chain sets its callbacks as an option of its last part; a group's options replace its members'.
                 given = replace(given, links=(), options={**given.options, "link": own_links})
@@ -408,11 +410,11 @@ class _Builder:
         # group.link attaches to the first member, immutable: it cannot pass its siblings' values on.
         first_links = tuple(self.signature(link).clone().set(immutable=True) for link in given.links)
         outs = []
-        for member in self.members(sig):
-            errbacks = given.errbacks
-            inside = replace(given, options=options, links=first_links, errbacks=errbacks, outermost=False, inner=False)
-            outs.append(self.visit(member, inside))
-            first_links = ()
+        inside = replace(given, options=options, links=first_links, outermost=False, inner=False)
+        for part in self.members(sig):
+            outs.append(self.visit(part, inside))
+            if first_links:
+                inside, first_links = replace(inside, links=()), ()
         if given.outermost and len(outs) == 1 and self.steps[outs[0]].kind is StepKind.JOIN:
             return outs[0]  # GroupResult of one chain that ends in a group: Celery returns the inner one
         join = Step(
@@ -425,7 +427,8 @@ class _Builder:
             saga=given.saga,
         )
         for position, out in enumerate(outs):
-            self.change(out, into=join.no, position=position, group_id=join.id)
+            member = self.steps[out]
+            member.into, member.position, member.group_id = join.no, position, join.id
         return self.add(join)
 
     def chunks(self, sig: Signature, given: _Given) -> int:
@@ -497,19 +500,21 @@ def _listed(value: Any) -> tuple[Any, ...]:
     return tuple(value)
 
 
-def _unique(*groups: Iterable[Any]) -> tuple[Any, ...]:
+def _unique(*groups: Sequence[Any]) -> tuple[Any, ...]:
     """Concatenate, dropping repeats as ``append_to_list_option`` does."""
     found: list[Any] = []
     for items in groups:
-        found.extend(item for item in items if item not in found)
+        if items:
+            found.extend(item for item in items if item not in found)
     return tuple(found)
 
 
-def _merged(sig: Signature, override: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(own: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
     """Merge options as ``Signature._merge`` does: stamps and the group's id stay the signature's own."""
-    keep = {"group_id", "stamped_headers", *sig.options.get("stamped_headers", ())}
-    merged = dict(sig.options)
-    merged.update({k: v for k, v in override.items() if v is not None and not (k in keep and k in sig.options)})
+    merged = dict(own)
+    if override:
+        keep = {"group_id", "stamped_headers", *own.get("stamped_headers", ())}
+        merged.update({k: v for k, v in override.items() if v is not None and not (k in keep and k in own)})
     return merged
 
 

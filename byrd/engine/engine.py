@@ -27,6 +27,7 @@ from byrd.errors import (
     UnknownWorkflowError,
 )
 from byrd.model import RunStatus
+from byrd.sagas import add_task as add_saga
 from byrd.store import WorkerRow, plans, runs, sweeps, waits
 from byrd.store.waits import Awaited
 from byrd.task import Runtime, adopt_app
@@ -67,6 +68,7 @@ class Byrd:
         app.byrd = self
         self._add_submit_task()
         add_waits(app)
+        add_saga(app)
 
     # -- submitting ------------------------------------------------------------------------------
 

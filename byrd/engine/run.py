@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Iterator
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from celery.exceptions import TimeoutError as CeleryTimeoutError
@@ -11,15 +13,14 @@ from kombu.utils.json import loads
 
 from byrd.errors import ArgumentError
 from byrd.model import FINAL_STEP, RunStatus
-from byrd.store import RunRow, StepRow, Store, Wakeup, runs, waits
+from byrd.store import RunRow, StepRow, Store, Wakeup, runs, sagas, waits
 from byrd.task.attempt import text_of, to_json
 from byrd.waits import checked_name
 
 if TYPE_CHECKING:
     from byrd.engine.engine import Byrd
 
-#: How often a waiting caller asks Postgres: at first quickly, then more and more slowly.
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.25
+_LONGEST_PAUSE = 0.25
 
 
 class Run:
@@ -57,7 +58,7 @@ class Run:
         seconds.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        pause = _FIRST_PAUSE
+        pauses = _pauses()
         while True:
             no, status, result, error, run_status, ignored = self._store.run_alone(runs.outcome, self.id)
             if status in FINAL_STEP:
@@ -66,8 +67,8 @@ class Run:
                 raise CeleryTimeoutError(
                     f"run {self.id} is {run_status} after {timeout} s; `byrd why {self.id}` says why"
                 )
+            pause = next(pauses)
             time.sleep(pause if deadline is None else max(0.0, min(pause, deadline - time.monotonic())))
-            pause = min(_LONGEST_PAUSE, pause * 1.4)
         if status == "succeeded":
             return None if ignored or result is None else loads(result)
         error = self._store.run(runs.root_error, self.id, no) or error
@@ -84,15 +85,14 @@ class Run:
         Unlike :meth:`get` it waits for callbacks, errbacks and compensations too, and raises for none of them.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        pause = _FIRST_PAUSE
+        pauses = _pauses()
         while True:
             status = self.status
             if status.final or status is RunStatus.ROLLBACK_STUCK:
                 return status
             if deadline is not None and time.monotonic() >= deadline:
                 raise self._timed_out(status, timeout)
-            time.sleep(pause)
-            pause = min(_LONGEST_PAUSE, pause * 1.4)
+            time.sleep(next(pauses))
 
     def steps(self) -> list[StepRow]:
         """Return the run's steps, in the plan's order, as they stand now."""
@@ -126,8 +126,33 @@ class Run:
         self._publish(self._store.run(runs.resume, self.id, by=by, token=_token()))
 
     def retry(self, *, by: str | None = None) -> None:
-        """Try again what did not succeed in a failed or cancelled run, or the compensation that is stuck."""
+        """Try again what did not succeed in a failed or cancelled run, or the compensations that are stuck."""
         self._publish(self._store.run(runs.retry, self.id, by=by, token=_token()))
+
+    def rollback(self, *, reason: str | None = None, by: str | None = None) -> None:
+        """Undo, on purpose, the completed saga steps of a run that has ended or is paused; it ends as cancelled.
+
+        Raises :class:`IllegalTransitionError` for a run that goes on, that has passed its pivot, or that has nothing to
+        undo.
+        """
+        self._publish(self._store.run(runs.roll_back, self.id, reason=reason, by=by, token=_token()))
+
+    def skip(self, step: int, *, reason: str, by: str | None = None) -> None:
+        """Let a compensation be, by its number: what it should undo stays as it is, and the rollback goes on.
+
+        Raises :class:`ArgumentError` without a reason, and :class:`IllegalTransitionError` for what is no compensation,
+        or one that is done, runs, or is not due yet.
+        """
+        text = _words("reason", reason)
+        self._publish(self._store.run(sagas.skip, self.id, step, reason=text, by=by, token=_token()))
+
+    def done_by_hand(self, step: int, *, note: str, by: str | None = None) -> None:
+        """Record that somebody has done what a compensation should do, by its number; the rollback goes on.
+
+        Raises as :meth:`skip`.
+        """
+        text = _words("note", note)
+        self._publish(self._store.run(sagas.done_by_hand, self.id, step, note=text, by=by, token=_token()))
 
     def signal(self, name: str, payload: Any = None, *, by: str | None = None) -> None:
         """Send the run a signal: the step that waits for it, now or later, has ``payload`` (a JSON value) as its value.
@@ -160,6 +185,23 @@ class Run:
 
     def __repr__(self) -> str:
         return f"<Run {self.id}>"
+
+
+def _pauses() -> Iterator[float]:
+    """Yield how long to wait before each question: quick at first, for most runs are short, then slower and slower."""
+    yield 0.004  # before that there is nothing to see
+    yield from repeat(0.0015, 16)
+    pause = 0.002
+    while True:
+        yield pause
+        pause = min(_LONGEST_PAUSE, pause * 1.4)
+
+
+def _words(name: str, text: Any) -> str:
+    """Return what is to be read in the history; raise :class:`ArgumentError` where nothing is said."""
+    if not isinstance(text, str) or not text.strip() or "\0" in text:
+        raise ArgumentError(f"{name}={text!r} must be a text that is not empty: it is what others will read")
+    return text.strip()
 
 
 def _payload_json(name: str, payload: Any) -> str:

@@ -248,13 +248,13 @@ def failure_of(conn: Connection, run_id: str, *, compensation: bool = False) -> 
     return Failure._make(row) if row is not None else None
 
 
-def compensations(conn: Connection, run_id: str) -> tuple[int, int]:
-    """Return how many of a run's compensations are done, and how many there are."""
+def compensations(conn: Connection, run_id: str, *, saga: int | None = None) -> tuple[int, int]:
+    """Return how many of a run's compensations, or of one saga's in it, are done, and how many there are."""
     row = query(
         conn,
         """SELECT count(*) FILTER (WHERE status IN ('succeeded','skipped')) AS done, count(*) AS total FROM byrd.steps
-           WHERE run_id = %(run)s AND kind = 'compensation'""",
-        {"run": run_id},
+           WHERE run_id = %(run)s AND kind = 'compensation' AND (%(saga)s::int IS NULL OR saga = %(saga)s)""",
+        {"run": run_id, "saga": saga},
     ).one()
     return int(row.done), int(row.total)
 
@@ -376,8 +376,14 @@ def orphans(conn: Connection, *, seconds: float) -> int:
     return int(found.scalar_one())
 
 
+def count_stuck(conn: Connection) -> int:
+    """Return how many runs have a rollback that waits for an operator."""
+    found = query(conn, "SELECT count(*) FROM byrd.runs WHERE status = 'rollback_stuck'")
+    return int(found.scalar_one())
+
+
 def stuck_rollbacks(conn: Connection, *, limit: int = 5) -> list[str]:
-    """Return the ids of runs whose rollback waits for an operator."""
+    """Return the ids of runs whose rollback waits for an operator, the oldest first."""
     rows = query(
         conn,
         """SELECT id FROM byrd.runs WHERE finished_at IS NULL AND status = 'rollback_stuck'

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
 
@@ -148,16 +148,43 @@ def _may_run_alone(conn: Connection, params: dict[str, Any]) -> bool:
     return False
 
 
-def compensated_call(conn: Connection, run_id: str, no: int) -> tuple[str, str | None, str, str]:
-    """Return what a compensation is called with: the step's result, its input, its args and its kwargs (JSON)."""
+class Undone(NamedTuple):
+    """The step that a compensation undoes, with what it was called with (JSON), and why it is undone."""
+
+    id: str
+    no: int
+    task: str
+    status: str
+    result: str | None
+    input: str | None
+    args: str
+    kwargs: str
+    error: str | None
+    failed_step: int | None
+    failed_task: str | None
+    reason: str | None
+    by: str | None
+
+
+def compensated_call(conn: Connection, step_id: str) -> Undone:
+    """Return what a compensation is called for, and with."""
     row = query(
         conn,
-        """SELECT s.result, i.result AS input, s.args, s.kwargs FROM byrd.steps s
-           LEFT JOIN byrd.steps i ON i.run_id = s.run_id AND i.no = s.input
-           WHERE s.run_id = %(run)s AND s.no = %(no)s""",
-        {"run": run_id, "no": no},
+        """SELECT s.id, s.no, s.task, s.status, s.result, i.result AS input, s.args, s.kwargs,
+                  coalesce(x.error, xc.error, r.error) AS error, x.no AS failed_step, x.task AS failed_task,
+                  e.detail->>'reason' AS reason, e.detail->>'by' AS by
+             FROM byrd.steps c JOIN byrd.steps s ON s.run_id = c.run_id AND s.no = c.compensates
+             JOIN byrd.runs r ON r.id = c.run_id
+             LEFT JOIN byrd.steps i ON i.run_id = s.run_id AND i.no = s.input
+             LEFT JOIN LATERAL (SELECT detail::json AS detail FROM byrd.events e WHERE e.run_id = c.run_id
+                 AND e.event = 'rollback_started' AND e.step_no IS NOT DISTINCT FROM c.saga
+                ORDER BY e.id DESC LIMIT 1) e ON true
+             LEFT JOIN byrd.steps x ON x.run_id = c.run_id AND x.no = (e.detail->>'cause')::int
+             LEFT JOIN byrd.steps xc ON xc.run_id = c.run_id AND xc.no = x.cause
+            WHERE c.id = %(id)s""",
+        {"id": step_id},
     ).one()
-    return (row.result, row.input, row.args, row.kwargs)
+    return Undone._make(row)
 
 
 _COMPLETE = f"""
