@@ -13,7 +13,8 @@ from byrd.errors import LimitedError, RetryLater
 from byrd.limits import Limit
 from byrd.model import RunStatus, StepStatus
 from byrd.policies import Retry, Timeouts
-from byrd.task import CheckpointTask, DurableTask, Outcome, Progress, SagaTask
+from byrd.sagas import NOT_DONE, saga
+from byrd.task import CheckpointTask, Compensation, DurableTask, Outcome, Progress, SagaTask, current_compensation
 from byrd.waits import sleep, wait_for
 
 try:
@@ -22,8 +23,10 @@ except PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "NOT_DONE",
     "Byrd",
     "CheckpointTask",
+    "Compensation",
     "DurableTask",
     "Limit",
     "LimitedError",
@@ -38,7 +41,9 @@ __all__ = [
     "Timeouts",
     "Workflow",
     "__version__",
+    "current_compensation",
     "errors",
+    "saga",
     "sleep",
     "wait_for",
 ]

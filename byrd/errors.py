@@ -18,6 +18,7 @@
     │   ├── UnknownTaskError      a task that this app does not know
     │   ├── UnknownWorkflowError  a workflow that this app does not know
     │   ├── ArgumentError         an argument that JSON or the task cannot take
+    │   ├── CompensationError     a saga step that does not say how it is undone
     │   └── DuplicateStepError    a task id that is in use already
     ├── RunNotFoundError          no run has this id
     ├── IllegalTransitionError    the run's status does not allow that
@@ -25,6 +26,7 @@
     ├── SignalTimeoutError        a signal did not come in time
     ├── WaitOutsideRunError       a sleep or a wait that is no step of a run
     ├── SubWorkflowError          a workflow within a run was cancelled, or called outside one
+    ├── SagaOutsideRunError       a saga that is no part of a run
     ├── LimitKeyError             a call has no key for the limit of its task
     ├── LimitNotFoundError        no limit has this name
     ├── LimitedError              raised by a task: the other side wants a pause
@@ -39,7 +41,7 @@
 
     ControlFlow (BaseException: no ``except Exception`` in a task swallows it)
     ├── StaleAttempt              another attempt owns the step now
-    ├── StepCancelled             the run is being cancelled
+    ├── StepCancelled             the run is being cancelled, or the step's saga has failed
     └── StepHandedBack            the worker is shutting down, or the run is paused
 """
 
@@ -112,6 +114,10 @@ class ArgumentError(SubmitError):
     """An argument that JSON cannot hold, or that the task cannot take."""
 
 
+class CompensationError(SubmitError):
+    """A step of a saga has no compensation, and does not say that it needs none."""
+
+
 class DuplicateStepError(SubmitError):
     """The canvas carries a task id that another step has already."""
 
@@ -138,6 +144,10 @@ class WaitOutsideRunError(ByrdError):
 
 class SubWorkflowError(ByrdError):
     """A workflow that is a step of another was cancelled, or was called where there is no run."""
+
+
+class SagaOutsideRunError(ByrdError):
+    """``byrd.saga`` was called as a task, outside a run."""
 
 
 class LimitKeyError(ByrdError):
@@ -223,7 +233,7 @@ class StaleAttempt(ControlFlow):
 
 
 class StepCancelled(ControlFlow):
-    """The run is being cancelled: the step stops at this checkpoint."""
+    """The run is being cancelled, or the step's saga has failed: the step stops at this checkpoint."""
 
 
 class StepHandedBack(ControlFlow):

@@ -1,4 +1,4 @@
-"""The commands that speak of runs: submit, runs, show, why, cancel, pause, resume, retry."""
+"""The commands that speak of runs: submit, runs, show, why, cancel, pause, resume, rollback, skip, retry, ..."""
 
 from __future__ import annotations
 
@@ -312,11 +312,40 @@ def _add_operations(group: click.Group) -> None:
         """Let each paused RUN go on."""
         _operate(session, run_ids, lambda run, by: run.resume(by=by), _after_resume, as_json=as_json)
 
+    _add_rollbacks(group)
+
     @command(group, "retry", short_help="Try again what did not succeed.")
     @click.argument("run_ids", metavar="RUN...", nargs=-1, required=True)
     def retry(session: Session, *, run_ids: tuple[str, ...], as_json: bool) -> None:
-        """Try each failed or cancelled RUN again, keeping what succeeded; or the compensation that is stuck."""
+        """Try each failed or cancelled RUN again, keeping what succeeded; or the compensations that are stuck."""
         _operate(session, run_ids, lambda run, by: run.retry(by=by), _after_resume, as_json=as_json)
+
+
+def _add_rollbacks(group: click.Group) -> None:
+    @command(group, "rollback", short_help="Undo what a run did.")
+    @click.argument("run_ids", metavar="RUN...", nargs=-1, required=True)
+    @click.option("--reason", help="Why, for the history, and for the compensations.")
+    def rollback(session: Session, *, run_ids: tuple[str, ...], reason: str | None, as_json: bool) -> None:
+        """Undo the completed saga steps of each RUN, which has ended or is paused; it ends as cancelled."""
+        _operate(session, run_ids, lambda run, by: run.rollback(reason=reason, by=by), _after_undo, as_json=as_json)
+
+    @command(group, "skip", short_help="Let a compensation be.")
+    @click.argument("run_id", metavar="RUN")
+    @click.argument("step", type=int)
+    @click.option("--reason", required=True, help="Why what it should undo stays as it is, for the history.")
+    def skip(session: Session, *, run_id: str, step: int, reason: str, as_json: bool) -> None:
+        """Let the compensation that is STEP of RUN be: what it should undo stays, and the rollback goes on."""
+        _operate(session, [run_id], lambda run, by: run.skip(step, reason=reason, by=by), _after_undo, as_json=as_json)
+
+    @command(group, "done-by-hand", short_help="Say that you have undone a step.")
+    @click.argument("run_id", metavar="RUN")
+    @click.argument("step", type=int)
+    @click.option("--note", required=True, help="What was done, for the history.")
+    def done_by_hand(session: Session, *, run_id: str, step: int, note: str, as_json: bool) -> None:
+        """Record that somebody has done what the compensation that is STEP of RUN should do; the rollback goes on."""
+        _operate(
+            session, [run_id], lambda run, by: run.done_by_hand(step, note=note, by=by), _after_undo, as_json=as_json
+        )
 
 
 def _operate(
@@ -362,6 +391,14 @@ def _after_cancel(run: str, status: RunStatus) -> str:
 
 def _after_pause(run: str, status: RunStatus) -> str:
     return f"Run {run} is {status}; `byrd resume {run}` lets it go on."
+
+
+def _after_undo(run: str, status: RunStatus) -> str:
+    if status is RunStatus.ROLLBACK_STUCK:
+        return f"Run {run} is still stuck, at another compensation; `byrd why {run}` says at which."
+    if status.final:
+        return f"Run {run} is rolled back: {status}."
+    return f"Run {run} is {status}; `byrd show {run} --watch` follows it."
 
 
 def _after_resume(run: str, status: RunStatus) -> str:

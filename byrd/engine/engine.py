@@ -28,6 +28,7 @@ from byrd.errors import (
 )
 from byrd.model import RunStatus
 from byrd.policies import Retry
+from byrd.sagas import add_task as add_saga
 from byrd.store import WorkerRow, plans, runs, sweeps, waits
 from byrd.store.waits import Awaited
 from byrd.task import Runtime, adopt_app
@@ -69,6 +70,7 @@ class Byrd:
         self._add_submit_task()
         add_waits(app)
         subworkflow.add_task(self)
+        add_saga(app)
 
     # -- submitting ------------------------------------------------------------------------------
 

@@ -111,6 +111,7 @@ class RunRow:
     created_at: datetime
     finished_at: datetime | None
     deadline: datetime | None
+    pivot: int | None
     parent_step: str | None = None
 
     @classmethod
@@ -140,6 +141,9 @@ class StepRow:
     join_no: int | None
     join_pos: int | None
     compensates: int | None
+    saga: int | None
+    mark: str | None
+    rank: int | None
     waiting: int
     replaced: bool
     signal: str | None

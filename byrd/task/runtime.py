@@ -19,9 +19,9 @@ from sqlalchemy.engine import URL
 
 from byrd import policies
 from byrd.canvas import Plan, Step, compile_canvas
-from byrd.errors import ArgumentError, ConfigurationError, UnknownTaskError
+from byrd.errors import ArgumentError, CompensationError, ConfigurationError, UnknownTaskError
 from byrd.limits import key_of, limit_of
-from byrd.model import StepKind
+from byrd.model import Mark, StepKind
 from byrd.policies import Retry
 from byrd.store import Store, Wakeup, limits, steps, sweeps
 from byrd.task.publisher import Publisher
@@ -199,7 +199,7 @@ class Runtime:
         return Plan(tuple(self._frozen(step, retry) for step in plan.steps), plan.output)
 
     def _frozen(self, step: Step, retry: Retry | None) -> Step:
-        if step.kind in (StepKind.JOIN, StepKind.WAIT):
+        if step.kind in (StepKind.JOIN, StepKind.WAIT, StepKind.SAGA):
             return step
         task = self.app.tasks.get(step.task)
         if task is None:
@@ -213,7 +213,10 @@ class Runtime:
         if retry is not None and policies.RETRY not in options and policies.RETRY not in step.options:
             options = {**options}
             policies.freeze(options, retry)
+        if compensation is None:
+            _check_compensation(task)
         limit_name, limit_key = _place(step, task)
+        step.mark = _mark(task)
         step.solo, step.queue, step.options = _is_solo(step, task, options), queue, options
         step.compensation, step.limit_name, step.limit_key = compensation, limit_name, limit_key
         return step
@@ -283,6 +286,8 @@ def _is_solo(step: Step, task: Any, options: Mapping[str, Any]) -> bool:
         or step.expires_at is not None
         or task.rate_limit is not None
         or limit_of(task) is not None
+        or step.saga is not None
+        or _mark(task) is not None
         or not options.keys() <= _SHARED_OPTIONS
         or _is_timed(options)
     )
@@ -301,6 +306,21 @@ def _policies_of(task: Any) -> tuple[Any, Any]:
 def _with_policies(options: dict[str, Any]) -> dict[str, Any]:
     policies.freeze(options)
     return options
+
+
+def _mark(task: Any) -> str | None:
+    if getattr(task, "pivot", False) is True:
+        return Mark.PIVOT.value
+    return Mark.RETRIABLE.value if getattr(task, "retriable", False) is True else None
+
+
+def _check_compensation(task: Any) -> None:
+    """Refuse a saga task that neither has a compensation nor says that it needs none."""
+    if hasattr(task, "compensation_task") and task.compensation is not None:
+        raise CompensationError(
+            f"{task.name} is a SagaTask without a compensation: name what undoes it with its .compensation, "
+            "or declare it with compensation=None if there is nothing to undo"
+        )
 
 
 def _place(step: Step, task: Any) -> tuple[str | None, str | None]:
