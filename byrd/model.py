@@ -127,6 +127,7 @@ STEP_TRANSITIONS: tuple[Transition, ...] = (
     ),
     _step("revoke", "ready running waiting", "cancelled", "Celery's revoke, or it expired before it started"),
     _step("abandon", "running", "cancelled", "its run is being cancelled, and it stopped at a checkpoint"),
+    _step("terminate", "running", "cancelled", "its run is cancelled with terminate, and it did not stop in time"),
     _step("ignore", "running", "cancelled", "its task raised Ignore"),
     _step("expire", "ready waiting", "cancelled", "its time to start was over"),
     _step("finish_join", "pending", "succeeded failed", "all that it waits for is done"),

@@ -290,12 +290,17 @@ def _add_operations(group: click.Group) -> None:
     @command(group, "cancel", short_help="Stop a run.")
     @click.argument("run_ids", metavar="RUN...", nargs=-1, required=True)
     @click.option("--compensate", is_flag=True, help="Then undo its completed saga steps.")
-    def cancel(session: Session, *, run_ids: tuple[str, ...], compensate: bool, as_json: bool) -> None:
+    @click.option("--terminate", is_flag=True, help="End what does not stop by itself in the grace time.")
+    @click.option("--grace", type=float, metavar="SECONDS", help="The grace time of --terminate; 5 unless given.")
+    def cancel(
+        session: Session, *, run_ids: tuple[str, ...], compensate: bool, terminate: bool, grace: float | None,
+        as_json: bool,
+    ) -> None:  # fmt: skip
         """Stop each RUN: what has not started never will, what runs stops at its next checkpoint."""
         _operate(
             session,
             run_ids,
-            lambda run, by: run.cancel(compensate=compensate, by=by),
+            lambda run, by: run.cancel(compensate=compensate, terminate=terminate, grace=grace, by=by),
             _after_cancel,
             as_json=as_json,
         )

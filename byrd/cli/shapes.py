@@ -27,6 +27,7 @@ def run_shape(run: RunRow, tally: Tally | None, *, now: datetime | None = None) 
         "created_at": run.created_at,
         "finished_at": run.finished_at,
         "deadline": run.deadline,
+        "terminate_at": run.terminate_at,
         "duration_seconds": (ended - run.created_at).total_seconds() if ended else None,
         "error": error_fields(run.error),
         "step_counts": (tally or Tally(0, 0, 0, 0))._asdict(),

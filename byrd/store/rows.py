@@ -111,6 +111,7 @@ class RunRow:
     created_at: datetime
     finished_at: datetime | None
     deadline: datetime | None
+    terminate_at: datetime | None
 
     @classmethod
     def columns(cls) -> str:

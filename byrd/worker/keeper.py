@@ -28,6 +28,7 @@ from byrd.store.database import exceeds_limit, is_outage, is_race
 from byrd.store.rows import CHANNEL
 from byrd.task.runtime import Runtime
 from byrd.worker.clock import ServerClock
+from byrd.worker.terminator import Terminator
 
 log = logging.getLogger(__name__)
 
@@ -178,6 +179,7 @@ class Keeper(_Loop):
         self._recorder = Recorder(runtime, publish_soon)
         # The engine's own connections may all be in use, by a pool of threads that submit, say.
         self.store = Store(runtime.store.url, pool_size=1)
+        self._terminator = Terminator(runtime, self.store, worker_id, children=children, has_exited=has_exited)
 
     def start(self) -> None:
         super().start()
@@ -218,6 +220,7 @@ class Keeper(_Loop):
                 reason=f"pool process {pid} is gone",
                 max_preemptions=self.settings.max_preemptions,
             )
+        self._terminator.look()
         return CHILD_SECONDS
 
     def _look_for_unclaimed(self) -> None:

@@ -35,7 +35,7 @@ from sqlalchemy.exc import DBAPIError
 import byrd
 from byrd.errors import IllegalTransitionError, StaleAttempt, StepCancelled
 from byrd.model import RUN_TRANSITIONS, STEP_TRANSITIONS, Transition
-from byrd.store import Claim, Counts, Store, progress, runs, steps, sweeps, waits, work
+from byrd.store import Claim, Counts, Store, progress, runs, steps, sweeps, termination, waits, work
 from byrd.store.progress import FailedItem
 from byrd.store.rows import query
 from byrd.store.work import Done, Own, Work
@@ -48,10 +48,13 @@ EXAMPLES = int(os.environ.get("BYRD_MODEL_EXAMPLES", "6"))
 SESSIONS = 3
 #: What mostly is asked of a run with such a status; now and then it is anything.
 COMMANDS = {
-    "running": ("pause", "cancel", "compensate"), "paused": ("resume",) * 4,
-    "failed": ("retry_run",) * 4, "cancelled": ("retry_run",) * 4, "rollback_stuck": ("retry_run",) * 4,
+    "running": ("pause", "cancel", "compensate", "terminate"), "cancelling": ("terminate",) * 4,
+    "paused": ("resume",) * 4, "failed": ("retry_run",) * 4, "cancelled": ("retry_run",) * 4,
+    "rollback_stuck": ("retry_run",) * 4,
 }  # fmt: skip
 ENDS = (*["complete"] * 4, *["fail"] * 3, "retry", "hand_back", "put_back", "ignore", "revoke")
+DOOMED = """SELECT s.id FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
+             WHERE s.status = 'running' AND r.status = 'cancelling' AND r.terminate_at <= clock_timestamp()"""
 READY = "SELECT id, attempt, task FROM byrd.steps WHERE status = 'ready' ORDER BY task, no, ready_at"
 #: Ready errbacks, ready steps that have one, and runs that have failed and called one.
 ERRBACK = READY.replace("WHERE", "WHERE kind = 'errback' AND")
@@ -160,14 +163,15 @@ class Change:
         by = {
             "fail": self.op not in TAKING, "preempt": self.op in TAKING, "retry": self.op == "retry",
             "hand_back": self.op == "hand_back", "put_back": self.op == "put_back", "ignore": self.op == "ignore",
-            "abandon": self.op == "abandon",
-            "expire": self.op in ("expire", *ENDING), "cancel_step": self.op in ("cancel", "end_overdue_runs"),
-            "revoke": self.op not in ("abandon", "ignore", "expire", "cancel", "end_overdue_runs", *ENDING),
+            "abandon": self.op == "abandon", "terminate": self.op == "terminate",
+            "expire": self.op in ("expire", *ENDING), "cancel_step": self.op in CANCELLING,
+            "revoke": self.op not in ("abandon", "terminate", "ignore", "expire", *CANCELLING, *ENDING),
             "finish_join": joins, "fail_body": not joins, "put_off": False,
         }  # fmt: skip
         return by.get(name, True)
 
 
+CANCELLING = ("cancel", "end_overdue_runs")
 #: What ends waits.
 ENDING = ("signal", "end_waits")
 #: What takes steps away from workers.
@@ -394,11 +398,13 @@ class InterleavingMachine(RuleBasedStateMachine):
         functions: dict[str, Statement] = {
             "cancel": lambda conn: runs.cancel(conn, run_id, token=token),
             "compensate": lambda conn: runs.cancel(conn, run_id, compensate=True, token=token),
+            "terminate": lambda conn: termination.cancel(conn, run_id, grace=0.0, token=token),
             "pause": lambda conn: runs.pause(conn, run_id, token=token),
             "resume": lambda conn: runs.resume(conn, run_id, token=token),
             "retry_run": lambda conn: runs.retry(conn, run_id, token=token),
         }
-        self.start(Op("cancel" if name == "compensate" else name, _if_there(functions[name], run_id)), whole=whole)
+        told = "cancel" if name in ("compensate", "terminate") else name
+        self.start(Op(told, _if_there(functions[name], run_id)), whole=whole)
 
     @move(whole=WHOLE)
     def end_overdue_runs(self, data: st.DataObject, whole: bool) -> None:
@@ -568,6 +574,24 @@ class InterleavingMachine(RuleBasedStateMachine):
                 Op(name, lambda conn: getattr(steps, name)(conn, claim.id, claim.attempt), self.ended(claim, name)),
                 whole=whole,
             )
+
+    @move(lambda self: self.claims, whole=WHOLE)
+    def end_by_force(self, data: st.DataObject, whole: bool) -> None:
+        """End an attempt whose run is cancelled with terminate, or another one."""
+        ids = {row.id for row in query(self.monitor, DOOMED)}
+        doomed = [claim for claim in self.claims if claim.id in ids]
+        claim = data.draw(st.sampled_from(doomed)) if doomed else self.draw_claim(data)
+        row = query(
+            self.monitor, "SELECT worker_id::text, pid FROM byrd.steps WHERE id = %(id)s", {"id": claim.id}
+        ).first()
+        if row is None or row.worker_id is None:
+            return
+        one, worker_id = termination.Doomed(claim.id, claim.attempt, row.pid), row.worker_id
+
+        def end(conn: Connection) -> Any:
+            return termination.terminate(conn, one, worker_id=worker_id, ended=True)
+
+        self.start(Op("terminate", end, self.ended(claim, "terminate")), whole=whole)
 
     @move(lambda self: self.claims, grow=st.booleans(), whole=WHOLE)
     def change_plan(self, data: st.DataObject, grow: bool, whole: bool) -> None:

@@ -51,6 +51,8 @@ def _runs() -> None:
         # How a run that is being stopped or rolled back will end, and whether to compensate first.
         sa.Column("outcome", sa.Text),
         sa.Column("compensate", sa.Boolean, nullable=False, server_default=sa.false()),
+        # From when on the workers end what a run that is being cancelled still runs.
+        _time("terminate_at"),
         sa.Column("error", sa.Text),
         _time("created_at", nullable=False),
         _time("finished_at"),
@@ -63,6 +65,10 @@ def _runs() -> None:
     op.execute("CREATE INDEX runs_workflow ON byrd.runs (workflow, created_at DESC)")
     op.execute("CREATE INDEX runs_status ON byrd.runs (status, created_at DESC)")
     op.execute(trigger_of("runs", RUN_RULES))
+    op.execute(
+        "CREATE INDEX runs_terminate ON byrd.runs (terminate_at)"
+        " WHERE status = 'cancelling' AND terminate_at IS NOT NULL"
+    )
     op.execute("CREATE INDEX runs_deadline ON byrd.runs (deadline) WHERE finished_at IS NULL AND deadline IS NOT NULL")
 
 
