@@ -111,6 +111,7 @@ class RunRow:
     created_at: datetime
     finished_at: datetime | None
     deadline: datetime | None
+    compensate: bool
     terminate_at: datetime | None
 
     @classmethod

@@ -54,18 +54,18 @@ def cancel(
     wakeups: list[Wakeup] = []
     if before != RunStatus.CANCELLING:
         wakeups = runs.cancel(conn, run_id, compensate=compensate, by=by, token=token)
+    elif compensate and not runs.get(conn, run_id).compensate:
+        raise IllegalTransitionError(
+            f"run {run_id} is being cancelled already, without compensation; ask for terminate alone"
+        )
     row = query(
         conn,
         f"""UPDATE byrd.runs SET terminate_at = least(terminate_at, {_NOW} + %(grace)s * interval '1 second')
-            WHERE id = %(run)s AND status = 'cancelling' RETURNING compensate""",
+            WHERE id = %(run)s AND status = 'cancelling' RETURNING 1""",
         {"run": run_id, "grace": grace},
     ).first()
     if row is None:  # nothing of it ran
         return wakeups
-    if compensate and not row.compensate:
-        raise IllegalTransitionError(
-            f"run {run_id} is being cancelled already, without compensation; ask for terminate alone"
-        )
     told = None if before != RunStatus.CANCELLING else token  # an event of its own has it otherwise
     runs.record(conn, run_id, "terminate_requested", {"grace": grace, **({"by": by} if by else {})}, token=told)
     return wakeups
