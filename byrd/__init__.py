@@ -12,7 +12,8 @@ from byrd.engine import Byrd, Run, Workflow
 from byrd.errors import LimitedError
 from byrd.limits import Limit
 from byrd.model import RunStatus, StepStatus
-from byrd.task import CheckpointTask, DurableTask, Outcome, Progress, SagaTask
+from byrd.sagas import NOT_DONE, saga
+from byrd.task import CheckpointTask, Compensation, DurableTask, Outcome, Progress, SagaTask, current_compensation
 from byrd.waits import sleep, wait_for
 
 try:
@@ -21,8 +22,10 @@ except PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "NOT_DONE",
     "Byrd",
     "CheckpointTask",
+    "Compensation",
     "DurableTask",
     "Limit",
     "LimitedError",
@@ -34,7 +37,9 @@ __all__ = [
     "StepStatus",
     "Workflow",
     "__version__",
+    "current_compensation",
     "errors",
+    "saga",
     "sleep",
     "wait_for",
 ]

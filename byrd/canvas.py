@@ -24,6 +24,7 @@ from kombu.utils.json import dumps
 
 from byrd.errors import ArgumentError, CanvasError
 from byrd.model import StepKind
+from byrd.sagas import body_of, is_saga
 from byrd.waits import NOT_GIVEN, Wait, is_wait, wait_of
 
 #: Options that Celery writes while it freezes or sends a canvas; the plan has its own words for them.
@@ -50,7 +51,8 @@ class Step:
     ``members``: how many values a join waits for.  ``solo``: it runs by a message of its own only.  ``signal``: what a
     wait waits for, if not for its time alone, which is in ``countdown`` and ``eta``; ``fallback``: its value (JSON)
     when that has come, unless it has an ``input``.  ``limit_name``/``limit_key``: the limit of its task, and which key
-    of it, where the arguments are known.
+    of it, where the arguments are known.  ``saga``: the saga that it is a step of, the innermost; None is the run.
+    ``mark``: ``pivot`` or ``retriable``.
     """
 
     no: int
@@ -78,6 +80,8 @@ class Step:
     fallback: str | None = None
     limit_name: str | None = None
     limit_key: str | None = None
+    saga: int | None = None
+    mark: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +98,7 @@ class _Given:
 
     The value of ``after`` (when ``value``), then literal arguments; options that override the part's own; callbacks and
     errbacks besides the part's own.  ``outermost``: there is no canvas around it.  ``inner``: it comes into a plan that
-    runs already.
+    runs already.  ``saga``: the saga that it is a part of.
     """
 
     after: int | None = None
@@ -108,10 +112,11 @@ class _Given:
     errbacks: tuple[Any, ...] = ()
     outermost: bool = False
     inner: bool = False
+    saga: int | None = None
 
     def then(self, after: int, **changes: Any) -> _Given:
         """Return what is given to what follows step ``after``: its value."""
-        return _Given(after=after, value=True, kind=self.kind, **changes)
+        return _Given(after=after, value=True, kind=self.kind, saga=self.saga, **changes)
 
     def partial(self, sig: Signature) -> _Given:
         """Return what reaches the parts of ``sig``, a canvas that may be immutable or hold partial arguments."""
@@ -199,7 +204,8 @@ class _Builder:
             self.visit(callback, replace(given.then(no), kind=kind))
         for errback in errbacks:
             # Its input is the failure itself: which form it takes, the worker sees by the errback's signature.
-            self.visit(errback, replace(given.then(no), on_failure=True, kind=StepKind.ERRBACK))
+            # It is no step of the saga that failed: it is called, and nobody stops it.
+            self.visit(errback, replace(given.then(no), on_failure=True, kind=StepKind.ERRBACK, saga=None))
 
     # -- the kinds of canvas ---------------------------------------------------------------------
 
@@ -224,6 +230,8 @@ class _Builder:
             return self.chunks(sig, given)
         if is_wait(sig):
             return self.wait(sig, given)
+        if is_saga(sig):
+            return self.saga(sig, given)
         return self.task(sig, given)
 
     def task(self, sig: Signature, given: _Given) -> int:
@@ -254,6 +262,7 @@ class _Builder:
                 on_failure=given.on_failure,
                 input=source,
                 group_id=options.get("group_id"),
+                saga=given.saga,
                 **_times(options, task),
             )
         )
@@ -290,9 +299,37 @@ class _Builder:
                 input=source,
                 signal=wait.signal,
                 fallback=fallback,
+                saga=given.saga,
                 **_time_of(wait, _times(options, sig.task)),
             )
         )
+        self.hang(no, given, given.links_of(sig), given.errbacks_of(sig))
+        return no
+
+    def saga(self, sig: Signature, given: _Given) -> int:
+        """Add a saga: a step that has the value of the canvas inside it, whose steps know it by its number."""
+        if given.kind is StepKind.ERRBACK:
+            raise CanvasError(
+                "an errback cannot be a saga, nor have one as a part of it; submit a run of its own from it"
+            )
+        no = self.add(
+            Step(
+                no=len(self.steps),
+                id=str(sig.options.get("task_id") or uuid.uuid4()),
+                kind=StepKind.SAGA,
+                task=sig.task,
+                after=given.after,
+                on_failure=given.on_failure,
+                members=1,
+                saga=given.saga,
+            )
+        )
+        inside = replace(
+            given.partial(sig), options=given.options_of(sig), links=(), errbacks=(), outermost=False,
+            inner=False, saga=no,
+        )  # fmt: skip
+        out = self.visit(body_of(sig), inside)
+        self.steps[out].into, self.steps[out].position = no, 0
         self.hang(no, given, given.links_of(sig), given.errbacks_of(sig))
         return no
 
@@ -387,6 +424,7 @@ class _Builder:
             after=given.after,
             on_failure=given.on_failure,
             members=len(outs),
+            saga=given.saga,
         )
         for position, out in enumerate(outs):
             member = self.steps[out]

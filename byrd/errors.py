@@ -16,12 +16,14 @@
     │   ├── UnknownTaskError      a task that this app does not know
     │   ├── UnknownWorkflowError  a workflow that this app does not know
     │   ├── ArgumentError         an argument that JSON or the task cannot take
+    │   ├── CompensationError     a saga step that does not say how it is undone
     │   └── DuplicateStepError    a task id that is in use already
     ├── RunNotFoundError          no run has this id
     ├── IllegalTransitionError    the run's status does not allow that
     ├── CheckpointError           a checkpoint that cannot be saved
     ├── SignalTimeoutError        a signal did not come in time
     ├── WaitOutsideRunError       a sleep or a wait that is no step of a run
+    ├── SagaOutsideRunError       a saga that is no part of a run
     ├── LimitKeyError             a call has no key for the limit of its task
     ├── LimitNotFoundError        no limit has this name
     ├── LimitedError              raised by a task: the other side wants a pause
@@ -31,7 +33,7 @@
 
     ControlFlow (BaseException: no ``except Exception`` in a task swallows it)
     ├── StaleAttempt              another attempt owns the step now
-    ├── StepCancelled             the run is being cancelled
+    ├── StepCancelled             the run is being cancelled, or the step's saga has failed
     └── StepHandedBack            the worker is shutting down, or the run is paused
 """
 
@@ -96,6 +98,10 @@ class ArgumentError(SubmitError):
     """An argument that JSON cannot hold, or that the task cannot take."""
 
 
+class CompensationError(SubmitError):
+    """A step of a saga has no compensation, and does not say that it needs none."""
+
+
 class DuplicateStepError(SubmitError):
     """The canvas carries a task id that another step has already."""
 
@@ -118,6 +124,10 @@ class SignalTimeoutError(ByrdError):
 
 class WaitOutsideRunError(ByrdError):
     """``byrd.sleep`` or ``byrd.wait_for`` was called as a task, outside a run."""
+
+
+class SagaOutsideRunError(ByrdError):
+    """``byrd.saga`` was called as a task, outside a run."""
 
 
 class LimitKeyError(ByrdError):
@@ -170,7 +180,7 @@ class StaleAttempt(ControlFlow):
 
 
 class StepCancelled(ControlFlow):
-    """The run is being cancelled: the step stops at this checkpoint."""
+    """The run is being cancelled, or the step's saga has failed: the step stops at this checkpoint."""
 
 
 class StepHandedBack(ControlFlow):

@@ -54,15 +54,27 @@ class StepStatus(StrEnum):
 class StepKind(StrEnum):
     """What a step is for.
 
-    Two kinds call no task: a join gathers the values of a group, a wait lets time pass, or a signal come.
+    Three kinds call no task: a join gathers the values of a group, a wait lets time pass, or a signal come, and a saga
+    has the value of the canvas inside it, or fails once that is undone.
     """
 
     TASK = "task"
     JOIN = "join"
     WAIT = "wait"
+    SAGA = "saga"
     CALLBACK = "callback"
     ERRBACK = "errback"
     COMPENSATION = "compensation"
+
+
+class Mark(StrEnum):
+    """What a step is to the sagas around it.
+
+    Once a pivot has succeeded, its run goes forward only.  A step that is retriable causes no rollback when it fails.
+    """
+
+    PIVOT = "pivot"
+    RETRIABLE = "retriable"
 
 
 class Outcome(StrEnum):
@@ -117,6 +129,7 @@ STEP_TRANSITIONS: tuple[Transition, ...] = (
     _step("complete", "running", "succeeded", "its task returned; the result is recorded"),
     _step("fail", "running", "failed", "its task raised, and may not try again"),
     _step("retry", "running", "ready", "its task asked for another try, at a time"),
+    _step("persist", "running", "ready", "its task raised, where nothing may be rolled back: it is tried again later"),
     _step("preempt", "running", "ready failed", "its worker is gone; failed once it was preempted too often"),
     _step("put_back", "running", "ready", "it was claimed along with others, and one of these takes its time"),
     _step("hand_back", "running", "ready", "its worker shuts down, or its run is paused: it goes on later"),
@@ -126,14 +139,23 @@ STEP_TRANSITIONS: tuple[Transition, ...] = (
         "end_wait", "waiting", "succeeded failed", "its time or its signal has come; failed when no signal came in time"
     ),
     _step("revoke", "ready running waiting", "cancelled", "Celery's revoke, or it expired before it started"),
-    _step("abandon", "running", "cancelled", "its run is being cancelled, and it stopped at a checkpoint"),
+    _step(
+        "abandon",
+        "running",
+        "cancelled",
+        "its run is being cancelled, or its saga has failed, and it stopped at a checkpoint",
+    ),
     _step("terminate", "running", "cancelled", "its run is cancelled with terminate, and it did not stop in time"),
     _step("ignore", "running", "cancelled", "its task raised Ignore"),
     _step("expire", "ready waiting", "cancelled", "its time to start was over"),
     _step("finish_join", "pending", "succeeded failed", "all that it waits for is done"),
+    _step("fail_saga", "pending", "waiting", "a step of the saga failed: what it had done is about to be undone"),
+    _step("end_saga", "waiting", "failed", "what the saga had done is undone, or must not be"),
     _step("fail_body", "pending", "failed", "a member of the group that it waits for failed (ChordError)"),
     _step("skip", "pending", "skipped", "what it waits for failed"),
-    _step("cancel_step", "pending ready waiting", "cancelled", "its run is being cancelled"),
+    _step("cancel_step", "pending ready waiting", "cancelled", "its run is being cancelled, or its saga has failed"),
+    _step("skip_undo", "ready failed cancelled", "skipped", "an operator lets a compensation be, for a reason"),
+    _step("done_by_hand", "ready failed cancelled", "succeeded", "an operator has done what a compensation should do"),
     _step("reopen", "failed skipped cancelled", "pending", "its run is retried"),
     _step("recall", "succeeded", "pending", "its run is retried, and it is an errback: a new failure calls it anew"),
 )
@@ -145,8 +167,19 @@ RUN_TRANSITIONS: tuple[Transition, ...] = (
     _run("cancel", "running paused", "cancelling", "an operator asked, or its deadline passed"),
     _run("finish_cancel", "cancelling", "cancelled failed compensating", "its last running step has stopped"),
     _run("finish_rollback", "compensating", "failed cancelled", "every compensation is done"),
-    _run("stick", "compensating", "rollback_stuck", "a compensation used up its retries"),
-    _run("retry_rollback", "rollback_stuck", "compensating", "an operator asked to try the compensation again"),
+    _run("roll_back", "succeeded failed cancelled", "compensating", "an operator asked"),
+    _run(
+        "stick",
+        "running paused cancelling compensating rollback_stuck",
+        "rollback_stuck",
+        "a compensation, of the run's own rollback or that of a saga in it, used up its retries",
+    ),
+    _run(
+        "retry_rollback",
+        "rollback_stuck",
+        "running cancelling compensating",
+        "an operator had the compensation tried again, skipped it, or did by hand what it should do",
+    ),
     _run("retry_run", "failed cancelled", "running", "an operator asked to try again what did not succeed"),
 )
 

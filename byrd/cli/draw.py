@@ -39,6 +39,8 @@ _MANY_MEMBERS, _MANY_STEPS = 20, 40
 #: Of each state that is worth a look, this many members of a summarised group are drawn.
 _EXAMPLES = 5
 _MANY_SUBSTEPS = 8
+#: Steps that stand for what is inside them.
+_AROUND = (StepKind.JOIN, StepKind.SAGA)
 
 
 def sign(status: str) -> Text:
@@ -82,7 +84,7 @@ def _head(snapshot: Snapshot) -> list[RenderableType]:
 
 
 def _progress(snapshot: Snapshot) -> RenderableType:
-    steps = [step for step in snapshot.steps if step.kind != StepKind.JOIN and not _uncalled(step)]
+    steps = [step for step in snapshot.steps if step.kind not in _AROUND and not _uncalled(step)]
     states = Counter(step.status for step in steps)
     done = sum(number for status, number in states.items() if StepStatus(status).final)
     words = Text(f"{done:,} of {len(steps):,} done")
@@ -168,7 +170,7 @@ class _Tree:
     def _step(self, parent: Tree, step: StepRow) -> None:
         self.seen.add(step.no)
         node = parent.add(self._line(step))
-        if step.error and step.kind != StepKind.JOIN and step.status in (StepStatus.FAILED, StepStatus.CANCELLED):
+        if step.error and step.kind not in _AROUND and step.status in (StepStatus.FAILED, StepStatus.CANCELLED):
             node.add(_plain(error_text(step.error), "red"))
         for line in self._checkpoints(step):
             node.add(line)
@@ -233,22 +235,27 @@ class _Tree:
         line.append(self._name(step), style="dim" if state in (StepStatus.PENDING, StepStatus.SKIPPED) else "")
         if step.compensates is not None:
             undone = self.forest.steps.get(step.compensates)
-            line.append(f"  undoes {step.compensates} {undone.task if undone else ''}", style="dim")
+            where = f" of saga {step.saga}" if step.saga is not None else ""
+            line.append(f"  undoes {step.compensates} {undone.task if undone else ''}{where}", style="dim")
         for word, style in self._words(step, state):
             line.append("  ").append(word, style=style)
-        if step.status == StepStatus.SUCCEEDED and step.kind != StepKind.JOIN and not step.replaced:
+        if step.status == StepStatus.SUCCEEDED and step.kind not in _AROUND and not step.replaced:
             line.append("  → ", style="dim").append(shortened(step.result or "null", 60), style="dim")
         return line
 
     def _name(self, step: StepRow) -> str:
         if step.kind == StepKind.JOIN:
             return f"group of {len(self.forest.members(step)):,}"
+        if step.kind == StepKind.SAGA:
+            return "saga"
         if step.signal is not None:
             return f"{step.task} {step.signal}"
         return (step.task or "") + (", replaced by" if step.replaced else "")
 
     def _words(self, step: StepRow, state: StepStatus) -> list[tuple[str, str]]:
         words: list[tuple[str, str]] = []
+        if step.mark is not None and step.kind != StepKind.SAGA:
+            words.append((step.mark, "magenta"))
         if state in (StepStatus.SKIPPED, StepStatus.CANCELLED):
             words.append((str(state), SIGNS[state][1]))
         if step.status == StepStatus.READY:
@@ -269,7 +276,7 @@ class _Tree:
 
     def _took(self, step: StepRow) -> str | None:
         started = step.started_at
-        if started is None and step.kind == StepKind.JOIN:
+        if started is None and step.kind in _AROUND:
             starts = [member.started_at for member in self.forest.members(step) if member.started_at]
             started = min(starts, default=None)
         if started is None or step.status == StepStatus.CANCELLED:
@@ -292,6 +299,8 @@ class _Tree:
         return f"ready, queue {step.queue}{after}"
 
     def _until(self, step: StepRow) -> str:
+        if step.kind == StepKind.SAGA:
+            return f"failed, is being undone since {moment(step.ready_at, self.now)}"
         if step.run_at is None:
             return f"since {moment(step.ready_at, self.now)}"
         return f"until {moment(step.run_at, self.now)} ({ago(step.run_at, self.now)})"

@@ -98,9 +98,9 @@ class Forest:
         return kind == StepKind.TASK or kind == self._kind(step)
 
     def _kind(self, step: StepRow) -> str:
-        while step.kind == StepKind.JOIN and self.members(step):
+        while step.kind in (StepKind.JOIN, StepKind.SAGA) and self.members(step):
             step = self.members(step)[0]
-        return StepKind.TASK if step.kind in (StepKind.JOIN, StepKind.WAIT) else step.kind
+        return StepKind.TASK if step.kind in (StepKind.JOIN, StepKind.SAGA, StepKind.WAIT) else step.kind
 
     def _heads_of(self, join_no: int) -> list[StepRow]:
         start = self.steps[join_no].after if join_no in self.steps else None

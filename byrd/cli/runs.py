@@ -1,4 +1,4 @@
-"""The commands that speak of runs: submit, runs, show, why, cancel, pause, resume, retry."""
+"""The commands that speak of runs: submit, runs, show, why, cancel, pause, resume, rollback, skip, retry, ..."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -312,7 +312,7 @@ def _add_operations(group: click.Group) -> None:
 
         Without RUN, all runs that match a filter, by a job of its own.
         """
-        _operate(session, "cancel", run_ids, options, _after_cancel, as_json=as_json)
+        _operate_many(session, "cancel", run_ids, options, _after_cancel, as_json=as_json)
 
     @command(group, "pause", short_help="Let nothing more of a run start, or of many.")
     @click.argument("run_ids", metavar="[RUN]...", nargs=-1)
@@ -322,7 +322,7 @@ def _add_operations(group: click.Group) -> None:
 
         Without RUN, all runs that match a filter, by a job of its own.
         """
-        _operate(session, "pause", run_ids, options, _after_pause, as_json=as_json)
+        _operate_many(session, "pause", run_ids, options, _after_pause, as_json=as_json)
 
     @command(group, "resume", short_help="Let a paused run go on, or many.")
     @click.argument("run_ids", metavar="[RUN]...", nargs=-1)
@@ -332,20 +332,49 @@ def _add_operations(group: click.Group) -> None:
 
         Without RUN, all runs that match a filter, by a job of its own.
         """
-        _operate(session, "resume", run_ids, options, _after_resume, as_json=as_json)
+        _operate_many(session, "resume", run_ids, options, _after_resume, as_json=as_json)
+
+    _add_rollbacks(group)
 
     @command(group, "retry", short_help="Try again what did not succeed.")
     @click.argument("run_ids", metavar="[RUN]...", nargs=-1)
     @filtered
     def retry(session: Session, *, run_ids: tuple[str, ...], as_json: bool, **options: Any) -> None:
-        """Try each failed or cancelled RUN again, keeping what succeeded; or the compensation that is stuck.
+        """Try each failed or cancelled RUN again, keeping what succeeded; or the compensations that are stuck.
 
         Without RUN, all runs that match a filter, by a job of its own: failed ones, unless --status says otherwise.
         """
-        _operate(session, "retry", run_ids, options, _after_resume, as_json=as_json)
+        _operate_many(session, "retry", run_ids, options, _after_resume, as_json=as_json)
 
 
-def _operate(
+def _add_rollbacks(group: click.Group) -> None:
+    @command(group, "rollback", short_help="Undo what a run did.")
+    @click.argument("run_ids", metavar="RUN...", nargs=-1, required=True)
+    @click.option("--reason", help="Why, for the history, and for the compensations.")
+    def rollback(session: Session, *, run_ids: tuple[str, ...], reason: str | None, as_json: bool) -> None:
+        """Undo the completed saga steps of each RUN, which has ended or is paused; it ends as cancelled."""
+        _operate(session, run_ids, lambda run, by: run.rollback(reason=reason, by=by), _after_undo, as_json=as_json)
+
+    @command(group, "skip", short_help="Let a compensation be.")
+    @click.argument("run_id", metavar="RUN")
+    @click.argument("step", type=int)
+    @click.option("--reason", required=True, help="Why what it should undo stays as it is, for the history.")
+    def skip(session: Session, *, run_id: str, step: int, reason: str, as_json: bool) -> None:
+        """Let the compensation that is STEP of RUN be: what it should undo stays, and the rollback goes on."""
+        _operate(session, [run_id], lambda run, by: run.skip(step, reason=reason, by=by), _after_undo, as_json=as_json)
+
+    @command(group, "done-by-hand", short_help="Say that you have undone a step.")
+    @click.argument("run_id", metavar="RUN")
+    @click.argument("step", type=int)
+    @click.option("--note", required=True, help="What was done, for the history.")
+    def done_by_hand(session: Session, *, run_id: str, step: int, note: str, as_json: bool) -> None:
+        """Record that somebody has done what the compensation that is STEP of RUN should do; the rollback goes on."""
+        _operate(
+            session, [run_id], lambda run, by: run.done_by_hand(step, note=note, by=by), _after_undo, as_json=as_json
+        )
+
+
+def _operate_many(
     session: Session,
     action: str,
     run_ids: tuple[str, ...],
@@ -354,17 +383,29 @@ def _operate(
     *,
     as_json: bool,
 ) -> None:
+    """Do something to runs that are named, or to those that match a filter."""
     wish = wish_of(options, run_ids, action)
-    if wish is not None:
-        finish = partial(_finish, as_json=as_json)
-        engine = session.engine(patience=_SUBMIT_PATIENCE)
-        order_bulk(engine, action, wish, by=operator(), finish=finish, as_json=as_json, options=options)
+    if wish is None:
+        _operate(session, run_ids, lambda run, by: getattr(run, action)(by=by, **options), tell, as_json=as_json)
         return
+    finish = partial(_finish, as_json=as_json)
+    engine = session.engine(patience=_SUBMIT_PATIENCE)
+    order_bulk(engine, action, wish, by=operator(), finish=finish, as_json=as_json, options=options)
+
+
+def _operate(
+    session: Session,
+    run_ids: Sequence[str],
+    act: Callable[[Run, str], None],
+    tell: Callable[[str, RunStatus], str],
+    *,
+    as_json: bool,
+) -> None:
     engine = session.engine()
     found = [engine.get(run_id) for run_id in run_ids]  # all of them, before anything happens to one
     done = []
     for run in found:
-        getattr(run, action)(by=operator(), **options)
+        act(run, operator())
         status = run.status
         message = tell(run.id[:8], status)
         done.append({"run": run.id, "status": str(status), "message": message})
@@ -395,6 +436,14 @@ def _after_cancel(run: str, status: RunStatus) -> str:
 
 def _after_pause(run: str, status: RunStatus) -> str:
     return f"Run {run} is {status}; `byrd resume {run}` lets it go on."
+
+
+def _after_undo(run: str, status: RunStatus) -> str:
+    if status is RunStatus.ROLLBACK_STUCK:
+        return f"Run {run} is still stuck, at another compensation; `byrd why {run}` says at which."
+    if status.final:
+        return f"Run {run} is rolled back: {status}."
+    return f"Run {run} is {status}; `byrd show {run} --watch` follows it."
 
 
 def _after_resume(run: str, status: RunStatus) -> str:

@@ -17,11 +17,12 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from byrd.engine import settings
-from byrd.engine.words import count, moment, span
+from byrd.engine.words import count, moment, shortened, span
 from byrd.errors import ByrdError, ConfigurationError
-from byrd.store import Store, WorkerRow, current_revision, head_revision, insight, sweeps
+from byrd.store import Store, WorkerRow, current_revision, head_revision, insight, notices, sweeps
 from byrd.worker import Settings
 from byrd.worker.bootstep import settings_of
+from byrd.worker.notifier import HOOK, hooks_of
 
 if TYPE_CHECKING:
     from byrd.engine.engine import Byrd
@@ -259,6 +260,7 @@ def _unsafe(app: Any) -> Iterator[Check]:
     try:
         settings.refuse_unsafe(app)
         settings_of(app)
+        hooks_of(app)
     except ConfigurationError as exc:
         yield _problem("settings", str(exc), "change it where the app is configured")
     options = conf.broker_transport_options or {}
@@ -368,12 +370,14 @@ def _waiting(store: Store, workers: list[WorkerRow]) -> Iterator[Check]:
     stuck = store.run(insight.stuck_rollbacks)
     if stuck:
         do = f"`byrd why {stuck[0][:8]}` tells the cause; remove it, then `byrd retry {stuck[0][:8]}`"
-        more = " or more" if len(stuck) == _STUCK_SHOWN else ""
-        what = f"{count(len(stuck), 'rollback')}{more} stuck: {', '.join(run_id[:8] for run_id in stuck)}"
+        number = max(len(stuck), store.run(insight.count_stuck))
+        more = ", ..." if number > len(stuck) else ""
+        what = f"{count(number, 'rollback')} stuck: {', '.join(run_id[:8] for run_id in stuck)}{more}"
         yield _problem("rollbacks", what, do)
-
-
-_STUCK_SHOWN = 5
+    untold, why = store.run(notices.undelivered)
+    if untold:
+        what = f"{count(untold, 'notice')} of a stuck rollback not delivered: {shortened(why or '', 200)}"
+        yield _problem("rollbacks", what, f"correct the setting {HOOK}, or what it names; it is tried again meanwhile")
 
 
 def _known(demand: insight.Demand, live: Iterable[WorkerRow]) -> bool:

@@ -30,6 +30,7 @@ from byrd.errors import (
     UnknownWorkflowError,
 )
 from byrd.model import RunStatus
+from byrd.sagas import add_task as add_saga
 from byrd.store import WorkerRow, plans, runs, sweeps, waits
 from byrd.store.bulk import BULK
 from byrd.store.waits import Awaited
@@ -73,6 +74,7 @@ class Byrd:
         add_waits(app)
         bulk.add_task(app)
         self._workflows[BULK] = Workflow(self, BULK, partial(bulk.signature, app), None)
+        add_saga(app)
 
     # -- submitting ------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from kombu.utils.json import loads
 
 from byrd.errors import ArgumentError
 from byrd.model import FINAL_STEP, RunStatus
-from byrd.store import RunRow, StepRow, Store, Wakeup, runs, termination, waits
+from byrd.store import RunRow, StepRow, Store, Wakeup, runs, sagas, termination, waits
 from byrd.task.attempt import text_of, to_json
 from byrd.waits import checked_name
 
@@ -142,8 +142,33 @@ class Run:
         self._publish(self._store.run(runs.resume, self.id, by=by, token=_token()))
 
     def retry(self, *, by: str | None = None) -> None:
-        """Try again what did not succeed in a failed or cancelled run, or the compensation that is stuck."""
+        """Try again what did not succeed in a failed or cancelled run, or the compensations that are stuck."""
         self._publish(self._store.run(runs.retry, self.id, by=by, token=_token()))
+
+    def rollback(self, *, reason: str | None = None, by: str | None = None) -> None:
+        """Undo, on purpose, the completed saga steps of a run that has ended or is paused; it ends as cancelled.
+
+        Raises :class:`IllegalTransitionError` for a run that goes on, that has passed its pivot, or that has nothing to
+        undo.
+        """
+        self._publish(self._store.run(runs.roll_back, self.id, reason=reason, by=by, token=_token()))
+
+    def skip(self, step: int, *, reason: str, by: str | None = None) -> None:
+        """Let a compensation be, by its number: what it should undo stays as it is, and the rollback goes on.
+
+        Raises :class:`ArgumentError` without a reason, and :class:`IllegalTransitionError` for what is no compensation,
+        or one that is done, runs, or is not due yet.
+        """
+        text = _words("reason", reason)
+        self._publish(self._store.run(sagas.skip, self.id, step, reason=text, by=by, token=_token()))
+
+    def done_by_hand(self, step: int, *, note: str, by: str | None = None) -> None:
+        """Record that somebody has done what a compensation should do, by its number; the rollback goes on.
+
+        Raises as :meth:`skip`.
+        """
+        text = _words("note", note)
+        self._publish(self._store.run(sagas.done_by_hand, self.id, step, note=text, by=by, token=_token()))
 
     def signal(self, name: str, payload: Any = None, *, by: str | None = None) -> None:
         """Send the run a signal: the step that waits for it, now or later, has ``payload`` (a JSON value) as its value.
@@ -194,6 +219,13 @@ def _pauses() -> Iterator[float]:
     while True:
         yield pause
         pause = min(_LONGEST_PAUSE, pause * 1.4)
+
+
+def _words(name: str, text: Any) -> str:
+    """Return what is to be read in the history; raise :class:`ArgumentError` where nothing is said."""
+    if not isinstance(text, str) or not text.strip() or "\0" in text:
+        raise ArgumentError(f"{name}={text!r} must be a text that is not empty: it is what others will read")
+    return text.strip()
 
 
 def _payload_json(name: str, payload: Any) -> str:

@@ -75,7 +75,10 @@ def explain(engine: Byrd, run_id: str) -> list[str]:
     sentences = [said for said in (_overdue(case, status), _of_run(case, status)) if said]
     if status is RunStatus.PAUSED:
         sentences += _told([_held(case, step, paused=True) for step in standing.open_steps if _runs(step)])
-        sentences += _told([_waits(case, step) for step in standing.open_steps if step.status == StepStatus.WAITING])
+        waiting = [step for step in standing.open_steps if step.status == StepStatus.WAITING]
+        sentences += _told([
+            _undoing(case, step) if step.kind == StepKind.SAGA else _waits(case, step) for step in waiting
+        ])  # fmt: skip
         return sentences
     reasons = [_reason(case, step) for step in standing.open_steps]
     sentences += _told(reasons, more=standing.open_count - len(standing.open_steps))
@@ -106,7 +109,10 @@ def _ended(case: _Case) -> list[str]:
         first = f"It failed at {when}: {_failure(case)}."
     if undone:
         return [first, f"{count(undone, 'completed step was', 'completed steps were')} undone; submit it anew."]
-    return [first, f"`byrd retry {case.short}` keeps what succeeded and tries the rest again."]
+    again = f"`byrd retry {case.short}` keeps what succeeded and tries the rest again."
+    if run.pivot is not None:
+        return [first, f"Nothing was undone, for its pivot, step {run.pivot}, had succeeded.", again]
+    return [first, again]
 
 
 def _until_terminated(case: _Case) -> str:
@@ -155,7 +161,9 @@ def _stuck(case: _Case) -> str:
     return (
         f"Its rollback is stuck since {moment(failed.finished_at, now)} at step {failed.no} ({failed.task}), "
         f"which undoes step {failed.compensates}: {error_text(failed.error)}, in attempt {failed.attempt}; "
-        f"{done} of {count(total, 'compensation')} done. Remove the cause, then `byrd retry {case.short}`."
+        f"{done} of {count(total, 'compensation')} done. Remove the cause, then `byrd retry {case.short}`; or "
+        f"`byrd skip {case.short} {failed.no} --reason ...`, or undo it yourself, and "
+        f"`byrd done-by-hand {case.short} {failed.no} --note ...`."
     )
 
 
@@ -232,6 +240,8 @@ def _subject(step: OpenStep) -> str:
 def _reason(case: _Case, step: OpenStep) -> _Reason:
     if _runs(step):
         return _held(case, step)
+    if step.kind == StepKind.SAGA:
+        return _undoing(case, step)
     if step.status == StepStatus.WAITING or (step.signal is not None and not step.due):
         return _waits(case, step)
     if step.limit_no is not None and (step.limit_slot is None or not step.due):
@@ -350,6 +360,18 @@ def _limit_text(turn: Turn) -> str:
     rate = [f"{turn.rate}{burst}"] if turn.rate else []
     most = [f"at most {turn.concurrency:,} at once, {turn.running:,} in use"] if turn.concurrency is not None else []
     return ", ".join(rate + most) or "as it is now, none"
+
+
+def _undoing(case: _Case, step: OpenStep) -> _Reason:
+    """A saga that has failed."""
+    done, total = case.store.run(insight.compensations, case.standing.run.id, saga=step.no)
+    began = since(step.ready_at, case.standing.now) if step.ready_at else "a moment ago"
+    so_far = f"{done} of {count(total, 'compensation')} done" if total else "what runs in it is to end first"
+    if case.paused:
+        so_far += f"; it goes on once the run is resumed: `byrd resume {case.short}`"
+    return _Reason(
+        step, ("saga", step.no), lambda _: f"has failed, and undoes what it had done since {began}: {so_far}"
+    )
 
 
 def _waits(case: _Case, step: OpenStep) -> _Reason:

@@ -36,7 +36,7 @@ UPDATE byrd.steps s
        sends = CASE WHEN {_DUE} THEN 1 ELSE 0 END,
        expires_at = coalesce({_NOW} + s.expires_in * interval '1 second', s.expires_at)
 """
-_RELEASABLE = "s.status = 'pending' AND s.kind <> 'join' AND NOT s.replaced"
+_RELEASABLE = "s.status = 'pending' AND s.kind NOT IN ('join','saga') AND NOT s.replaced"
 _RELEASE = f"{_SET_RELEASED} WHERE s.run_id = %(run)s AND {_RELEASABLE}"
 _RELEASE_AFTER = f"{_RELEASE} AND s.after = %(no)s AND s.on_failure = %(failed)s RETURNING {WAKEUP}"
 _RELEASE_AFTER_ALL = f"""{_SET_RELEASED}
@@ -111,10 +111,11 @@ def advance(
 ) -> tuple[list[Wakeup], bool]:
     """Do all that follows from the outcome of step ``no`` within the plan.
 
-    Returns the steps that became ready, and whether a join still waits for others, or a wait has begun: if neither, the
-    run may be over.
+    Returns the steps that became ready, and whether a join still waits for others, a wait has begun, or a saga has
+    failed: if none of these, the run may be over.
     """
     wakeups: list[Wakeup] = []
+    failed: list[int] = []
     still_waiting = False
     done = deque([(no, join_no, succeeded)])
     while done:
@@ -125,6 +126,7 @@ def advance(
         wakeups += [step for step in released if step.kind != StepKind.WAIT]
         done.extend((n, j, True) for n, j in _finish_empty_joins(conn, run_id, current, failed=not good))
         if not good:
+            failed.append(current)
             arrived.update(_skip_after(conn, run_id, current))
         for join, count in sorted(arrived.items()):
             left = _arrive(conn, run_id, join, count)
@@ -133,12 +135,69 @@ def advance(
             if left.waiting > 0:
                 still_waiting = True
                 continue
+            if left.kind == "saga" and _fail_saga(conn, run_id, join):
+                still_waiting = True
+                continue
             is_join = left.kind == "join"
             ok, next_join = finish_join(conn, run_id, join, is_join=is_join)
             done.append((join, next_join, ok))
             if not ok and is_join:
                 done.extend((n, j, False) for n, j in _fail_bodies(conn, run_id, join))
+    if failed and _fail_sagas_of(conn, run_id, failed):
+        still_waiting = True
     return wakeups, still_waiting
+
+
+def _fail_saga(conn: Connection, run_id: str, no: int) -> bool:
+    """pending → waiting for a saga whose canvas has failed; tell whether it has.
+
+    What follows is for :mod:`byrd.store.sagas`, which has the run to itself.
+    """
+    rows = query(
+        conn,
+        f"""UPDATE byrd.steps g SET status = 'waiting', ready_at = {_NOW}, wake_at = {_NOW},
+                  cause = CASE WHEN m.status = 'skipped' THEN m.cause ELSE m.no END
+              FROM byrd.steps m
+             WHERE g.run_id = %(run)s AND g.no = %(no)s AND g.status = 'pending' AND m.run_id = g.run_id
+               AND m.join_no = g.no AND m.status <> 'succeeded' RETURNING g.no""",
+        {"run": run_id, "no": no},
+    ).all()
+    if rows:
+        query(conn, f"NOTIFY {CHANNEL}")
+    return bool(rows)
+
+
+def _fail_sagas_of(conn: Connection, run_id: str, failed: Sequence[int]) -> bool:
+    """pending → waiting for the sagas of steps that have failed: whatever else runs there, it cannot succeed any more.
+
+    Not of those that failed because of others, or are retriable; nor once the run goes forward only.
+    """
+    rows = query(
+        conn,
+        f"""UPDATE byrd.steps g SET status = 'waiting', ready_at = {_NOW}, wake_at = {_NOW}, cause = x.no
+              FROM byrd.steps x, byrd.runs r
+             WHERE x.run_id = %(run)s AND x.no = ANY(%(failed)s) AND x.kind IN ('task','wait','callback','saga')
+               AND (x.cause IS NULL OR x.kind = 'saga') AND x.mark IS DISTINCT FROM 'retriable'
+               AND r.id = x.run_id AND r.pivot IS NULL
+               AND g.run_id = x.run_id AND g.no = x.saga AND g.status = 'pending' RETURNING g.no""",
+        {"run": run_id, "failed": list(failed)},
+    ).all()
+    if rows:
+        query(conn, f"NOTIFY {CHANNEL}")
+    return bool(rows)
+
+
+def look_at_sagas(conn: Connection, run_id: str) -> None:
+    """Have the sagas of a run that have failed looked at: a step has ended for which one of them may have waited."""
+    rows = query(
+        conn,
+        f"""UPDATE byrd.steps SET wake_at = {_NOW} WHERE id IN
+             (SELECT id FROM byrd.steps WHERE run_id = %(run)s AND kind = 'saga' AND status = 'waiting'
+                 AND wake_at > {_NOW} ORDER BY no DESC FOR NO KEY UPDATE) RETURNING 1""",
+        {"run": run_id},
+    ).all()
+    if rows:
+        query(conn, f"NOTIFY {CHANNEL}")
 
 
 def _finish_empty_joins(conn: Connection, run_id: str, no: int, *, failed: bool) -> list[tuple[int, int | None]]:

@@ -244,7 +244,7 @@ SELECT s.no, s.kind, s.task, coalesce(s.queue, '') AS queue, s.status, s.signal,
 
 def failure_of(conn: Connection, run_id: str, *, compensation: bool = False) -> Failure | None:
     """Return the step whose failure came first: it caused the others.  Or the compensation that is stuck."""
-    kind = "kind = 'compensation'" if compensation else "kind NOT IN ('join', 'errback', 'compensation')"
+    kind = "kind = 'compensation'" if compensation else "kind NOT IN ('join', 'saga', 'errback', 'compensation')"
     row = query(
         conn,
         f"""SELECT no, kind, task, attempt, retries, error, finished_at, compensates FROM byrd.steps
@@ -255,13 +255,13 @@ def failure_of(conn: Connection, run_id: str, *, compensation: bool = False) -> 
     return Failure._make(row) if row is not None else None
 
 
-def compensations(conn: Connection, run_id: str) -> tuple[int, int]:
-    """Return how many of a run's compensations are done, and how many there are."""
+def compensations(conn: Connection, run_id: str, *, saga: int | None = None) -> tuple[int, int]:
+    """Return how many of a run's compensations, or of one saga's in it, are done, and how many there are."""
     row = query(
         conn,
-        """SELECT count(*) FILTER (WHERE status = 'succeeded') AS done, count(*) AS total FROM byrd.steps
-           WHERE run_id = %(run)s AND kind = 'compensation'""",
-        {"run": run_id},
+        """SELECT count(*) FILTER (WHERE status IN ('succeeded','skipped')) AS done, count(*) AS total FROM byrd.steps
+           WHERE run_id = %(run)s AND kind = 'compensation' AND (%(saga)s::int IS NULL OR saga = %(saga)s)""",
+        {"run": run_id, "saga": saga},
     ).one()
     return int(row.done), int(row.total)
 
@@ -290,7 +290,7 @@ def tallies(conn: Connection, run_ids: Sequence[str]) -> dict[str, Tally]:
                   count(*) FILTER (WHERE status IN ('succeeded','failed','skipped','cancelled')) AS done,
                   count(*) FILTER (WHERE status = 'running') AS running,
                   count(*) FILTER (WHERE status = 'failed') AS failed
-             FROM byrd.steps WHERE run_id = ANY(%(runs)s::uuid[]) AND kind <> 'join'
+             FROM byrd.steps WHERE run_id = ANY(%(runs)s::uuid[]) AND kind NOT IN ('join','saga')
               AND NOT (kind = 'errback' AND status IN ('pending','skipped')) GROUP BY run_id""",
         {"runs": list(run_ids)},
     )
@@ -376,7 +376,7 @@ def demand(conn: Connection) -> list[Demand]:
     rows = query(
         conn,
         """SELECT s.queue, s.task, count(*) AS steps, min(s.run_at) AS since FROM byrd.steps s
-           JOIN byrd.runs r ON r.id = s.run_id AND r.status IN ('running','compensating')
+           JOIN byrd.runs r ON r.id = s.run_id AND r.status IN ('running','compensating','cancelling')
            WHERE s.status = 'ready' AND s.wake_at < 'infinity' AND s.run_at <= clock_timestamp()
            GROUP BY s.queue, s.task ORDER BY s.queue, s.task""",
     )
@@ -395,8 +395,14 @@ def orphans(conn: Connection, *, seconds: float) -> int:
     return int(found.scalar_one())
 
 
+def count_stuck(conn: Connection) -> int:
+    """Return how many runs have a rollback that waits for an operator."""
+    found = query(conn, "SELECT count(*) FROM byrd.runs WHERE status = 'rollback_stuck'")
+    return int(found.scalar_one())
+
+
 def stuck_rollbacks(conn: Connection, *, limit: int = 5) -> list[str]:
-    """Return the ids of runs whose rollback waits for an operator."""
+    """Return the ids of runs whose rollback waits for an operator, the oldest first."""
     rows = query(
         conn,
         """SELECT id FROM byrd.runs WHERE finished_at IS NULL AND status = 'rollback_stuck'

@@ -14,6 +14,9 @@ from byrd.store.rows import query
 
 _FINAL_RUN = "('succeeded','failed','cancelled')"
 _OPEN_STEP = "('pending','ready','running','waiting')"
+#: An operator has done what the compensation ``s`` should do.
+_BY_HAND = """(s.kind = 'compensation' AND EXISTS (SELECT 1 FROM byrd.events e
+    WHERE e.run_id = s.run_id AND e.step_no = s.no AND e.event = 'done_by_hand'))"""
 
 #: Each selects (run_id, no, detail) of what breaks it.
 RULES = {
@@ -24,21 +27,41 @@ RULES = {
         SELECT r.id, NULL, r.status FROM byrd.runs r
          WHERE r.status IN ('running','paused','cancelling','compensating') AND NOT EXISTS
            (SELECT 1 FROM byrd.steps s WHERE s.run_id = r.id AND (s.status = 'running'
-             OR s.status IN ('ready','waiting') AND (s.kind = 'compensation') = (r.status = 'compensating')))""",
+             OR s.status IN ('ready','waiting') AND (s.kind = 'compensation' OR r.status <> 'compensating')))""",
     "a run that is being cancelled starts nothing more": """
         SELECT s.run_id, s.no, s.status FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
-         WHERE r.status = 'cancelling' AND s.status IN ('pending','ready','waiting')""",
+         WHERE r.status = 'cancelling' AND s.status IN ('pending','ready','waiting') AND s.kind <> 'compensation'
+           AND NOT (s.kind = 'saga' AND s.status = 'waiting')""",
     "a rollback is stuck on a compensation that did not succeed": """
         SELECT r.id, NULL, r.status FROM byrd.runs r WHERE r.status = 'rollback_stuck' AND NOT EXISTS
            (SELECT 1 FROM byrd.steps s WHERE s.run_id = r.id AND s.kind = 'compensation'
              AND s.status IN ('failed','cancelled'))""",
     "nothing but compensations is open in a rollback": f"""
         SELECT s.run_id, s.no, s.kind FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
-         WHERE r.status IN ('compensating','rollback_stuck') AND s.kind <> 'compensation'
-           AND s.status IN {_OPEN_STEP}""",
+         WHERE (r.status = 'compensating' OR r.status = 'rollback_stuck' AND EXISTS
+                 (SELECT 1 FROM byrd.steps c WHERE c.run_id = r.id AND c.kind = 'compensation' AND c.saga IS NULL))
+           AND s.kind <> 'compensation' AND s.status IN {_OPEN_STEP}""",
+    "a saga that has failed is seen to": """
+        SELECT s.run_id, s.no, s.wake_at::text FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
+         WHERE s.kind = 'saga' AND s.status = 'waiting' AND s.wake_at = 'infinity'
+           AND r.status IN ('running','cancelling')
+           AND NOT EXISTS (SELECT 1 FROM byrd.steps c WHERE c.run_id = s.run_id AND c.saga = s.no
+                            AND c.kind = 'compensation' AND c.status IN ('ready','running'))""",
+    "nothing of a saga that has ended badly is open": f"""
+        SELECT s.run_id, s.no, s.status FROM byrd.steps s
+          JOIN byrd.steps g ON g.run_id = s.run_id AND g.no = s.saga
+         WHERE g.status = 'failed' AND s.status IN {_OPEN_STEP}""",
+    "nothing runs in a saga that is undone": f"""
+        SELECT s.run_id, s.no, s.status FROM byrd.steps c
+          JOIN byrd.steps s ON s.run_id = c.run_id AND s.saga = c.saga AND s.kind <> 'compensation'
+         WHERE c.kind = 'compensation' AND s.status IN {_OPEN_STEP}""",
+    "nothing is rolled back after a pivot": """
+        SELECT c.run_id, c.no, r.pivot::text FROM byrd.steps c JOIN byrd.runs r ON r.id = c.run_id
+          JOIN byrd.steps p ON p.run_id = r.id AND p.no = r.pivot
+         WHERE c.kind = 'compensation' AND c.saga IS NULL""",
     "a run that succeeded has no task that did not": """
         SELECT s.run_id, s.no, s.status FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
-         WHERE r.status = 'succeeded' AND s.kind IN ('task','callback') AND s.status <> 'succeeded'""",
+         WHERE r.status = 'succeeded' AND s.kind IN ('task','saga','callback') AND s.status <> 'succeeded'""",
     "a run that failed says why": "SELECT id, NULL, status FROM byrd.runs WHERE status = 'failed' AND error IS NULL",
     "a run has its output": """
         SELECT r.id, r.output, r.status FROM byrd.runs r WHERE NOT EXISTS
@@ -46,18 +69,18 @@ RULES = {
     "a run ends once, and once more after each retry": f"""
         SELECT r.id, NULL, e.ends || ' ends, ' || e.retries || ' retries' FROM byrd.runs r, LATERAL
            (SELECT count(*) FILTER (WHERE event IN {_FINAL_RUN}) AS ends,
-                   count(*) FILTER (WHERE event = 'retried') AS retries,
+                   count(*) FILTER (WHERE event IN ('retried','rollback_requested')) AS retries,
                    count(*) FILTER (WHERE event = 'submitted') AS submits FROM byrd.events WHERE run_id = r.id) e
          WHERE e.ends <> e.retries + (r.status IN {_FINAL_RUN})::int OR e.submits <> 1""",
     "a join waits for its members that are not done": f"""
         SELECT j.run_id, j.no, j.waiting || ' counted, ' || m.open || ' open' FROM byrd.steps j, LATERAL
            (SELECT count(*) AS open FROM byrd.steps m WHERE m.run_id = j.run_id AND m.join_no = j.no
              AND m.status IN {_OPEN_STEP}) m
-         WHERE j.status = 'pending' AND (j.kind = 'join' OR j.replaced) AND j.waiting <> m.open""",
+         WHERE j.status = 'pending' AND (j.kind IN ('join','saga') OR j.replaced) AND j.waiting <> m.open""",
     "a join whose members are done has ended": """
         SELECT j.run_id, j.no, 'waits for nothing' FROM byrd.steps j
           LEFT JOIN byrd.steps p ON p.run_id = j.run_id AND p.no = j.after
-         WHERE j.status = 'pending' AND (j.kind = 'join' OR j.replaced) AND j.waiting = 0
+         WHERE j.status = 'pending' AND (j.kind IN ('join','saga') OR j.replaced) AND j.waiting = 0
            AND (NOT j.on_failure AND (j.after IS NULL OR p.status = 'succeeded')
                 OR EXISTS (SELECT 1 FROM byrd.steps m WHERE m.run_id = j.run_id AND m.join_no = j.no))""",
     "a join succeeds with all its members": """
@@ -67,7 +90,7 @@ RULES = {
     "a step whose predecessor is done does not wait": """
         SELECT s.run_id, s.no, coalesce(p.status, 'first') FROM byrd.steps s
           LEFT JOIN byrd.steps p ON p.run_id = s.run_id AND p.no = s.after
-         WHERE s.status = 'pending' AND s.kind <> 'join' AND NOT s.replaced
+         WHERE s.status = 'pending' AND s.kind NOT IN ('join','saga','compensation') AND NOT s.replaced
            AND (s.after IS NULL OR p.status = CASE WHEN s.on_failure THEN 'failed' ELSE 'succeeded' END)""",
     "a step whose predecessor failed does not wait": """
         SELECT s.run_id, s.no, p.status FROM byrd.steps s
@@ -80,16 +103,18 @@ RULES = {
          WHERE (s.status IN ('ready','running','waiting','succeeded') OR s.status = 'failed' AND s.attempt > 0)
            AND NOT s.replaced
            AND NOT (CASE WHEN s.on_failure THEN p.status IN ('failed','cancelled') ELSE p.status = 'succeeded' END)""",
-    "each attempt is accounted for, once": """
+    "each attempt is accounted for, once": f"""
         SELECT s.run_id, s.no, s.attempt || ' attempts, ' || a.ended || ' ended, ' || s.status
           FROM byrd.steps s, LATERAL
             (SELECT count(*) AS ended FROM byrd.attempts a WHERE a.step_id = s.id AND a.attempt <= s.attempt) a
-         WHERE s.kind NOT IN ('join','wait') AND NOT (s.kind = 'errback' AND s.attempt > a.ended)
+         WHERE s.kind NOT IN ('join','wait','saga') AND NOT (s.kind = 'errback' AND s.attempt > a.ended)
+           AND NOT {_BY_HAND}
            AND s.attempt <> a.ended + (s.status = 'running' OR s.status = 'succeeded' AND NOT s.replaced)::int""",
-    "an attempt that ended otherwise neither runs nor completed the step": """
+    "an attempt that ended otherwise neither runs nor completed the step": f"""
         SELECT s.run_id, s.no, a.outcome || ', ' || s.status FROM byrd.steps s
           JOIN byrd.attempts a ON a.step_id = s.id AND a.attempt >= s.attempt
-         WHERE a.attempt > s.attempt OR s.status = 'running' OR s.status = 'succeeded' AND NOT s.replaced""",
+         WHERE a.attempt > s.attempt OR s.status = 'running'
+            OR s.status = 'succeeded' AND NOT s.replaced AND NOT {_BY_HAND}""",
     "a running step's worker is on record": """
         SELECT s.run_id, s.no, s.worker_id::text FROM byrd.steps s WHERE s.status = 'running'
            AND NOT EXISTS (SELECT 1 FROM byrd.workers w WHERE w.id = s.worker_id)""",
@@ -106,7 +131,7 @@ RULES = {
                             AND o.signal = s.signal AND o.status IN ('waiting','ready','running'))""",
     "a wait of a run that moves is ended in its time": """
         SELECT s.run_id, s.no, s.run_at || ', ' || s.wake_at FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
-         WHERE s.status = 'waiting' AND r.status = 'running'
+         WHERE s.status = 'waiting' AND s.kind = 'wait' AND r.status = 'running'
            AND s.wake_at > greatest(coalesce(s.run_at, 'infinity'), clock_timestamp())""",
     "a wait has no attempt": """
         SELECT s.run_id, s.no, s.attempt::text FROM byrd.steps s WHERE s.kind = 'wait' AND s.attempt > 0""",
@@ -127,19 +152,21 @@ RULES = {
           LEFT JOIN byrd.limit_keys k ON k.name = s.limit_name AND k.key = s.limit_key
          WHERE s.status = 'ready' AND s.limit_no IS NOT NULL AND s.limit_slot IS NULL AND s.wake_at < 'infinity'
            AND k.next_at IS NULL""",
-    "compensations run one at a time": """
-        SELECT s.run_id, NULL, count(*)::text FROM byrd.steps s
-         WHERE s.kind = 'compensation' AND s.status IN ('ready','running') GROUP BY s.run_id HAVING count(*) > 1""",
-    "a compensation undoes a step that succeeded": """
+    "a compensation undoes a step that has, or may have, taken effect": """
         SELECT c.run_id, c.no, s.status FROM byrd.steps c
           JOIN byrd.steps s ON s.run_id = c.run_id AND s.no = c.compensates
-         WHERE s.status <> 'succeeded' OR s.compensation IS NULL""",
-    "compensations run in reverse order of completion": """
-        SELECT b.run_id, b.no, b.compensates || ' was undone before ' || a.compensates FROM byrd.steps a
-          JOIN byrd.steps b ON b.run_id = a.run_id AND b.kind = 'compensation' AND b.finished_at < a.finished_at
-          JOIN byrd.steps sa ON sa.run_id = a.run_id AND sa.no = a.compensates
+         WHERE s.compensation IS NULL OR s.status IN ('pending','ready','running','waiting')
+            OR s.status <> 'succeeded' AND NOT EXISTS (SELECT 1 FROM byrd.attempts a WHERE a.step_id = s.id)""",
+    "a compensation waits for all that is undone before": """
+        SELECT c.run_id, c.no, b.no || ' is ' || b.status FROM byrd.steps c
+          JOIN byrd.steps b ON b.run_id = c.run_id AND b.kind = 'compensation' AND b.rank < c.rank
+           AND b.saga IS NOT DISTINCT FROM c.saga
+         WHERE c.kind = 'compensation' AND c.status <> 'pending' AND b.status NOT IN ('succeeded','skipped')""",
+    "of two steps that followed one another the later is undone first": """
+        SELECT a.run_id, a.no, b.compensates || ' follows ' || a.compensates FROM byrd.steps a
+          JOIN byrd.steps b ON b.run_id = a.run_id AND b.kind = 'compensation' AND b.saga IS NOT DISTINCT FROM a.saga
           JOIN byrd.steps sb ON sb.run_id = b.run_id AND sb.no = b.compensates
-         WHERE a.kind = 'compensation' AND sb.finished_at < sa.finished_at""",
+         WHERE a.kind = 'compensation' AND sb.after = a.compensates AND b.rank >= a.rank""",
 }
 
 _ALL = "\nUNION ALL\n".join(

@@ -34,6 +34,7 @@ class NewRun:
         return all(
             (step.kind in _PLAIN and (step.after is not None or (step.countdown is None and step.eta is None)))
             or (step.kind is StepKind.JOIN and step.members > 0)
+            or step.kind is StepKind.SAGA
             or (step.kind is StepKind.WAIT and step.after is not None)
             for step in self.plan.steps
         )
@@ -76,7 +77,7 @@ def submit_many(conn: Connection, new: Sequence[NewRun], *, told: bool = True) -
     wakeups = [
         _first_wakeup(run.id, step)
         for run, step in steps
-        if step.after is None and step.kind is not StepKind.JOIN and run.id not in existing
+        if step.after is None and step.kind not in (StepKind.JOIN, StepKind.SAGA) and run.id not in existing
     ]
     return ids, wakeups
 
@@ -178,9 +179,12 @@ def renumbered(plan: Plan, first_no: int) -> Plan:
         return None if no is None else no + shift
 
     moved = (
-        replace(s, no=s.no + shift, after=shifted(s.after), input=shifted(s.input), into=shifted(s.into))
+        replace(
+            s, no=s.no + shift, after=shifted(s.after), input=shifted(s.input), into=shifted(s.into),
+            saga=shifted(s.saga),
+        )
         for s in plan.steps
-    )
+    )  # fmt: skip
     return Plan(tuple(moved), plan.output + shift)
 
 
@@ -204,7 +208,7 @@ _COLUMNS = {
     "options": "text", "compensation": "text", "after": "int", "on_failure": "bool", "input": "int", "join_no": "int",
     "join_pos": "int", "waiting": "int", "group_id": "text", "countdown": "float8", "eta": "timestamptz",
     "expires_in": "float8", "expires_at": "timestamptz", "solo": "bool", "signal": "text", "fallback": "text",
-    "limit_name": "text", "limit_key": "text",
+    "limit_name": "text", "limit_key": "text", "saga": "int", "mark": "text",
 }  # fmt: skip
 #: What ``byrd.write_runs`` puts in place of NULL.
 _DEFAULTS = {"kind": "task", "args": "[]", "kwargs": "{}", "options": "{}", "on_failure": False, "waiting": 0,
@@ -245,7 +249,7 @@ def _row(step: Step) -> tuple[Any, ...]:
         step.id, step.no, step.kind.value, step.task, step.queue, step.args, step.kwargs, options_json(step),
         step.compensation, step.after, step.on_failure, step.input, step.into, step.position, step.members,
         step.group_id, step.countdown, step.eta, step.expires_in, step.expires_at, step.solo, step.signal,
-        step.fallback, step.limit_name, step.limit_key,
+        step.fallback, step.limit_name, step.limit_key, step.saga, step.mark,
     )  # fmt: skip
 
 

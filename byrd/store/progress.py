@@ -73,7 +73,11 @@ def save_and_look(conn: Connection, step_id: str, attempt: int, name: str, count
 #: FOR KEY SHARE: the step cannot be given to another attempt between this check and the commit.
 _OWNED = """EXISTS (SELECT 1 FROM byrd.steps s WHERE s.id = %(id)s AND s.attempt = %(attempt)s
                     AND s.status = 'running' FOR SHARE)"""
-_REASON = "r.status, coalesce(w.stopping, false) AS stopping"
+_REASON = """CASE WHEN s.kind = 'compensation' AND r.status = 'cancelling' THEN 'compensating'
+      WHEN s.saga IS NOT NULL AND s.kind <> 'compensation' AND NOT EXISTS
+        (SELECT 1 FROM byrd.steps g WHERE g.run_id = s.run_id AND g.no = s.saga AND g.status IN ('pending','succeeded'))
+      THEN 'cancelling' ELSE r.status END AS status,
+    coalesce(w.stopping, false) AS stopping"""
 
 
 def remembered(conn: Connection, step_id: str, name: str) -> str | None:

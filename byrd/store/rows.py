@@ -113,6 +113,7 @@ class RunRow:
     deadline: datetime | None
     compensate: bool
     terminate_at: datetime | None
+    pivot: int | None
 
     @classmethod
     def columns(cls) -> str:
@@ -141,6 +142,9 @@ class StepRow:
     join_no: int | None
     join_pos: int | None
     compensates: int | None
+    saga: int | None
+    mark: str | None
+    rank: int | None
     waiting: int
     replaced: bool
     signal: str | None

@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 
 from byrd.errors import IllegalTransitionError, RunNotFoundError
 from byrd.model import RUN_TRANSITIONS, sources
-from byrd.store import flow, locks
+from byrd.store import flow, locks, undo
 from byrd.store.rows import CHANNEL, WAKEUP, RunRow, StepRow, Wakeup, query, wakeups_of
 
 _NOW = "clock_timestamp()"
@@ -43,9 +43,22 @@ def record(
 # it, and nothing is done again.  ``by`` is who gave it, for the history.
 
 
-def advance(conn: Connection, run_id: str, no: int, join_no: int | None, *, succeeded: bool) -> list[Wakeup]:
-    """Do all that follows from the outcome of step ``no``, the run's end included; return what became ready."""
+def advance(
+    conn: Connection, run_id: str, no: int, join_no: int | None, *, succeeded: bool, pivot: bool = False
+) -> list[Wakeup]:
+    """Do all that follows from the outcome of step ``no``, the run's end included; return what became ready.
+
+    ``pivot``: from now on the run goes forward only.
+    """
     wakeups, still_waiting = flow.advance(conn, run_id, no, join_no, succeeded=succeeded)
+    if pivot:
+        passed = query(
+            conn,
+            "UPDATE byrd.runs SET pivot = %(no)s WHERE id = %(run)s AND pivot IS NULL RETURNING 1",
+            {"run": run_id, "no": no},
+        )
+        if passed.first():
+            record(conn, run_id, "pivot_passed", step_no=no)
     return wakeups if wakeups or still_waiting else finish_if_done(conn, run_id)
 
 
@@ -55,19 +68,23 @@ def finish_if_done(conn: Connection, run_id: str) -> list[Wakeup]:
     The run's row is locked first, so that of two last steps that end at once the second sees the first.
     """
     run = query(
-        conn, "SELECT status, outcome, compensate FROM byrd.runs WHERE id = %(run)s FOR NO KEY UPDATE", {"run": run_id}
+        conn,
+        "SELECT status, outcome, compensate, pivot, error FROM byrd.runs WHERE id = %(run)s FOR NO KEY UPDATE",
+        {"run": run_id},
     ).first()
     if run is None or _is_open(conn, run_id):
         return []
     if run.status in sources(RUN_TRANSITIONS, "finish"):
         outcome = "failed" if _has_failed(conn, run_id) else "succeeded"
-        if outcome == "failed" and _can_compensate(conn, run_id):
-            return _compensate(conn, run_id, "finish", outcome)
+        if outcome == "failed" and run.pivot is None and undo.compensable(conn, run_id):
+            cause = undo.cause_of(conn, run_id)
+            if cause is not None:
+                return _compensate(conn, run_id, "finish", outcome, {"cause": cause})
         _finish(conn, run_id, "finish", outcome)
     elif run.status in sources(RUN_TRANSITIONS, "finish_cancel"):
         outcome = run.outcome or "cancelled"
-        if run.compensate and _can_compensate(conn, run_id):
-            return _compensate(conn, run_id, "finish_cancel", outcome)
+        if run.compensate and undo.compensable(conn, run_id):
+            return _compensate(conn, run_id, "finish_cancel", outcome, _asked(conn, run_id, "cancel_requested"))
         _finish(conn, run_id, "finish_cancel", outcome)
     elif run.status in sources(RUN_TRANSITIONS, "finish_rollback"):
         _finish(conn, run_id, "finish_rollback", run.outcome)
@@ -119,11 +136,21 @@ def cancel(
     outcome: str = "cancelled",
     error: str | None = None,
     by: str | None = None,
+    reason: str | None = None,
     token: str | None = None,
 ) -> list[Wakeup]:
-    """running or paused → cancelling.  What has not started never will; what runs stops at its next checkpoint."""
+    """running or paused → cancelling.  What has not started never will; what runs stops at its next checkpoint.
+
+    Raises :class:`IllegalTransitionError`, too, when it is to ``compensate`` and the run's pivot has succeeded; one
+    that is stopped for its deadline, an ``error``, is not compensated then.
+    """
     if done_before(conn, run_id, token):
         return []
+    run = locked(conn, run_id)
+    if compensate and run.pivot is not None:
+        if error is None:
+            raise _past_pivot(run_id, run.pivot)
+        compensate = False
     _move(conn, run_id, "cancel", "cancelling")
     query(
         conn,
@@ -133,37 +160,111 @@ def cancel(
     query(
         conn,
         f"""UPDATE byrd.steps SET status = 'cancelled', finished_at = {_NOW}, error = %(error)s, limit_slot = NULL
-            WHERE run_id = %(run)s AND status IN ('pending','ready','waiting')""",
+            WHERE run_id = %(run)s AND status IN ('pending','ready','waiting')
+              AND kind <> 'compensation' AND NOT (kind = 'saga' AND status = 'waiting')""",
         {"run": run_id, "error": error or flow.error_json("TaskRevokedError", "celery.exceptions", ["cancelled"])},
     )
-    record(conn, run_id, "cancel_requested", {"compensate": compensate, "outcome": outcome, **_by(by)}, token=token)
-    return finish_if_done(conn, run_id)
+    detail = {"compensate": compensate, "outcome": outcome, **_by(by), **({"reason": reason} if reason else {})}
+    record(conn, run_id, "cancel_requested", detail, token=token)
+    # A saga that had failed before undoes what it had done, whatever else is to become of the run.
+    return _wake(conn, run_id) or finish_if_done(conn, run_id)
+
+
+def roll_back(
+    conn: Connection, run_id: str, *, reason: str | None = None, by: str | None = None, token: str | None = None
+) -> list[Wakeup]:
+    """succeeded, failed or cancelled → compensating; paused → cancelling, and then it is compensated.
+
+    Raises :class:`IllegalTransitionError` for another status, after a pivot, and when there is nothing to undo.
+    """
+    if done_before(conn, run_id, token):
+        return []
+    run = locked(conn, run_id)
+    if run.pivot is not None:
+        raise _past_pivot(run_id, run.pivot)
+    if run.status == "paused":
+        return cancel(conn, run_id, compensate=True, by=by, reason=reason, token=token)
+    if run.status not in sources(RUN_TRANSITIONS, "roll_back"):
+        allowed = ", ".join(sorted(str(s) for s in sources(RUN_TRANSITIONS, "roll_back")))
+        raise IllegalTransitionError(
+            f"run {run_id} is {run.status}: a rollback needs it to be {allowed} or paused; "
+            "pause it first, or cancel it with its compensations"
+        )
+    if not undo.compensable(conn, run_id):
+        raise IllegalTransitionError(f"run {run_id} has nothing to undo: no step with a compensation has completed")
+    detail = {**_by(by), **({"reason": reason} if reason else {})}
+    record(conn, run_id, "rollback_requested", detail, token=token)
+    query(conn, "UPDATE byrd.runs SET finished_at = NULL, status = 'compensating' WHERE id = %(run)s", {"run": run_id})
+    return _compensate(conn, run_id, "finish_rollback", "cancelled", detail)
 
 
 def stick(conn: Connection, run_id: str, step_no: int) -> None:
-    """compensating → rollback_stuck: the compensation ``step_no`` used up its retries."""
-    row = query(
+    """running, paused, cancelling or compensating → rollback_stuck: a compensation used up its retries.
+
+    Somebody outside is told of each, if the deployment says whom.
+    """
+    params = {"run": run_id, "no": step_no, "sources": _sources("stick")}
+    moved = query(
         conn,
-        "UPDATE byrd.runs SET status = 'rollback_stuck' WHERE id = %(run)s AND status = 'compensating' RETURNING id",
-        {"run": run_id},
-    ).first()
-    if row is not None:
+        "UPDATE byrd.runs SET status = 'rollback_stuck' WHERE id = %(run)s AND status = ANY(%(sources)s) RETURNING id",
+        params,
+    )
+    if moved.first():
         record(conn, run_id, "rollback_stuck", step_no=step_no)
+        query(conn, "INSERT INTO byrd.notices (run_id, step_no) VALUES (%(run)s, %(no)s)", params)
+
+
+def go_on_undoing(conn: Connection, run_id: str, saga: int | None) -> list[Wakeup]:
+    """A compensation is done, or needs not be: do all that follows."""
+    wakeups, done = undo.release_next(conn, run_id, saga)
+    if not done:
+        return wakeups
+    if saga is not None:
+        flow.look_at_sagas(conn, run_id)
+        return []
+    return finish_if_done(conn, run_id)
+
+
+def unstick(conn: Connection, run_id: str) -> list[Wakeup]:
+    """rollback_stuck → what the run was before, unless another compensation of it is stuck."""
+    params = {"run": run_id}
+    stuck = """SELECT 1 FROM byrd.steps WHERE run_id = %(run)s AND compensates IS NOT NULL
+                 AND status IN ('failed','cancelled') LIMIT 1"""
+    if query(conn, stuck, params).first():
+        return []
+    was = query(
+        conn,
+        """SELECT CASE WHEN EXISTS (SELECT 1 FROM byrd.steps s WHERE s.run_id = r.id AND s.compensates IS NOT NULL
+                                     AND s.saga IS NULL) THEN 'compensating'
+                       WHEN r.outcome IS NOT NULL THEN 'cancelling' ELSE 'running' END
+             FROM byrd.runs r WHERE r.id = %(run)s""",
+        params,
+    ).scalar_one()
+    _move(conn, run_id, "retry_rollback", was)
+    wakeups = _wake(conn, run_id)
+    open_rollbacks = query(
+        conn,
+        """SELECT DISTINCT saga FROM byrd.steps
+            WHERE run_id = %(run)s AND compensates IS NOT NULL AND status = 'pending'""",
+        params,
+    ).all()
+    for row in open_rollbacks:
+        wakeups += undo.release_next(conn, run_id, row.saga)[0]
+    return wakeups or finish_if_done(conn, run_id)
 
 
 def retry(conn: Connection, run_id: str, *, by: str | None = None, token: str | None = None) -> list[Wakeup]:
     """failed or cancelled → running: what succeeded is kept, the rest runs again; a new failure calls errbacks anew.
 
-    rollback_stuck → compensating: the compensation that failed is tried again.
+    rollback_stuck → what it was before: the compensations that failed are tried again.
     """
     if done_before(conn, run_id, token):
         return []
     run = locked(conn, run_id)
     if run.status == "rollback_stuck":
-        _move(conn, run_id, "retry_rollback", "compensating")
-        rows = _reopen(conn, run_id, "kind = 'compensation' AND status IN ('failed','cancelled')")
+        _reopen(conn, run_id, "kind = 'compensation' AND status IN ('failed','cancelled')")
         record(conn, run_id, "rollback_retried", _by(by), token=token)
-        return flow.release(conn, run_id, rows)
+        return unstick(conn, run_id)
     if run.status not in sources(RUN_TRANSITIONS, "retry_run"):
         raise _illegal(run_id, run.status, "retry_run")
     if query(
@@ -197,13 +298,13 @@ def _resume_pending(conn: Connection, run_id: str) -> list[Wakeup]:
         conn,
         """UPDATE byrd.steps j SET waiting = (SELECT count(*) FROM byrd.steps m WHERE m.run_id = j.run_id
                   AND m.join_no = j.no AND m.status <> 'succeeded')
-           WHERE j.run_id = %(run)s AND j.status = 'pending' AND (j.kind = 'join' OR j.replaced)""",
+           WHERE j.run_id = %(run)s AND j.status = 'pending' AND (j.kind IN ('join','saga') OR j.replaced)""",
         params,
     )
     rows = query(
         conn,
         """SELECT s.no FROM byrd.steps s LEFT JOIN byrd.steps p ON p.run_id = s.run_id AND p.no = s.after
-           WHERE s.run_id = %(run)s AND s.status = 'pending' AND s.kind <> 'join' AND NOT s.replaced
+           WHERE s.run_id = %(run)s AND s.status = 'pending' AND s.kind NOT IN ('join','saga') AND NOT s.replaced
              AND NOT s.on_failure AND (s.after IS NULL OR p.status = 'succeeded')""",
         params,
     )
@@ -212,7 +313,8 @@ def _resume_pending(conn: Connection, run_id: str) -> list[Wakeup]:
     ended = query(
         conn,
         """SELECT j.no, j.kind FROM byrd.steps j LEFT JOIN byrd.steps p ON p.run_id = j.run_id AND p.no = j.after
-           WHERE j.run_id = %(run)s AND j.status = 'pending' AND (j.kind = 'join' OR j.replaced) AND j.waiting = 0
+           WHERE j.run_id = %(run)s AND j.status = 'pending' AND (j.kind IN ('join','saga') OR j.replaced)
+             AND j.waiting = 0
              AND NOT j.on_failure AND (j.after IS NULL OR p.status = 'succeeded') ORDER BY j.no""",
         params,
     ).all()
@@ -288,7 +390,8 @@ def _wake(conn: Connection, run_id: str) -> list[Wakeup]:
     wakeups = wakeups_of(rows)
     waits = query(
         conn,
-        f"UPDATE byrd.steps s SET wake_at = {flow.LOOK_AT} WHERE s.run_id = %(run)s AND s.status = 'waiting'",
+        f"""UPDATE byrd.steps s SET wake_at = CASE s.kind WHEN 'saga' THEN {_NOW} ELSE {flow.LOOK_AT} END
+            WHERE s.run_id = %(run)s AND s.status = 'waiting'""",
         {"run": run_id},
     )
     limited = query(
@@ -305,42 +408,39 @@ def _wake(conn: Connection, run_id: str) -> list[Wakeup]:
 
 
 def _has_failed(conn: Connection, run_id: str) -> bool:
-    sql = """SELECT 1 FROM byrd.steps WHERE run_id = %(run)s AND kind IN ('task','join','wait','callback')
+    sql = """SELECT 1 FROM byrd.steps WHERE run_id = %(run)s AND kind IN ('task','join','wait','saga','callback')
              AND status IN ('failed','skipped','cancelled') LIMIT 1"""
     return query(conn, sql, {"run": run_id}).first() is not None
 
 
-def _can_compensate(conn: Connection, run_id: str) -> bool:
-    return query(conn, f"SELECT 1 FROM byrd.steps s WHERE {_COMPENSABLE} LIMIT 1", {"run": run_id}).first() is not None
-
-
-_COMPENSABLE = """s.run_id = %(run)s AND s.status = 'succeeded' AND s.compensation IS NOT NULL AND NOT EXISTS
-    (SELECT 1 FROM byrd.steps c WHERE c.run_id = s.run_id AND c.compensates = s.no)"""
-
-
-def _compensate(conn: Connection, run_id: str, name: str, outcome: str) -> list[Wakeup]:
-    """→ compensating: plan one compensation per completed saga step, the last completed first, one after another."""
+def _compensate(conn: Connection, run_id: str, name: str, outcome: str, why: Mapping[str, Any]) -> list[Wakeup]:
+    """→ compensating: plan one compensation for each saga step that was completed, or may have been."""
     query(
         conn,
         """UPDATE byrd.runs SET status = 'compensating', outcome = %(outcome)s
            WHERE id = %(run)s AND status = ANY(%(sources)s)""",
         {"run": run_id, "outcome": outcome, "sources": _sources(name)},
     )
-    rows = query(
+    planned = undo.plan(conn, run_id)
+    record(conn, run_id, "rollback_started", {"steps": planned, "then": outcome, **why})
+    return undo.release_next(conn, run_id, None)[0]
+
+
+def _asked(conn: Connection, run_id: str, event: str) -> dict[str, Any]:
+    """Return who asked for something, and why, as far as its event says."""
+    detail = query(
         conn,
-        f"""WITH undo AS (
-              SELECT s.no, s.compensation::json AS how,
-                     row_number() OVER (ORDER BY s.finished_at DESC, s.no DESC) AS rank,
-                     (SELECT max(no) FROM byrd.steps WHERE run_id = %(run)s) AS top
-                FROM byrd.steps s WHERE {_COMPENSABLE})
-            INSERT INTO byrd.steps (id, run_id, no, kind, task, queue, options, compensates, after)
-            SELECT gen_random_uuid()::text, %(run)s, top + rank, 'compensation', how->>'task', how->>'queue',
-                   coalesce(how->>'options', '{{}}'), undo.no, CASE WHEN rank > 1 THEN top + rank - 1 END
-              FROM undo RETURNING no, after""",
-        {"run": run_id},
-    ).all()
-    record(conn, run_id, "rollback_started", {"steps": len(rows), "then": outcome})
-    return flow.release(conn, run_id, [row.no for row in rows if row.after is None])
+        "SELECT detail FROM byrd.events WHERE run_id = %(run)s AND event = %(event)s ORDER BY id DESC LIMIT 1",
+        {"run": run_id, "event": event},
+    ).scalar()
+    return {key: value for key, value in json.loads(detail or "{}").items() if key in ("by", "reason")}
+
+
+def _past_pivot(run_id: str, pivot: int) -> IllegalTransitionError:
+    return IllegalTransitionError(
+        f"run {run_id} goes forward only: step {pivot}, its pivot, has succeeded, so nothing is rolled back; "
+        f"`byrd retry` tries again what failed"
+    )
 
 
 def _finish(conn: Connection, run_id: str, name: str, outcome: str) -> None:
@@ -386,7 +486,7 @@ def done_before(conn: Connection, run_id: str, token: str | None) -> bool:
 def locked(conn: Connection, run_id: str) -> Any:
     """Have the run to oneself; return its row, locked."""
     locks.own_run(conn, run_id)
-    sql = "SELECT id, status FROM byrd.runs WHERE id = %(run)s FOR NO KEY UPDATE"
+    sql = "SELECT id, status, pivot FROM byrd.runs WHERE id = %(run)s FOR NO KEY UPDATE"
     row = query(conn, sql, {"run": run_id}).first()
     if row is None:
         raise RunNotFoundError(f"no run has the id {run_id}")

@@ -7,14 +7,15 @@ The same outcome of the same attempt is accepted twice, for the answer to the fi
 
 from __future__ import annotations
 
+import dataclasses
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
 
 from byrd.canvas import Plan
 from byrd.errors import IllegalTransitionError, StaleAttempt, StepCancelled
-from byrd.model import Outcome, RunStatus, StepKind, StepStatus
+from byrd.model import Mark, Outcome, RunStatus, StepKind, StepStatus
 from byrd.store import flow, locks, plans, runs
 from byrd.store.flow import COMPLETED_AT, RESEND_SECONDS, error_json
 from byrd.store.locks import SHARE_RUN_OF_STEP, TRY_SHARE_RUN
@@ -24,11 +25,19 @@ from byrd.store.rows import WAKEUP, Claim, Wakeup, query, wakeups_of
 MAX_PREEMPTIONS = 5
 #: How long a step that may not run beside another on this worker waits until a worker is asked again.
 SUSPECT_SECONDS = 1.0
+#: How often a step that fails is tried again where nothing may be rolled back because of it, and after which pauses.
+PATIENCE = 10
+_LONGEST_PAUSE_SECONDS = 300.0
 #: How long a step waits whose message came to a worker that may not claim it.
 SEND_AGAIN_SECONDS = 0.5
 
 _NOW = "clock_timestamp()"
 _UNCLAIMED = "worker_id = NULL, pid = NULL, claim = NULL, limit_slot = NULL, limit_no = NULL"
+
+#: The run ``r``, and the saga of the step ``s``, if it is a step of one, let it start.
+_MAY_GO_ON = """CASE WHEN s.kind = 'compensation' THEN r.status IN ('compensating','running','cancelling')
+    ELSE r.status = 'running' AND (s.saga IS NULL OR EXISTS (SELECT 1 FROM byrd.steps g
+           WHERE g.run_id = s.run_id AND g.no = s.saga AND g.status IN ('pending','succeeded'))) END"""
 
 _CLAIM = f"""
 UPDATE byrd.steps s
@@ -38,7 +47,7 @@ UPDATE byrd.steps s
  WHERE s.id = %(id)s AND s.status = 'ready' AND s.attempt = %(attempt)s AND s.wake_at < 'infinity'
    AND s.run_at <= {_NOW} AND (s.attempt > 0 OR s.expires_at IS NULL OR s.expires_at > {_NOW})
    AND s.task = %(task)s AND r.id = s.run_id AND (s.preemptions < %(suspect)s OR %(alone)s)
-   AND r.status = CASE WHEN s.kind = 'compensation' THEN 'compensating' ELSE 'running' END
+   AND {_MAY_GO_ON}
    AND w.lease_until > {_NOW} AND NOT w.stopping
 RETURNING s.id
 """
@@ -104,7 +113,7 @@ def _send_again(conn: Connection, params: dict[str, Any]) -> None:
               FROM byrd.runs r
              WHERE s.id = %(id)s AND s.attempt = %(attempt)s AND s.status = 'ready' AND s.task = %(task)s
                AND s.sends > 0 AND s.wake_at < 'infinity' AND s.run_at <= {_NOW} AND r.id = s.run_id
-               AND r.status = CASE WHEN s.kind = 'compensation' THEN 'compensating' ELSE 'running' END""",
+               AND {_MAY_GO_ON}""",
         params,
     )
 
@@ -139,23 +148,50 @@ def _may_run_alone(conn: Connection, params: dict[str, Any]) -> bool:
     return False
 
 
-def compensated_call(conn: Connection, run_id: str, no: int) -> tuple[str, str | None, str, str]:
-    """Return what a compensation is called with: the step's result, its input, its args and its kwargs (JSON)."""
+class Undone(NamedTuple):
+    """The step that a compensation undoes, with what it was called with (JSON), and why it is undone."""
+
+    id: str
+    no: int
+    task: str
+    status: str
+    result: str | None
+    input: str | None
+    args: str
+    kwargs: str
+    error: str | None
+    failed_step: int | None
+    failed_task: str | None
+    reason: str | None
+    by: str | None
+
+
+def compensated_call(conn: Connection, step_id: str) -> Undone:
+    """Return what a compensation is called for, and with."""
     row = query(
         conn,
-        """SELECT s.result, i.result AS input, s.args, s.kwargs FROM byrd.steps s
-           LEFT JOIN byrd.steps i ON i.run_id = s.run_id AND i.no = s.input
-           WHERE s.run_id = %(run)s AND s.no = %(no)s""",
-        {"run": run_id, "no": no},
+        """SELECT s.id, s.no, s.task, s.status, s.result, i.result AS input, s.args, s.kwargs,
+                  coalesce(x.error, xc.error, r.error) AS error, x.no AS failed_step, x.task AS failed_task,
+                  e.detail->>'reason' AS reason, e.detail->>'by' AS by
+             FROM byrd.steps c JOIN byrd.steps s ON s.run_id = c.run_id AND s.no = c.compensates
+             JOIN byrd.runs r ON r.id = c.run_id
+             LEFT JOIN byrd.steps i ON i.run_id = s.run_id AND i.no = s.input
+             LEFT JOIN LATERAL (SELECT detail::json AS detail FROM byrd.events e WHERE e.run_id = c.run_id
+                 AND e.event = 'rollback_started' AND e.step_no IS NOT DISTINCT FROM c.saga
+                ORDER BY e.id DESC LIMIT 1) e ON true
+             LEFT JOIN byrd.steps x ON x.run_id = c.run_id AND x.no = (e.detail->>'cause')::int
+             LEFT JOIN byrd.steps xc ON xc.run_id = c.run_id AND xc.no = x.cause
+            WHERE c.id = %(id)s""",
+        {"id": step_id},
     ).one()
-    return (row.result, row.input, row.args, row.kwargs)
+    return Undone._make(row)
 
 
 _COMPLETE = f"""
 UPDATE byrd.steps s SET status = 'succeeded', result = %(result)s, finished_at = {COMPLETED_AT}, {_UNCLAIMED}
   FROM {SHARE_RUN_OF_STEP}
  WHERE s.id = %(id)s AND s.attempt = %(attempt)s AND s.status = 'running'
-RETURNING s.run_id, s.no, s.join_no
+RETURNING s.run_id, s.no, s.join_no, s.kind, s.saga, s.mark
 """
 
 
@@ -168,7 +204,13 @@ def complete(conn: Connection, step_id: str, attempt: int, result: str) -> list[
     if row is None:
         _refuse_unless_completed(conn, step_id, attempt)
         return []
-    return runs.advance(conn, str(row.run_id), row.no, row.join_no, succeeded=True)
+    run_id = str(row.run_id)
+    if row.kind == StepKind.COMPENSATION:
+        return runs.go_on_undoing(conn, run_id, row.saga)
+    wakeups = runs.advance(conn, run_id, row.no, row.join_no, succeeded=True, pivot=row.mark == Mark.PIVOT)
+    if row.saga is not None:
+        flow.look_at_sagas(conn, run_id)
+    return wakeups
 
 
 def fail(
@@ -176,14 +218,40 @@ def fail(
 ) -> list[Wakeup]:
     """running → failed, with the error (JSON text); call errbacks, skip what waited for its success.
 
+    → ready where nothing may be rolled back because of it: after the run's pivot, and when the step is retriable.  Then
+    it is tried again, ten times, after pauses that grow to five minutes.
     ``owner``: the worker that must hold the step, and ``pid`` its process, where a message's attempt number alone is
     known.
     """
+    pause = _pause_of_persistence(conn, step_id)
+    if pause is not None:
+        row = _give_back(conn, step_id, attempt, Outcome.FAILED, error, delay=pause, preempted=0, owner=owner, pid=pid)
+        if row is None:
+            _refuse_unless_recorded(conn, step_id, attempt, Outcome.FAILED)
+            return []
+        return _settle_returned(conn, row)
     row = _end(conn, step_id, attempt, "failed", Outcome.FAILED, error, owner=owner, pid=pid)
     if row is None:
         _refuse_unless_recorded(conn, step_id, attempt, Outcome.FAILED)
         return []
     return _after_failure(conn, row)
+
+
+def _pause_of_persistence(conn: Connection, step_id: str) -> float | None:
+    """Return after how many seconds a step that fails now is tried again nonetheless; None when it is not."""
+    row = query(
+        conn,
+        """SELECT (SELECT count(*) FROM byrd.attempts a WHERE a.step_id = s.id AND a.outcome = 'failed'
+                    AND a.ended_at > coalesce((SELECT max(e.at) FROM byrd.events e
+                         WHERE e.run_id = s.run_id AND e.event = 'retried'), '-infinity')) AS before
+             FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
+            WHERE s.id = %(id)s AND s.kind IN ('task','callback') AND r.status IN ('running','paused')
+              AND (s.mark = 'retriable' OR r.pivot IS NOT NULL)""",
+        {"id": step_id},
+    ).first()
+    if row is None or row.before >= PATIENCE:
+        return None
+    return min(_LONGEST_PAUSE_SECONDS, 2.0 ** int(row.before))
 
 
 def retry(
@@ -402,7 +470,7 @@ def replace(conn: Connection, step_id: str, attempt: int, plan: Plan) -> list[Wa
     if row is None:
         _refuse_unless_recorded(conn, step_id, attempt, Outcome.REPLACED)
         return []
-    plan = plans.renumbered(plan, first_no)
+    plan = _as_part_of(plans.renumbered(plan, first_no), row.saga)
     plans.insert_steps(conn, run_id, plan.steps)
     query(
         conn,
@@ -426,7 +494,10 @@ def extend_join(conn: Connection, step_id: str, attempt: int, plan: Plan) -> lis
     join = _join_of(conn, step_id)
     if join is None:
         raise ValueError("Current task is not member of any chord")  # Celery's own words
-    plan = plans.renumbered(plan, first_no)
+    around = query(
+        conn, "SELECT saga FROM byrd.steps WHERE run_id = %(run)s AND no = %(no)s", {"run": run_id, "no": join}
+    ).scalar()
+    plan = _as_part_of(plans.renumbered(plan, first_no), around)
     plans.insert_steps(conn, run_id, plan.steps)
     query(
         conn,
@@ -438,6 +509,19 @@ def extend_join(conn: Connection, step_id: str, attempt: int, plan: Plan) -> lis
         {"run": run_id, "join": join, "output": plan.output},
     )
     return plans.start(conn, run_id, plan.steps)
+
+
+def _as_part_of(plan: Plan, saga: int | None) -> Plan:
+    """Return the plan as a part of a saga; errbacks are none."""
+    if saga is None:
+        return plan
+    moved = (
+        step
+        if step.kind is StepKind.ERRBACK or step.saga is not None
+        else dataclasses.replace(step, saga=saga, solo=True)
+        for step in plan.steps
+    )
+    return Plan(tuple(moved), plan.output)
 
 
 def _join_of(conn: Connection, step_id: str) -> int | None:
@@ -469,13 +553,16 @@ def _open_plan(conn: Connection, step_id: str) -> tuple[str, int]:
     locks.own_run(conn, run_id)
     row = query(
         conn,
-        """SELECT r.status, (SELECT max(no) + 1 FROM byrd.steps s WHERE s.run_id = r.id) AS next_no
+        """SELECT r.status, (SELECT max(no) + 1 FROM byrd.steps s WHERE s.run_id = r.id) AS next_no,
+                  (SELECT g.status NOT IN ('pending','succeeded') FROM byrd.steps s
+                     JOIN byrd.steps g ON g.run_id = s.run_id AND g.no = s.saga WHERE s.id = %(id)s) AS saga_failed
            FROM byrd.runs r WHERE r.id = %(run)s""",
-        {"run": run_id},
+        {"run": run_id, "id": step_id},
     ).one()
-    if row.status == RunStatus.CANCELLING:
+    if row.status == RunStatus.CANCELLING or row.saga_failed:
         # The new steps would never start, and the run would wait for them for ever.
-        raise StepCancelled(f"step {step_id}: its run is being cancelled")
+        why = "its saga has failed" if row.saga_failed else "its run is being cancelled"
+        raise StepCancelled(f"step {step_id}: {why}")
     return run_id, row.next_no
 
 
@@ -492,7 +579,7 @@ def check_owner(conn: Connection, step_id: str, attempt: int) -> None:
 
 # -- the end of an attempt -------------------------------------------------------------------------
 
-_ENDED = "s.id, s.run_id, s.no, s.kind, s.join_no, s.status"
+_ENDED = "s.id, s.run_id, s.no, s.kind, s.join_no, s.status, s.saga"
 
 
 def _end(
@@ -564,8 +651,10 @@ def _give_back(
 def _settle_returned(conn: Connection, row: Any) -> list[Wakeup]:
     """A step went back to ready: publish it, unless its run is being cancelled, which ends it here, or is paused."""
     run = query(conn, "SELECT status FROM byrd.runs WHERE id = %(run)s", {"run": row.run_id}).one()
-    if run.status == RunStatus.CANCELLING:
+    if run.status == RunStatus.CANCELLING and row.kind != StepKind.COMPENSATION:
         return revoke(conn, row.id, "cancelled")
+    if row.saga is not None and row.kind != StepKind.COMPENSATION:
+        flow.look_at_sagas(conn, str(row.run_id))  # one that has failed cancels it
     if run.status == RunStatus.PAUSED:
         query(conn, "UPDATE byrd.steps SET wake_at = 'infinity' WHERE id = %(id)s AND status = 'ready'", {"id": row.id})
         return []
@@ -583,7 +672,10 @@ def _after_failure(conn: Connection, row: Any) -> list[Wakeup]:
     if row.kind == "compensation":
         runs.stick(conn, str(row.run_id), row.no)
         return []
-    return runs.advance(conn, str(row.run_id), row.no, row.join_no, succeeded=False)
+    wakeups = runs.advance(conn, str(row.run_id), row.no, row.join_no, succeeded=False)
+    if row.saga is not None:
+        flow.look_at_sagas(conn, str(row.run_id))
+    return wakeups
 
 
 def _refuse_unless_completed(conn: Connection, step_id: str, attempt: int) -> None:

@@ -26,7 +26,8 @@ _BATCH = 100
 _OVERDUE_BATCH = 50
 #: With more messages than this in a queue, it is not asked whether some of ours are missing; patience sees to these.
 _COUNTED = 2000
-_MOVING = "('running','compensating')"
+#: In the last, compensations of a saga that had failed before are all that is ready.
+_MOVING = "('running','compensating','cancelling')"
 #: The queues that hold published steps, each with the time of its first: one look at the index per queue.
 _QUEUES = """
     WITH RECURSIVE queues AS (

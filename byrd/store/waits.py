@@ -16,7 +16,7 @@ from sqlalchemy import Connection
 
 from byrd.errors import IllegalTransitionError
 from byrd.model import RunStatus, StepStatus
-from byrd.store import flow, locks, progress, runs, steps
+from byrd.store import flow, locks, progress, runs, sagas, steps
 from byrd.store.flow import COMPLETED_AT, REVOKED, error_json
 from byrd.store.rows import CHANNEL, Wakeup, query
 
@@ -76,7 +76,7 @@ def signal(
 
 
 def end_due(conn: Connection, *, limit: int = BATCH) -> tuple[list[Wakeup], list[str], bool]:
-    """waiting → succeeded or failed for waits whose time or signal has come.
+    """waiting → succeeded or failed for waits whose time or signal has come; and see to the sagas that have failed.
 
     Returns the steps to publish, the runs that somebody else was moving just then (:func:`end_due_of` waits for these),
     and whether there may be more.
@@ -116,7 +116,7 @@ def _end(conn: Connection, run_ids: Sequence[str]) -> list[Wakeup]:
     rest = sorted((row for row in ended if _place(row) not in settled), key=_place)
     for run_id, rows in groupby(rest, key=lambda row: str(row.run_id)):
         wakeups += _follow(conn, run_id, rows)
-    return wakeups
+    return wakeups + sagas.settle_due(conn, run_ids)
 
 
 def _follow(conn: Connection, run_id: str, rows: Iterable[Any]) -> list[Wakeup]:
@@ -177,7 +177,8 @@ WITH due AS MATERIALIZED (
   SELECT s.id, CASE WHEN {_TOO_LATE} THEN 'cancelled'
                     WHEN s.signal IS NOT NULL AND s.fallback IS NULL THEN 'failed' ELSE 'succeeded' END AS outcome
     FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id AND r.status = 'running'
-   WHERE s.run_id = ANY(%(runs)s::uuid[]) AND s.status = 'waiting' AND (s.run_at <= {_NOW} OR {_TOO_LATE})
+   WHERE s.run_id = ANY(%(runs)s::uuid[]) AND s.kind = 'wait' AND s.status = 'waiting'
+     AND (s.run_at <= {_NOW} OR {_TOO_LATE})
    ORDER BY s.run_at LIMIT {BATCH})
 UPDATE byrd.steps s SET status = due.outcome, finished_at = {COMPLETED_AT},
        result = CASE WHEN due.outcome = 'succeeded' THEN coalesce({_GIVEN}, s.fallback) END,
@@ -191,7 +192,8 @@ _LOOK_LATER = f"""
 UPDATE byrd.steps s SET wake_at = CASE WHEN r.status = 'running' THEN coalesce(s.run_at, 'infinity'::timestamptz)
                                        ELSE 'infinity'::timestamptz END
   FROM byrd.runs r
- WHERE s.run_id = ANY(%(runs)s::uuid[]) AND s.status = 'waiting' AND s.wake_at <= {_NOW} AND r.id = s.run_id
+ WHERE s.run_id = ANY(%(runs)s::uuid[]) AND s.kind = 'wait' AND s.status = 'waiting' AND s.wake_at <= {_NOW}
+   AND r.id = s.run_id
 """
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from byrd.task.attempt import Attempt, current_attempt
+from byrd.task.attempt import Attempt, Compensation, current_attempt
 from byrd.task.checkpoint import CheckpointTask, Outcome, Progress
 from byrd.task.durable import DurableTask, adopt_app, adopt_task
 from byrd.task.runtime import Runtime, runtime_of
-from byrd.task.saga import SagaTask
+from byrd.task.saga import SagaTask, current_compensation
 
 __all__ = [
     "Attempt",
     "CheckpointTask",
+    "Compensation",
     "DurableTask",
     "Outcome",
     "Progress",
@@ -19,5 +20,6 @@ __all__ = [
     "adopt_app",
     "adopt_task",
     "current_attempt",
+    "current_compensation",
     "runtime_of",
 ]

@@ -47,6 +47,28 @@ class RetryRequest:
     parks: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Compensation:
+    """What a compensation undoes, and why.
+
+    ``key`` is the same in each attempt at it: an idempotency key for whoever is asked to undo.  ``known``: the step's
+    success is on record, or was confirmed; otherwise it may have taken effect, and its result is None.  ``reason``: why
+    the saga is rolled back, in a line; ``failed_step`` and ``failed_task``: the step that failed, unless somebody asked
+    for the rollback: ``by``.
+    """
+
+    key: str
+    run_id: str
+    step: int
+    step_id: str
+    task: str
+    known: bool
+    reason: str
+    failed_step: int | None = None
+    failed_task: str | None = None
+    by: str | None = None
+
+
 class Attempt:
     """A claimed step.  ``closed`` once its outcome is recorded; a second outcome is refused."""
 
@@ -61,6 +83,8 @@ class Attempt:
         self._slice = in_slice
         self.closed = False
         self._pid = os.getpid()
+        #: Of a compensation: what it undoes.
+        self.undoes: Compensation | None = None
         #: Set by ``self.retry``, for Celery's tracer to have it recorded.
         self.retry_with: RetryRequest | None = None
 

@@ -29,12 +29,13 @@ from kombu.utils.json import loads
 
 from byrd.errors import ArgumentError, ControlFlow, StepCancelled, StepHandedBack, TaskOverrideError
 from byrd.limits import limit_of
-from byrd.model import PROTOCOL_VERSION, StepKind
+from byrd.model import PROTOCOL_VERSION, StepKind, StepStatus
 from byrd.store import steps, sweeps
 from byrd.store.work import Own
 from byrd.task import control, limited, results, slices
 from byrd.task.attempt import (
     Attempt,
+    Compensation,
     RetryRequest,
     attempt_of,
     claim_step,
@@ -236,15 +237,36 @@ def _arguments(task: Task, attempt: Attempt) -> tuple[list[Any], dict[str, Any]]
     claim = attempt.claim
     args, kwargs = loads(claim.args), loads(claim.kwargs)
     if claim.kind == StepKind.COMPENSATION and claim.compensates is not None:
-        store = attempt.runtime.patient_store
-        result, given, call_args, call_kwargs = store.run(steps.compensated_call, claim.run_id, claim.compensates)
-        first = [loads(given)] if given is not None else []
-        return [loads(result), *first, *loads(call_args)], loads(call_kwargs)
+        undone = attempt.runtime.patient_store.run(steps.compensated_call, claim.id)
+        attempt.undoes = Compensation(
+            key=claim.id,
+            run_id=claim.run_id,
+            step=undone.no,
+            step_id=undone.id,
+            task=undone.task,
+            known=undone.status == StepStatus.SUCCEEDED,
+            reason=undone.reason or _line_of(undone.error),
+            failed_step=undone.failed_step,
+            failed_task=undone.failed_task,
+            by=undone.by,
+        )
+        first = [loads(undone.input)] if undone.input is not None else []
+        return [loads(undone.result or "null"), *first, *loads(undone.args)], loads(undone.kwargs)
     if claim.input_no is None:
         return args, kwargs
     if claim.on_failure:
         return [*_failure(task, attempt, args, kwargs), *args], kwargs
     return [loads(claim.input), *args], kwargs
+
+
+def _line_of(error: str | None) -> str:
+    """Return a recorded error (JSON) as one line."""
+    if error is None:
+        return "somebody asked for it"
+    found = loads(error)
+    said = found.get("exc_message")
+    parts = said if isinstance(said, list | tuple) else [said]
+    return f"{found.get('exc_type')}: {', '.join(str(part) for part in parts)}"
 
 
 def _failure(task: Task, attempt: Attempt, args: list[Any], kwargs: dict[str, Any]) -> list[Any]:

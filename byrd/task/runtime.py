@@ -18,9 +18,9 @@ from kombu.utils.json import dumps, loads
 from sqlalchemy.engine import URL
 
 from byrd.canvas import Plan, Step, compile_canvas
-from byrd.errors import ArgumentError, ConfigurationError, UnknownTaskError
+from byrd.errors import ArgumentError, CompensationError, ConfigurationError, UnknownTaskError
 from byrd.limits import key_of, limit_of
-from byrd.model import StepKind
+from byrd.model import Mark, StepKind
 from byrd.store import Store, Wakeup, limits, steps, sweeps
 from byrd.task.publisher import Publisher
 
@@ -192,7 +192,7 @@ class Runtime:
         return Plan(tuple(self._frozen(step) for step in plan.steps), plan.output)
 
     def _frozen(self, step: Step) -> Step:
-        if step.kind in (StepKind.JOIN, StepKind.WAIT):
+        if step.kind in (StepKind.JOIN, StepKind.WAIT, StepKind.SAGA):
             return step
         task = self.app.tasks.get(step.task)
         if task is None:
@@ -203,7 +203,10 @@ class Runtime:
         if step.input is None and not step.on_failure:
             _check_arguments(task, step)
         queue, options, compensation = self._nature(task, step)
+        if compensation is None:
+            _check_compensation(task)
         limit_name, limit_key = _place(step, task)
+        step.mark = _mark(task)
         step.solo, step.queue, step.options = _is_solo(step, task, options), queue, options
         step.compensation, step.limit_name, step.limit_key = compensation, limit_name, limit_key
         return step
@@ -273,8 +276,25 @@ def _is_solo(step: Step, task: Any, options: Mapping[str, Any]) -> bool:
         or step.expires_at is not None
         or task.rate_limit is not None
         or limit_of(task) is not None
+        or step.saga is not None
+        or _mark(task) is not None
         or not options.keys() <= _SHARED_OPTIONS
     )
+
+
+def _mark(task: Any) -> str | None:
+    if getattr(task, "pivot", False) is True:
+        return Mark.PIVOT.value
+    return Mark.RETRIABLE.value if getattr(task, "retriable", False) is True else None
+
+
+def _check_compensation(task: Any) -> None:
+    """Refuse a saga task that neither has a compensation nor says that it needs none."""
+    if hasattr(task, "compensation_task") and task.compensation is not None:
+        raise CompensationError(
+            f"{task.name} is a SagaTask without a compensation: name what undoes it with its .compensation, "
+            "or declare it with compensation=None if there is nothing to undo"
+        )
 
 
 def _place(step: Step, task: Any) -> tuple[str | None, str | None]:

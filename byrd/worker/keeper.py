@@ -12,7 +12,6 @@ import logging
 import os
 import select
 import socket
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,8 @@ from byrd.store.database import exceeds_limit, is_outage, is_race
 from byrd.store.rows import CHANNEL
 from byrd.task.runtime import Runtime
 from byrd.worker.clock import ServerClock
+from byrd.worker.loop import Loop
+from byrd.worker.notifier import Notifier
 from byrd.worker.terminator import Terminator
 
 log = logging.getLogger(__name__)
@@ -58,49 +59,7 @@ class Settings:
         return self.lease_seconds / 3
 
 
-class _Loop:
-    """A daemon thread that calls ``tick`` again and again, and outlives what goes wrong in it."""
-
-    def __init__(self, name: str) -> None:
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._failures = 0
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
-
-    def stop(self, timeout: float = 5.0) -> None:
-        """Ask the thread to end, and wait for it a while."""
-        self._stop.set()
-        if self._thread.is_alive() and threading.current_thread() is not self._thread:
-            self._thread.join(timeout)
-
-    def tick(self) -> float:
-        """Do one round; return the seconds until the next."""
-        raise NotImplementedError
-
-    def rest(self, seconds: float) -> None:
-        """Wait until the next round."""
-        self._stop.wait(seconds)
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            try:
-                pause = self.tick()
-                self._failures = 0
-            except (NotLiveError, DBAPIError, OSError) as exc:
-                self._failures += 1
-                pause = min(1.0, 0.1 * 2**self._failures)
-                if self._failures in (1, 10) or self._failures % 100 == 0:
-                    log.warning("%s: %s; trying again", self._thread.name, exc)
-            except Exception:
-                log.exception("%s failed; trying again", self._thread.name)
-                pause = 1.0
-            self.rest(pause)
-
-
-class Recorder(_Loop):
+class Recorder(Loop):
     """Records what this worker's main process knows of its steps, in that order; it may have to wait for a run."""
 
     def __init__(self, runtime: Runtime, publish_soon: Callable[[], None]) -> None:
@@ -137,7 +96,7 @@ class Recorder(_Loop):
                 log.exception("an outcome could not be recorded; recovery will see to its step")
 
 
-class Keeper(_Loop):
+class Keeper(Loop):
     """Keeps this worker's lease, and has the steps of pool processes that have died given back."""
 
     def __init__(
@@ -266,7 +225,7 @@ class Keeper(_Loop):
             return None
 
 
-class Sweeper(_Loop):
+class Sweeper(Loop):
     """Relay and recovery: publishes ready steps that nobody has been told of, and finds work whose owner is gone.
 
     Any number may run; an advisory lock picks one for each sweep.
@@ -277,6 +236,7 @@ class Sweeper(_Loop):
         self.runtime, self.settings = runtime, settings
         # Without patience: this one has to notice each outage, however short, before it gives anybody up.
         self.store = Store(runtime.store.url, patience=0.0, pool_size=2)
+        self._notifier = Notifier(runtime)
         self._listening: Connection | None = None
         self._bell, self._rope = socket.socketpair()
         self._rope.setblocking(False)
@@ -291,6 +251,10 @@ class Sweeper(_Loop):
         # Several databases may share a Redis.
         where = f"{self.store.url.host}:{self.store.url.port}/{self.store.url.database}"
         self._mark = f"byrd.relay.{hashlib.sha256(where.encode()).hexdigest()[:16]}"
+
+    def start(self) -> None:
+        super().start()
+        self._notifier.start()
 
     def tick(self) -> float:
         now, before = time.monotonic(), self._last_tick
@@ -340,6 +304,7 @@ class Sweeper(_Loop):
 
     def stop(self, timeout: float = 5.0) -> None:
         super().stop(timeout)
+        self._notifier.stop(timeout)
         self._unlisten()
         self._bell.close()
         self._rope.close()

@@ -20,6 +20,12 @@ def add(x: Any, y: Any) -> Any:
     return x + y
 
 
+@app.task
+def last(value: Any) -> Any:
+    """The value itself."""
+    return value
+
+
 @app.task(byrd_limit=byrd.Limit("100/s", burst=2, concurrency=1, key="key", name="one"))
 def one_at_a_time(key: str, value: int) -> int:
     """The value itself, one at a time for each key."""

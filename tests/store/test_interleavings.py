@@ -35,7 +35,7 @@ from sqlalchemy.exc import DBAPIError
 import byrd
 from byrd.errors import IllegalTransitionError, StaleAttempt, StepCancelled
 from byrd.model import RUN_TRANSITIONS, STEP_TRANSITIONS, Transition
-from byrd.store import Claim, Counts, Store, progress, runs, steps, sweeps, termination, waits, work
+from byrd.store import Claim, Counts, Store, progress, runs, sagas, steps, sweeps, termination, waits, work
 from byrd.store.progress import FailedItem
 from byrd.store.rows import query
 from byrd.store.work import Done, Own, Work
@@ -50,7 +50,7 @@ SESSIONS = 3
 COMMANDS = {
     "running": ("pause", "cancel", "compensate", "terminate"), "cancelling": ("terminate",) * 4,
     "paused": ("resume",) * 4, "failed": ("retry_run",) * 4, "cancelled": ("retry_run",) * 4,
-    "rollback_stuck": ("retry_run",) * 4,
+    "succeeded": ("roll_back",) * 2, "rollback_stuck": ("retry_run", "retry_run", "skip_undo", "done_by_hand"),
 }  # fmt: skip
 ENDS = (*["complete"] * 4, *["fail"] * 3, "retry", "hand_back", "put_back", "ignore", "revoke")
 DOOMED = """SELECT s.id FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
@@ -78,25 +78,31 @@ OPEN = "SELECT id::text FROM byrd.runs WHERE finished_at IS NULL ORDER BY create
 UNDOABLE = """SELECT DISTINCT r.id::text, r.created_at FROM byrd.runs r JOIN byrd.steps s ON s.run_id = r.id
                WHERE r.status = 'running' AND s.status = 'succeeded' AND s.compensation IS NOT NULL
                ORDER BY r.created_at"""
+#: Compensations that an operator may have an opinion on.
+UNDOING = """SELECT no FROM byrd.steps WHERE run_id = %(id)s AND kind = 'compensation'
+              AND status IN ('ready','failed','cancelled') ORDER BY no"""
 #: Steps whose attempts are told to stop at their next checkpoint.
 TOLD = """SELECT s.id FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id JOIN byrd.workers w ON w.id = s.worker_id
-           WHERE s.status = 'running' AND (r.status IN ('cancelling', 'paused') OR w.stopping)"""
+           WHERE s.status = 'running' AND (r.status IN ('cancelling', 'paused') OR w.stopping OR EXISTS
+             (SELECT 1 FROM byrd.steps g WHERE g.run_id = s.run_id AND g.no = s.saga
+                 AND g.status NOT IN ('pending', 'succeeded')))"""
 #: Whether an operation is carried out at once, or statement by statement between those of others.
 WHOLE = st.sampled_from([True, True, False])
 REFUSALS = (StaleAttempt, StepCancelled, IllegalTransitionError)
 
 LOG = """
 CREATE TABLE test_log (id bigint GENERATED ALWAYS AS IDENTITY, op text, run_id uuid, step_id text, kind text,
-                       replaced bool, worker_id uuid, old text, new text);
+                       replaced bool, worker_id uuid, old text, new text, stopped bool);
 CREATE FUNCTION test_note() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
   IF TG_TABLE_NAME = 'runs' THEN
     INSERT INTO test_log (op, run_id, old, new)
     VALUES (current_setting('test.op', true), NEW.id, OLD.status, NEW.status);
   ELSE
-    INSERT INTO test_log (op, run_id, step_id, kind, replaced, worker_id, old, new)
+    INSERT INTO test_log (op, run_id, step_id, kind, replaced, worker_id, old, new, stopped)
     VALUES (current_setting('test.op', true), NEW.run_id, NEW.id, NEW.kind, OLD.replaced, OLD.worker_id, OLD.status,
-            NEW.status);
+            NEW.status, coalesce(NEW.kind <> 'saga' AND NEW.error LIKE '%its saga has failed%', false)
+                        OR NEW.kind = 'saga' AND NEW.status = 'cancelled' AND NEW.cause IS NOT NULL);
   END IF;
   RETURN NULL;
 END $$;
@@ -113,6 +119,15 @@ def _saga() -> tuple[Any, Any]:
     return chain(sig("saga1"), sig("saga2"), sig("last").on_error(sig("oops"))), "last"
 
 
+def _nested() -> tuple[Any, Any]:
+    inner = byrd.saga(sig("saga4"), group(sig("saga5"), chain(sig("saga6"), sig("x"))))
+    return chain(group(byrd.saga(sig("saga3"), inner, sig("z")), sig("saga7")), sig("end")), "end"
+
+
+def _forward() -> tuple[Any, Any]:
+    return chain(sig("saga8"), group(sig("pivot"), sig("retriable")), sig("rest")), "rest"
+
+
 def _rescue() -> tuple[Any, Any]:
     return chain(chord([sig("a"), sig("b").on_error(sig("rescue"))], sig("c")), sig("d")), "d"
 
@@ -127,6 +142,9 @@ def _approval() -> tuple[Any, Any]:
 
 CANVASES: st.SearchStrategy[tuple[Any, Any]] = st.one_of(
     st.builds(_saga),
+    st.builds(_nested),
+    st.builds(_nested),
+    st.builds(_forward),
     st.builds(_rescue),
     st.builds(_pair),
     st.builds(_approval),
@@ -146,6 +164,8 @@ class Change:
     worker_id: str | None
     old: str
     new: str
+    #: It was cancelled because its saga has failed.
+    stopped: bool | None
 
     @property
     def transition(self) -> str:
@@ -159,21 +179,28 @@ class Change:
         return names[0]
 
     def _fits(self, name: str) -> bool:
-        joins = self.kind == "join" or bool(self.replaced)
+        joins = self.kind in ("join", "saga") or bool(self.replaced)
+        sagas = self.kind == "saga"
+        by_hand = self.op in ("skip_undo", "done_by_hand")
         by = {
             "fail": self.op not in TAKING, "preempt": self.op in TAKING, "retry": self.op == "retry",
+            "persist": self.op == "fail", "fail_saga": sagas, "begin_wait": not sagas, "end_saga": sagas,
+            "end_wait": not sagas, "skip_undo": by_hand, "done_by_hand": by_hand, "skip": not by_hand,
             "hand_back": self.op == "hand_back", "put_back": self.op == "put_back", "ignore": self.op == "ignore",
             "abandon": self.op == "abandon", "terminate": self.op == "terminate",
-            "expire": self.op in ("expire", *ENDING), "cancel_step": self.op in CANCELLING,
-            "revoke": self.op not in ("abandon", "terminate", "ignore", "expire", *CANCELLING, *ENDING),
+            "expire": self.op in ("expire", *ENDING) and not self.stopped,
+            "cancel_step": self.op in STOPPING or bool(self.stopped),
+            "revoke": self.op not in ("abandon", "terminate", "ignore", "expire", *STOPPING, *ENDING)
+                      and not self.stopped,
             "finish_join": joins, "fail_body": not joins, "put_off": False,
         }  # fmt: skip
         return by.get(name, True)
 
 
-CANCELLING = ("cancel", "end_overdue_runs")
 #: What ends waits.
 ENDING = ("signal", "end_waits")
+#: What stops runs.
+STOPPING = ("cancel", "roll_back", "end_overdue_runs")
 #: What takes steps away from workers.
 TAKING = ("preempt", "preempt_process", "preempt_step", "recover", "release_worker")
 
@@ -307,7 +334,7 @@ class InterleavingMachine(RuleBasedStateMachine):
         rows = query(
             self.monitor,
             """WITH gone AS (DELETE FROM test_log RETURNING *)
-               SELECT coalesce(op, '') AS op, run_id::text, step_id, kind, replaced, worker_id::text, old, new
+               SELECT coalesce(op, '') AS op, run_id::text, step_id, kind, replaced, worker_id::text, old, new, stopped
                  FROM gone ORDER BY id""",
         )
         found = [Change(*row) for row in rows]
@@ -334,15 +361,17 @@ class InterleavingMachine(RuleBasedStateMachine):
         for step_id in lost:
             if op.name != "claim":
                 self.model.owners.pop(step_id, None)
-        rows = query(self.monitor, "SELECT id, attempt, worker_id::text FROM byrd.steps WHERE status = 'running'")
+        rows = query(self.monitor, "SELECT id, attempt, worker_id::text FROM byrd.steps WHERE status = 'running'").all()
         assert {row.id: (row.attempt, row.worker_id) for row in rows} == self.model.owners, op.name
 
     def note_failure(self, op: Op, change: Change) -> None:
         run = self.model.runs[change.run_id]
         if change.step_id is None:
-            if change.new == "cancelling":
-                run.cancelled, run.failed = op.name == "cancel", op.name != "cancel"
-            if change.old in ("failed", "cancelled"):
+            if change.new == "cancelling" and change.old != "rollback_stuck":
+                run.cancelled, run.failed = op.name != "end_overdue_runs", op.name == "end_overdue_runs"
+            if change.transition == "roll_back":
+                run.cancelled = True
+            elif change.old in ("failed", "cancelled"):
                 run.cancelled = run.failed = False
         elif change.new in ("failed", "cancelled") and not run.cancelled:
             run.failed |= change.old in ("ready", "running") and change.kind in ("task", "callback")
@@ -393,8 +422,11 @@ class InterleavingMachine(RuleBasedStateMachine):
 
     def command_one(self, data: st.DataObject, run_id: str, *, whole: bool) -> None:
         status = query(self.monitor, "SELECT status FROM byrd.runs WHERE id = %(id)s", {"id": run_id}).scalar()
-        name = data.draw(st.sampled_from([*COMMANDS.get(status or "", ()), "cancel", "pause", "resume", "retry_run"]))
+        always = ("cancel", "pause", "resume", "retry_run")
+        name = data.draw(st.sampled_from([*COMMANDS.get(status or "", ()), *always]))
         token = str(uuid.uuid4())
+        undoing = query(self.monitor, UNDOING, {"id": run_id}).scalars().all()
+        no = data.draw(st.sampled_from(undoing)) if undoing else 0
         functions: dict[str, Statement] = {
             "cancel": lambda conn: runs.cancel(conn, run_id, token=token),
             "compensate": lambda conn: runs.cancel(conn, run_id, compensate=True, token=token),
@@ -402,6 +434,9 @@ class InterleavingMachine(RuleBasedStateMachine):
             "pause": lambda conn: runs.pause(conn, run_id, token=token),
             "resume": lambda conn: runs.resume(conn, run_id, token=token),
             "retry_run": lambda conn: runs.retry(conn, run_id, token=token),
+            "roll_back": lambda conn: runs.roll_back(conn, run_id, token=token),
+            "skip_undo": lambda conn: sagas.skip(conn, run_id, no, reason="so", token=token),
+            "done_by_hand": lambda conn: sagas.done_by_hand(conn, run_id, no, note="so", token=token),
         }
         told = "cancel" if name in ("compensate", "terminate") else name
         self.start(Op(told, _if_there(functions[name], run_id)), whole=whole)
@@ -501,7 +536,10 @@ class InterleavingMachine(RuleBasedStateMachine):
                 raise
 
         def committed(found: Work, changes: list[Change]) -> None:
-            new = [c for c in found.claims if self.model.owners.get(c.id) != (c.attempt, worker_id)]
+            # It is told, too, of what its process is said to run; that may have ended before this commit.
+            taken = {c.step_id for c in changes if c.new == "running"}
+            new = [c for c in found.claims if c.id in taken]
+            assert all(c in new or c.attempt == self.model.owners.get(c.id, (c.attempt,))[0] for c in found.claims)
             assert len(new) <= most
             ended = {c.step_id for c in changes if c.old == "running"}
             for claim in ends:
@@ -862,6 +900,7 @@ class InterleavingMachine(RuleBasedStateMachine):
         self.world.sql("UPDATE byrd.steps SET expires_at = NULL RETURNING 1")
         # From now on none fails any more.
         self.world.sql("UPDATE byrd.steps SET fallback = to_json(signal) WHERE signal IS NOT NULL RETURNING 1")
+        self.world.sql("UPDATE byrd.steps SET run_at = now() WHERE status = 'ready' AND run_at > now() RETURNING 1")
         if self.world.run(run_id).status == "paused":
             self.world.do(runs.resume, run_id)
         row = self.world.drive(run_id, check=False)

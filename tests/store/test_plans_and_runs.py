@@ -582,7 +582,9 @@ def test_a_compensation_is_called_with_the_result_and_the_call(world: World) -> 
     world.drive(run, until=["bad"])
     claim = world.claim(run, "undo_saga_b")
     assert claim.compensates == world.step(run, "saga_b").no
-    assert world.do(steps.compensated_call, run, claim.compensates) == ('"saga_b"', '"a"', "[7]", "{}")
+    undone = world.do(steps.compensated_call, claim.id)
+    assert (undone.result, undone.input, undone.args, undone.kwargs) == ('"saga_b"', '"a"', "[7]", "{}")
+    assert (undone.status, undone.failed_task, undone.error) == ("succeeded", "bad", ERROR)
 
 
 @pytest.mark.parametrize("compensate", [True, False])

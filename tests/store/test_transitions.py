@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from celery import chain, chord
+from celery import chain, chord, group
 from psycopg2 import IntegrityError
 from sqlalchemy.exc import DBAPIError, NoResultFound
 
@@ -27,7 +27,7 @@ from byrd.model import (
     StepStatus,
     Transition,
 )
-from byrd.store import Store, flow, limits, plans, runs, steps, sweeps, termination, waits
+from byrd.store import Store, flow, limits, plans, runs, sagas, steps, sweeps, termination, waits
 from byrd.store.migrations.rules import RUN_RULES, STEP_RULES
 from byrd.store.rows import query
 from tests.store.world import ERROR, World, plan_of, sig
@@ -206,6 +206,39 @@ def as_wait_that_is_too_late(world: World) -> Case:
     return case
 
 
+def as_saga(member: str) -> Callable[[World], Case]:
+    """A saga in a run, whose only step has ended as ``member``."""
+
+    def build(world: World) -> Case:
+        run = world.submit(chain(byrd.saga(sig("first")), sig("last")))
+        put_step(world, world.step(run, "first").id, member)
+        step = world.step(run, "byrd.saga")
+        return Case(world, run, step.id, step.no)
+
+    return build
+
+
+def as_compensation(world: World) -> Case:
+    """A compensation in a rollback that is stuck at another."""
+    run = world.submit(chain(group(sig("saga_a"), sig("saga_b")), sig("last")))
+    for name, status in (("saga_a", "succeeded"), ("saga_b", "succeeded"), ("last", "failed")):
+        put_step(world, world.step(run, name).id, status)
+    [join] = [step for step in world.steps(run) if step.kind == "join"]
+    put_step(world, join.id, "succeeded")
+    world.do(runs.finish_if_done, run)
+    put_step(world, world.step(run, "undo_saga_b").id, "failed")
+    put_run(world, run, "rollback_stuck", outcome="failed")
+    step = world.step(run, "undo_saga_a")
+    return Case(world, run, step.id, step.no)
+
+
+def after_pivot(world: World) -> Case:
+    """The middle of a chain in a run that goes forward only."""
+    case = in_chain(world)
+    world.sql("UPDATE byrd.runs SET pivot = 0 WHERE id = %(id)s RETURNING 1", id=case.run_id)
+    return case
+
+
 def new_plan() -> Any:
     return plan_of(sig("new"))
 
@@ -277,6 +310,7 @@ STEP_DRIVERS: dict[str, list[StepDriver]] = {
         (shared("succeeded"), complete_with_others),
     ],
     "fail": [(in_chain, lambda c: c.do(steps.fail, ERROR))],
+    "persist": [(after_pivot, lambda c: c.do(steps.fail, ERROR))],
     "retry": [(in_chain, lambda c: c.do(steps.retry, ERROR))],
     "preempt": [
         (in_chain, lambda c: c.world.do(steps.preempt, c.world.worker_id, reason="gone")),
@@ -301,6 +335,13 @@ STEP_DRIVERS: dict[str, list[StepDriver]] = {
     "ignore": [(in_chain, lambda c: c.do(steps.ignore, ERROR))],
     "expire": [(in_chain, expire_it), (as_wait_that_is_too_late, lambda c: c.world.do(waits.end_due))],
     "finish_join": [(as_join("succeeded"), finish_join), (as_join("failed"), finish_join), (as_replaced, finish_join)],
+    "fail_saga": [
+        (as_saga("failed"), lambda c: c.world.do(flow._fail_saga, c.run_id, c.no)),
+        (as_saga("failed"), lambda c: c.world.do(flow._fail_sagas_of, c.run_id, [c.no + 1])),
+    ],
+    "end_saga": [(as_saga("failed"), lambda c: c.world.do(waits.end_due))],
+    "skip_undo": [(as_compensation, lambda c: c.world.do(sagas.skip, c.run_id, c.no, reason="so"))],
+    "done_by_hand": [(as_compensation, lambda c: c.world.do(sagas.done_by_hand, c.run_id, c.no, note="so"))],
     "fail_body": [(as_body, lambda c: c.world.do(flow._fail_bodies, c.run_id, 2))],
     "skip": [
         (lambda w: in_chain(w, before="failed"), lambda c: c.world.do(flow._skip_after, c.run_id, 0)),
@@ -319,10 +360,10 @@ MOVES_THE_RUN = {"run_on", "cancel_step", "reopen", "skip", "preempt", "abandon"
 
 
 def states_of(case: Case) -> list[StepStatus]:
-    """Return the states that the step can be in at all: a join or a wait never runs, and only a wait waits."""
+    """Return the states that the step can be in at all: a join, a wait or a saga never runs, and none else waits."""
     kind = case.world.step(case.run_id, case.no).kind
-    never = {StepStatus.READY, StepStatus.RUNNING} if kind in ("join", "wait") else set()
-    if kind != "wait":
+    never = {StepStatus.READY, StepStatus.RUNNING} if kind in ("join", "wait", "saga") else set()
+    if kind not in ("wait", "saga"):
         never.add(StepStatus.WAITING)
     return [s for s in StepStatus if s not in never]
 
@@ -390,6 +431,32 @@ def rolled_back(world: World, status: str) -> str:
     return run
 
 
+def saga_rolled_back(outcome: str | None) -> Callable[..., str]:
+    """A run, to end as ``outcome`` if it was cancelled, with a saga whose compensation has failed."""
+
+    def build(world: World, status: str) -> str:
+        world.failing = {"b"}
+        run = world.submit(group(byrd.saga(sig("saga_a"), sig("b")), sig("c")))
+        for name in ("saga_a", "b"):
+            world.settle(world.claim(run, name))
+        world.end_waits()
+        put_step(world, world.step(run, "undo_saga_a").id, "failed")
+        put_step(world, world.step(run, "c").id, "running")
+        put_run(world, run, status)
+        world.sql("UPDATE byrd.runs SET outcome = %(outcome)s WHERE id = %(id)s RETURNING 1", id=run, outcome=outcome)
+        return run
+
+    return build
+
+
+def roll_back_what_has_ended(conn: Any, run_id: str) -> None:
+    """Roll back, unless the run is paused: then it is cancelled first, which has drivers of its own."""
+    if runs.get(conn, run_id).status == "paused":
+        raise IllegalTransitionError("that is another transition")
+    runs.roll_back(conn, run_id)
+
+
+retry = runs.retry
 RunDriver = tuple[Callable[[World, str], str], Callable[..., Any]]
 
 RUN_DRIVERS: dict[str, list[RunDriver]] = {
@@ -408,8 +475,13 @@ RUN_DRIVERS: dict[str, list[RunDriver]] = {
     ],
     "finish_rollback": [(all_done(), runs.finish_if_done), (all_done(outcome="failed"), runs.finish_if_done)],
     "stick": [(rolled_back, lambda conn, run_id: runs.stick(conn, run_id, 2))],
-    "retry_rollback": [(rolled_back, runs.retry)],
-    "retry_run": [(all_done(failed=True), runs.retry)],
+    "roll_back": [(all_done(compensate=True), roll_back_what_has_ended)],
+    "retry_rollback": [
+        (rolled_back, retry),
+        (saga_rolled_back(None), retry),
+        (saga_rolled_back("cancelled"), retry),
+    ],
+    "retry_run": [(all_done(failed=True), retry)],
 }
 
 
@@ -445,9 +517,11 @@ def test_every_transition_has_a_driver_and_none_is_left_over() -> None:
     assert set(RUN_DRIVERS) == {t.name for t in RUN_TRANSITIONS}
 
 
-def test_a_retry_alone_leaves_a_final_state() -> None:
-    assert {t.name for t in RUN_TRANSITIONS if t.sources & FINAL_RUN} == {"retry_run"}
-    assert {t.name for t in STEP_TRANSITIONS if t.sources & FINAL_STEP} == {"reopen", "recall"}
+def test_an_operator_alone_has_a_final_state_left() -> None:
+    assert {t.name for t in RUN_TRANSITIONS if t.sources & FINAL_RUN} == {"retry_run", "roll_back"}
+    assert {t.name for t in STEP_TRANSITIONS if t.sources & FINAL_STEP} == {
+        "reopen", "recall", "skip_undo", "done_by_hand",
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- the schema
@@ -510,7 +584,8 @@ def step_with(sets: str, no: int = 0) -> str:
     return f"UPDATE byrd.steps SET {sets} WHERE no = {no}"
 
 
-#: For each constraint a statement that breaks it alone: on a run of a ready step (0), a join (2), a compensation (5).
+#: For each constraint a statement that breaks it alone: on a run of a ready step (0), a join (2), a compensation (5),
+#: a saga (6).
 ILLEGAL = {
     "runs_pkey": f"INSERT INTO byrd.runs (id, output) VALUES ({RUN}, 0)",
     "runs_key": NEW_RUN,
@@ -534,6 +609,14 @@ ILLEGAL = {
     "ready_is_due": step_with("wake_at = NULL"),
     "wait_never_runs": step_with("status = 'ready', run_at = now(), wake_at = now()", 4),
     "waiting_is_due": step_with("status = 'waiting', wake_at = NULL", 4),
+    "saga_never_runs": step_with("status = 'ready', run_at = now(), wake_at = now()", 6),
+    "rank_of_compensation": step_with("rank = 1"),
+    "step_mark_known": step_with("mark = 'other'"),
+    "notices_pkey": f"""WITH e AS (INSERT INTO byrd.notices (run_id, step_no) VALUES ({RUN}, 1) RETURNING id, run_id)
+                        INSERT INTO byrd.notices (id, run_id, step_no) OVERRIDING SYSTEM VALUE
+                        SELECT id, run_id, 2 FROM e""",
+    "notices_run_id_fkey": "INSERT INTO byrd.notices (run_id, step_no) VALUES (gen_random_uuid(), 1)",
+    "notice_counts": f"INSERT INTO byrd.notices (run_id, step_no, tries) VALUES ({RUN}, 1, -1)",
     "fallback_of_wait": step_with("fallback = '1'"),
     "step_counts": step_with("attempt = -1"),
     "compensation_has_step": step_with("compensates = 2"),
@@ -580,7 +663,7 @@ def test_the_schema_refuses_an_illegal_row(world: World, name: str) -> None:
     run = world.submit(chain(chord([sig("saga_a"), sig("b")], sig("c")), byrd.sleep(1)), key="k")
     world.sql(
         """INSERT INTO byrd.steps (id, run_id, no, kind, task, compensates)
-           VALUES ('undo', %(run)s, 5, 'compensation', 'undo', 1)""",
+           VALUES ('undo', %(run)s, 5, 'compensation', 'undo', 1), ('saga', %(run)s, 6, 'saga', 'byrd.saga', NULL)""",
         run=run,
     )
     before = world.rows()

@@ -41,18 +41,22 @@ def plan_of(canvas: Any, *, shared: bool = False) -> Plan:
     """
     plan = compile_canvas(canvas, app)
     frozen = (
-        step if step.kind in (StepKind.JOIN, StepKind.WAIT) else _frozen(step, shared=shared) for step in plan.steps
+        step if step.kind in (StepKind.JOIN, StepKind.WAIT, StepKind.SAGA) else _frozen(step, shared=shared)
+        for step in plan.steps
     )
     return Plan(tuple(frozen), plan.output)
 
 
 def _frozen(step: Any, *, shared: bool) -> Any:
     undo = json.dumps({"task": f"undo_{step.task}", "queue": "work", "options": "{}"})
+    mark = next((mark for mark in ("pivot", "retriable") if mark in step.task), None)
     own = "priority" in step.options or step.expires_in is not None or step.kind is StepKind.ERRBACK
+    own = own or step.saga is not None or mark is not None
     queue = step.options.get("queue", "work")
     return replace(
-        step, queue=queue, compensation=undo if SAGA in step.task else None, solo=own or step.on_failure or not shared
-    )
+        step, queue=queue, compensation=undo if SAGA in step.task else None, solo=own or step.on_failure or not shared,
+        mark=mark,
+    )  # fmt: skip
 
 
 class World:
@@ -246,7 +250,7 @@ class World:
 
     def rows(self) -> dict[str, list[Any]]:
         """Return every row of every table, to compare before and after; the clock of leases excepted."""
-        tables = ("runs", "steps", "checkpoints", "failed_items", "attempts", "events", "signals")
+        tables = ("runs", "steps", "checkpoints", "failed_items", "attempts", "events", "signals", "notices")
         return {table: self.sql(f"SELECT * FROM byrd.{table} t ORDER BY t::text") for table in tables}
 
     def check(self) -> None:

@@ -21,11 +21,12 @@ RUN_RULES: Mapping[str, str] = {
 
 STEP_RULES: Mapping[str, str] = {
     "step_status_known": f"NEW.status IN ({STEP_STATUSES})",
-    "step_kind_known": "NEW.kind IN ('task','join','wait','callback','errback','compensation')",
+    "step_kind_known": "NEW.kind IN ('task','join','wait','saga','callback','errback','compensation')",
     "step_has_task_unless_join": "(NEW.kind = 'join') = (NEW.task IS NULL)",
     "join_never_runs": "NEW.kind <> 'join' OR NEW.status NOT IN ('ready','running')",
     "wait_never_runs": "NEW.kind <> 'wait' OR NEW.status NOT IN ('ready','running')",
-    "waiting_is_due": "NEW.status <> 'waiting' OR (NEW.kind = 'wait' AND NEW.wake_at IS NOT NULL)",
+    "saga_never_runs": "NEW.kind <> 'saga' OR NEW.status NOT IN ('ready','running')",
+    "waiting_is_due": "NEW.status <> 'waiting' OR (NEW.kind IN ('wait','saga') AND NEW.wake_at IS NOT NULL)",
     "fallback_of_wait": "NEW.kind = 'wait' OR NEW.fallback IS NULL",
     "step_running_has_worker": "(NEW.status = 'running') = (NEW.worker_id IS NOT NULL)",
     "step_running_has_claim": "(NEW.status = 'running') = (NEW.claim IS NOT NULL)",
@@ -35,6 +36,8 @@ STEP_RULES: Mapping[str, str] = {
     "ready_is_due": "NEW.status <> 'ready' OR (NEW.run_at IS NOT NULL AND NEW.wake_at IS NOT NULL)",
     "step_counts": "NEW.attempt >= 0 AND NEW.retries >= 0 AND NEW.preemptions >= 0 AND NEW.waiting >= 0",
     "compensation_has_step": "(NEW.kind = 'compensation') = (NEW.compensates IS NOT NULL)",
+    "rank_of_compensation": "NEW.rank IS NULL OR (NEW.kind = 'compensation' AND NEW.rank >= 1)",
+    "step_mark_known": "NEW.mark IS NULL OR NEW.mark IN ('pivot','retriable')",
     "limit_has_key": "(NEW.limit_name IS NULL) = (NEW.limit_key IS NULL)",
     "place_is_used": """NEW.limit_slot IS NULL
                         OR (NEW.limit_name IS NOT NULL AND NEW.status IN ('ready','running'))""",

@@ -78,7 +78,8 @@ BEGIN
                                          AS fits
                                   FROM byrd.steps x
                                  WHERE x.run_id = f.run_id AND x.after = f.no AND x.status || '' = 'pending'
-                                   AND NOT x.on_failure AND NOT x.replaced AND (x.kind <> 'join' OR x.waiting = 0)
+                                   AND NOT x.on_failure AND NOT x.replaced
+                                   AND (x.kind NOT IN ('join','saga') OR x.waiting = 0)
                                 OFFSET 0) n) k;
         IF unusual THEN
             RAISE EXCEPTION 'not for the fast path' USING ERRCODE = 'BY001';
@@ -164,7 +165,7 @@ BEGIN
                    AND s.no NOT IN (SELECT u.no FROM below u));
         END IF;
         IF a_status NOT IN ('running','paused') OR EXISTS (
-            SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.kind IN ('task','join','wait','callback')
+            SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.kind IN ('task','join','wait','saga','callback')
                AND s.status IN ('failed','skipped','cancelled')) THEN
             RAISE EXCEPTION 'not for the fast path' USING ERRCODE = 'BY001';
         END IF;

@@ -1,4 +1,4 @@
-"""The tables of Byrd 0.1: runs, steps, checkpoints, failed items, attempts, events, signals, limits, workers, brokers.
+"""The tables of Byrd 0.1: runs and steps, what they leave behind, what they wait for, and who works at them.
 
 Revision ID: 0001
 Revises:
@@ -53,6 +53,8 @@ def _runs() -> None:
         sa.Column("compensate", sa.Boolean, nullable=False, server_default=sa.false()),
         # From when on the workers end what a run that is being cancelled still runs.
         _time("terminate_at"),
+        # The step after which it goes forward only, once that has succeeded.
+        sa.Column("pivot", sa.Integer),
         sa.Column("error", sa.Text),
         _time("created_at", nullable=False),
         _time("finished_at"),
@@ -91,7 +93,13 @@ def _steps() -> None:
         sa.Column("input", sa.Integer),
         sa.Column("join_no", sa.Integer),
         sa.Column("join_pos", sa.Integer),
+        # The saga that it is a step of, the innermost, which is a step, too; of a compensation, whose rollback it is a
+        # part of; NULL is the run's own.
+        sa.Column("saga", sa.Integer),
+        sa.Column("mark", sa.Text),
+        # Of a compensation: which step it undoes, and when; those of a rank wait for all of lower ones.
         sa.Column("compensates", sa.Integer),
+        sa.Column("rank", sa.Integer),
         _zero("waiting"),
         sa.Column("replaced", sa.Boolean, nullable=False, server_default=sa.false()),
         # It runs only by a message of its own, for what that message bears, or Celery counts messages for.
@@ -249,6 +257,26 @@ def _events_and_workers() -> None:
     )
 
 
+def _notices() -> None:
+    # What somebody outside is to be told, at least once: that a rollback is stuck.
+    op.create_table(
+        "notices",
+        sa.Column("id", sa.BigInteger, sa.Identity(always=True), primary_key=True),
+        sa.Column("run_id", pg.UUID(as_uuid=False), sa.ForeignKey("byrd.runs.id", ondelete="CASCADE"), nullable=False),
+        sa.Column("step_no", sa.Integer, nullable=False),
+        _time("at", nullable=False),
+        # When it is to be told, or told again unless whoever tells it just now says that it is done.
+        _time("due_at", nullable=False),
+        _zero("tries"),
+        sa.Column("error", sa.Text),
+        _time("delivered_at"),
+        sa.CheckConstraint("tries >= 0", name="notice_counts"),
+        schema=SCHEMA,
+    )
+    op.execute("CREATE INDEX notices_due ON byrd.notices (due_at) WHERE delivered_at IS NULL")
+    op.execute("CREATE INDEX notices_run ON byrd.notices (run_id)")
+
+
 def _signals() -> None:
     op.create_table(
         "signals",
@@ -362,6 +390,7 @@ def upgrade() -> None:
     _steps()
     _progress()
     _events_and_workers()
+    _notices()
     _signals()
     _limits()
     op.execute(WORK)
@@ -383,6 +412,7 @@ def downgrade() -> None:
         "limit_keys",
         "limits",
         "signals",
+        "notices",
         "brokers",
         "workers",
         "events",

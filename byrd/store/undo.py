@@ -1,0 +1,166 @@
+"""How a rollback is planned, and how it goes on: what is undone, and which compensation waits for which.
+
+The compensations of a rollback have *ranks*.  Those of one rank undo steps of which none came before another in the
+plan, members of a group say, and may run side by side; those of a higher rank wait for all of the lower ones.  So of
+two steps that followed one another the later is always undone first.
+
+A rollback is that of the run, or of a saga in it (``saga``: the number of its step), and covers all sagas inside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from graphlib import TopologicalSorter
+from typing import Any
+
+from sqlalchemy import Connection
+
+from byrd.store import flow
+from byrd.store.rows import Wakeup, query
+
+#: The end ``a`` of an attempt leaves open whether it took effect: its worker was lost, or it was told to stop, or its
+#: time was over.
+_UNKNOWN = """(a.outcome = 'preempted' OR (a.outcome = 'cancelled' AND a.error::json->>'exc_type' <> 'Ignore')
+    OR a.error::json->>'exc_type' IN ('TimeLimitExceeded','SoftTimeLimitExceeded'))"""
+
+#: The steps ``s`` inside the saga %(saga)s of the run %(run)s, those of sagas inside it too.
+INSIDE = """
+    WITH RECURSIVE inside AS (
+      SELECT no, kind FROM byrd.steps WHERE run_id = %(run)s AND saga = %(saga)s AND kind <> 'compensation'
+      UNION
+      SELECT s.no, s.kind FROM inside i JOIN byrd.steps s ON s.run_id = %(run)s AND s.saga = i.no
+       WHERE i.kind = 'saga' AND s.kind <> 'compensation')"""
+
+#: What has taken effect, or may have, and is not undone yet.
+_COMPENSABLE = f"""s.run_id = %(run)s AND s.compensation IS NOT NULL
+    AND (s.status = 'succeeded' OR (s.status IN ('failed','cancelled','skipped') AND EXISTS
+          (SELECT 1 FROM byrd.attempts a WHERE a.step_id = s.id AND {_UNKNOWN})))
+    AND NOT EXISTS (SELECT 1 FROM byrd.steps c WHERE c.run_id = s.run_id AND c.compensates = s.no)"""
+
+#: The step ``s`` failed by itself, not because of another; a saga did, as far as what is around it is concerned.
+_ROOT = """s.status IN ('failed','cancelled') AND s.kind IN ('task','wait','callback','saga')
+    AND (CASE WHEN s.kind = 'saga' THEN s.ready_at IS NOT NULL ELSE s.cause IS NULL END)"""
+
+
+def compensable(conn: Connection, run_id: str) -> bool:
+    """Tell whether something of the run can be undone."""
+    sql = f"SELECT 1 FROM byrd.steps s WHERE {_COMPENSABLE} LIMIT 1"
+    return query(conn, sql, {"run": run_id}).first() is not None
+
+
+def cause_of(conn: Connection, run_id: str, saga: int | None = None) -> int | None:
+    """Return the step because of which the run, or a saga, is rolled back; None when none of those that failed is one.
+
+    One that is retriable is none.
+    """
+    inside = f"{INSIDE} " if saga is not None else ""
+    where = "AND s.no IN (SELECT no FROM inside)" if saga is not None else ""
+    found: int | None = query(
+        conn,
+        f"""{inside}SELECT s.no FROM byrd.steps s WHERE s.run_id = %(run)s AND {_ROOT} {where}
+              AND s.mark IS DISTINCT FROM 'retriable' ORDER BY s.status <> 'failed', s.finished_at, s.no LIMIT 1""",
+        {"run": run_id, "saga": saga},
+    ).scalar()
+    return found
+
+
+def plan(conn: Connection, run_id: str, saga: int | None = None) -> int:
+    """Write one compensation for each step that is to be undone, none of them ready yet; return how many."""
+    params = {"run": run_id, "saga": saga}
+    inside = f"{INSIDE} " if saga is not None else ""
+    where = "AND s.no IN (SELECT no FROM inside)" if saga is not None else ""
+    undone = {
+        row.no for row in query(conn, f"{inside}SELECT s.no FROM byrd.steps s WHERE {_COMPENSABLE} {where}", params)
+    }
+    if not undone:
+        return 0
+    edges = query(
+        conn,
+        "SELECT no, after, join_no FROM byrd.steps WHERE run_id = %(run)s AND kind <> 'compensation' ORDER BY no",
+        params,
+    )
+    ranks = _ranks([(row.no, row.after, row.join_no) for row in edges], undone)
+    query(
+        conn,
+        """WITH undo AS (
+              SELECT s.no, s.compensation::json AS how, u.rank,
+                     row_number() OVER (ORDER BY u.rank, s.finished_at DESC, s.no DESC) AS place,
+                     (SELECT max(no) FROM byrd.steps WHERE run_id = %(run)s) AS top
+                FROM unnest(%(numbers)s::int[], %(ranks)s::int[]) AS u (no, rank)
+                JOIN byrd.steps s ON s.run_id = %(run)s AND s.no = u.no)
+            INSERT INTO byrd.steps (id, run_id, no, kind, task, queue, options, compensates, rank, saga)
+            SELECT gen_random_uuid()::text, %(run)s, top + place, 'compensation', how->>'task', how->>'queue',
+                   coalesce(how->>'options', '{}'), no, rank, %(saga)s FROM undo""",
+        {**params, "numbers": list(ranks), "ranks": list(ranks.values())},
+    )
+    return len(undone)
+
+
+def _ranks(edges: Iterable[tuple[int, int | None, int | None]], undone: Collection[int]) -> dict[int, int]:
+    """Return each undone step's rank: one more than the most undone steps that came after it, one after another."""
+    after: dict[int, int | None] = {}
+    members: dict[int, list[int]] = {}
+    following: dict[int, set[int]] = {}
+    for no, before, join in edges:
+        after[no] = before
+        following.setdefault(no, set())
+        if before is not None:
+            following.setdefault(before, set()).add(no)
+        if join is not None:
+            members.setdefault(join, []).append(no)
+            following[no].add(join)
+    for container in members:
+        # What took a step's place, or joined a group, while the run was under way bears no edge to what came before.
+        before = after.get(container)
+        if before is not None:
+            following[before].update(_first_steps(container, before, after, members))
+    longest: dict[int, int] = {}
+    for no in TopologicalSorter(following).static_order():
+        longest[no] = max((longest[n] + (n in undone) for n in following.get(no, ())), default=0)
+    return {no: longest[no] + 1 for no in undone}
+
+
+def _first_steps(
+    container: int, before: int, after: dict[int, int | None], members: dict[int, list[int]]
+) -> Iterable[int]:
+    """Yield the steps inside a container that come after nothing."""
+    todo, seen = list(members[container]), {container, before}
+    while todo:
+        no = todo.pop()
+        if no in seen:
+            continue
+        seen.add(no)
+        earlier = after.get(no)
+        if earlier is not None:
+            todo.append(earlier)
+        elif no not in members:
+            yield no
+        todo += members.get(no, ())
+
+
+def release_next(conn: Connection, run_id: str, saga: int | None) -> tuple[list[Wakeup], bool]:
+    """pending → ready for the compensations that wait for nothing any more; tell whether all are done.
+
+    The row of the saga, or of the run, is locked first, so that of two that end at once the second sees the first.
+    """
+    params: dict[str, Any] = {"run": run_id, "saga": saga}
+    if saga is None:
+        query(conn, "SELECT 1 FROM byrd.runs WHERE id = %(run)s FOR NO KEY UPDATE", params)
+    else:
+        query(conn, "SELECT 1 FROM byrd.steps WHERE run_id = %(run)s AND no = %(saga)s FOR NO KEY UPDATE", params)
+    rank = query(
+        conn,
+        """SELECT min(rank) FROM byrd.steps WHERE run_id = %(run)s AND compensates IS NOT NULL
+             AND saga IS NOT DISTINCT FROM %(saga)s AND status NOT IN ('succeeded','skipped')""",
+        params,
+    ).scalar()
+    if rank is None:
+        return [], True
+    rows = query(
+        conn,
+        """SELECT no FROM byrd.steps WHERE run_id = %(run)s AND compensates IS NOT NULL AND status = 'pending'
+             AND saga IS NOT DISTINCT FROM %(saga)s AND rank = %(rank)s ORDER BY no""",
+        {**params, "rank": rank},
+    )
+    numbers = [row.no for row in rows]
+    return (flow.release(conn, run_id, numbers) if numbers else []), False

@@ -1,0 +1,132 @@
+"""Tells somebody outside that a rollback is stuck: the setting ``byrd_rollback_stuck_hook`` says whom.
+
+It is a Celery task of the app by its name, the URL of a webhook, or several of these.  A task is submitted as a run,
+once for each notice; a webhook is sent a POST with JSON, at least once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import urllib.request
+import uuid
+from importlib.metadata import version
+from typing import Any
+from urllib.parse import urlsplit
+
+from celery import Celery
+
+from byrd.errors import ByrdError, ConfigurationError
+from byrd.store import Store, notices, plans
+from byrd.store.notices import Notice
+from byrd.task.runtime import Runtime
+from byrd.worker.loop import Loop
+
+log = logging.getLogger(__name__)
+
+HOOK = "byrd_rollback_stuck_hook"
+_LOOK_SECONDS = 1.0
+_IDLE_SECONDS = 3600.0
+#: A webhook that takes longer than this has failed, and is called again later.
+_TIMEOUT_SECONDS = 5.0
+
+
+def hooks_of(app: Celery) -> list[str]:
+    """Return whom to tell; raise :class:`ConfigurationError` for what is neither a task's name nor a URL."""
+    said = app.conf.get(HOOK)
+    hooks = [] if not said else list(said) if isinstance(said, list | tuple) else [said]
+    for hook in hooks:
+        if not isinstance(hook, str) or not hook.strip() or (_is_url(hook) and not _is_http(hook)):
+            raise ConfigurationError(
+                f"{HOOK}={hook!r} must be the name of a task, or an http(s) URL, or a list of such"
+            )
+    return hooks
+
+
+def payload_of(notice: Notice) -> dict[str, Any]:
+    """Return what is told: ``notice`` is the same each time that it is told."""
+    return {
+        "event": "rollback_stuck",
+        "notice": notice.id,
+        "run": notice.run_id,
+        "workflow": notice.workflow,
+        "title": notice.title,
+        "status": notice.status,
+        "step": notice.step_no,
+        "task": notice.task,
+        "undoes": notice.undoes,
+        "error": json.loads(notice.error) if notice.error else None,
+        "at": notice.at.isoformat(),
+    }
+
+
+class Notifier(Loop):
+    """Delivers notices; any number may run, for each takes others."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        super().__init__("byrd-notifier")
+        self.runtime, self.hooks = runtime, hooks_of(runtime.app)
+        # Of its own: a webhook may hang for seconds, and its thread holds nobody up.
+        self.store = Store(runtime.store.url, patience=0.0, pool_size=1)
+
+    def tick(self) -> float:
+        if not self.hooks:
+            return _IDLE_SECONDS
+        taken = self.store.run(notices.take)
+        for notice in taken:
+            self._deliver(notice)
+        return _LOOK_SECONDS if not taken else 0.0
+
+    def stop(self, timeout: float = 5.0) -> None:
+        super().stop(timeout)
+        self.store.close()
+
+    def _deliver(self, notice: Notice) -> None:
+        for hook in self.hooks:
+            try:
+                self._tell(hook, notice)
+            except (OSError, URLError, ValueError, ByrdError) as exc:
+                log.warning(
+                    "notice %d (run %s is stuck) is not delivered to %s: %s", notice.id, notice.run_id, hook, exc
+                )
+                self.store.run(notices.failed, notice.id, f"{hook}: {exc}")
+                return
+        self.store.run(notices.delivered, notice.id)
+
+    def _tell(self, hook: str, notice: Notice) -> None:
+        payload = payload_of(notice)
+        if _is_url(hook):
+            _post(hook, payload)
+            return
+        plan = self.runtime.plan(self.runtime.app.signature(hook, args=(payload,)))
+        key = f"byrd.rollback_stuck:{notice.id}:{hook}"
+        run = plans.NewRun(str(uuid.uuid4()), plan, title=f"{hook}: run {notice.run_id} is stuck", key=key)
+        self.runtime.publisher.publish(self.store.run(plans.write, [run])[1])
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A POST that is sent elsewhere is no POST any more: an error, as each answer but 2xx."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+def _post(url: str, payload: dict[str, Any]) -> None:
+    headers = {
+        "Content-Type": "application/json",
+        "User-Agent": f"byrd/{version('byrd')}",
+        "Idempotency-Key": f"byrd-notice-{payload['notice']}",
+    }
+    # hooks_of() has let through http and https only.
+    request = urllib.request.Request(url, json.dumps(payload).encode(), headers, method="POST")  # noqa: S310
+    with urllib.request.build_opener(_NoRedirects).open(request, timeout=_TIMEOUT_SECONDS) as answer:
+        answer.read(1024)
+
+
+def _is_url(hook: str) -> bool:
+    return "://" in hook
+
+
+def _is_http(hook: str) -> bool:
+    parts = urlsplit(hook)
+    return parts.scheme in ("http", "https") and bool(parts.hostname)

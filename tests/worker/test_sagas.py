@@ -1,0 +1,303 @@
+"""Sagas on real workers: nested ones, pivots, what is asked for after a crash, and what is told when one is stuck."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import chain, group
+
+import byrd
+from byrd.errors import (
+    ArgumentError,
+    CompensationError,
+    ConfigurationError,
+    IllegalTransitionError,
+    SagaOutsideRunError,
+)
+from byrd.worker.notifier import hooks_of
+from tests.cluster import Cluster, wait_until
+
+APP = "tests.apps.sagas"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("files")
+
+
+@pytest.fixture(scope="module")
+def shared(module_cluster: Cluster, files: Path) -> Any:
+    app = module_cluster.app(APP)
+    module_cluster.rows(app.TABLE)
+    module_cluster.worker(APP, env={"SAGA_FILES": str(files)})
+    return app
+
+
+def effects(cluster: Cluster, run: Any) -> list[tuple[str, str]]:
+    """Return what was done and undone, in order."""
+    return [
+        (what, name) for what, name in cluster.rows("SELECT what, name FROM effects WHERE run = %s ORDER BY id", run.id)
+    ]
+
+
+def details(cluster: Cluster, run: Any, name: str) -> list[str]:
+    """Return what the compensations of a name have noted."""
+    sql = "SELECT detail FROM effects WHERE run = %s AND name = %s AND what = 'undo' ORDER BY id"
+    return [row[0] for row in cluster.rows(sql, run.id, name)]
+
+
+def test_a_saga_in_a_chain_undoes_itself_and_then_fails(shared: Any, module_cluster: Cluster) -> None:
+    inner = byrd.saga(shared.do.si("b"), shared.do.si("c"), shared.fail.si())
+    run = shared.engine.submit(chain(shared.do.si("a"), inner, shared.do.si("d")))
+    with pytest.raises(ValueError, match="no"):
+        run.get(timeout=30)
+    assert run.wait(timeout=30) == "failed"
+    assert effects(module_cluster, run)[3:] == [("undo", "c"), ("undo", "b"), ("undo", "a")]
+    assert details(module_cluster, run, "c") == ["did c because of ValueError: no"]
+
+
+def test_a_saga_that_succeeded_is_undone_with_what_is_around_it(shared: Any, module_cluster: Cluster) -> None:
+    run = shared.engine.submit(byrd.saga(shared.do.si("a"), byrd.saga(shared.do.si("b")), shared.fail.si()))
+    assert run.wait(timeout=30) == "failed"
+    assert effects(module_cluster, run)[2:] == [("undo", "b"), ("undo", "a")]
+
+
+def test_members_of_a_group_are_undone_side_by_side(shared: Any, module_cluster: Cluster) -> None:
+    run = shared.engine.submit(
+        chain(shared.do.si("a"), group(shared.do.si(f"m{n}") for n in range(4)), shared.fail.s())
+    )
+    assert run.wait(timeout=30) == "failed"
+    assert effects(module_cluster, run)[-1] == ("undo", "a")
+    assert [s.rank for s in run.steps() if s.kind == "compensation"] == [1, 1, 1, 1, 2]
+
+
+def test_what_runs_in_a_saga_that_fails_is_told_to_stop(shared: Any, module_cluster: Cluster) -> None:
+    run = shared.engine.submit(
+        byrd.saga(group(chain(shared.until.si("loops"), shared.fail.si()), shared.loop_saga.si("x")))
+    )
+    files = Path(module_cluster.workers[0]._env["SAGA_FILES"])
+    wait_until(lambda: ("do", "x") in effects(module_cluster, run))
+    (files / "loops").touch()
+    assert run.wait(timeout=30) == "failed"
+    # It had done something before it was stopped, and nobody knows what: so it is undone.
+    assert details(module_cluster, run, "x") == ["None, known: False"]
+    assert next(s for s in run.steps() if (s.task or "").endswith(".loop_saga")).status == "cancelled"
+
+
+def test_a_step_that_ran_out_of_time_is_undone(shared: Any, module_cluster: Cluster) -> None:
+    run = shared.engine.submit(chain(shared.do.si("a"), shared.hurry.si("late")))
+    assert run.wait(timeout=30) == "failed"
+    assert effects(module_cluster, run)[2:] == [("undo", "late"), ("undo", "a")]
+    assert details(module_cluster, run, "late") == ["None, known: False"]
+
+
+def test_after_the_pivot_a_step_is_tried_again(shared: Any, module_cluster: Cluster, files: Path) -> None:
+    (files / "forward.down").touch()
+    run = shared.engine.submit(chain(shared.do.si("a"), shared.pay.si(), shared.down.si("forward")))
+    wait_until(lambda: run.steps()[2].attempt >= 2)
+    (files / "forward.down").unlink()
+    assert run.wait(timeout=30) == "succeeded"
+    assert effects(module_cluster, run) == [("do", "a"), ("do", "pay")]
+    assert "pivot_passed" in [h["event"] for h in run.history()]
+    with pytest.raises(IllegalTransitionError, match="forward only"):
+        run.rollback()
+
+
+def test_a_retriable_step_is_tried_again(shared: Any, files: Path) -> None:
+    (files / "box.down").touch()
+    run = shared.engine.submit(chain(shared.do.si("a"), shared.mail.si("box")))
+    wait_until(lambda: run.steps()[1].attempt >= 2)
+    (files / "box.down").unlink()
+    assert run.get(timeout=30) == "sent"
+
+
+# -- after a crash ---------------------------------------------------------------------------------
+
+
+def test_a_step_whose_effect_is_confirmed_is_not_done_again(shared: Any, module_cluster: Cluster, files: Path) -> None:
+    (files / "room.die").touch()
+    run = shared.engine.submit(shared.book.si("room"))
+    assert run.get(timeout=60) == "found room"
+    assert effects(module_cluster, run) == [("do", "room")]
+    assert run.steps()[0].attempt == 2
+
+
+def test_one_whose_effect_is_not_there_is_done(cluster: Cluster, tmp_path: Path) -> None:
+    app = cluster.app(APP)
+    cluster.rows(app.TABLE)
+    cluster.worker(APP, env={"SAGA_FILES": str(tmp_path)})
+    run = app.engine.submit(app.book.si("room"))
+    wait_until(lambda: run.status == "succeeded")
+    # As if the worker had died before the effect: another attempt, and no row.
+    cluster.rows("TRUNCATE effects")
+    cluster.rows("""UPDATE byrd.runs SET status = 'failed', error = '{"exc_type": "ValueError", "exc_message": []}'""")
+    cluster.rows("""UPDATE byrd.steps SET status = 'failed', result = NULL, error = '{"exc_type": "ValueError"}'""")
+    run.retry()
+    assert run.get(timeout=30) == "booked room"
+    assert effects(cluster, run) == [("do", "room")]
+
+
+def test_a_step_that_may_have_taken_effect_is_asked_for_before_it_is_undone(
+    shared: Any, module_cluster: Cluster, files: Path
+) -> None:
+    (files / "seat.raises").touch()
+    (files / "seat.die").touch()
+    asked = group(shared.book.si("seat"), shared.fail.si())
+    run = shared.engine.submit(byrd.saga(asked))
+    assert run.wait(timeout=60) == "failed"
+    # Lost with its worker: whether the saga's failure found it running or ready, what it did is undone, once.
+    assert effects(module_cluster, run) == [("do", "seat"), ("undo", "seat")]
+    assert details(module_cluster, run, "seat") == ["found seat, known: True"]
+
+
+def test_a_rollback_outlives_a_compensation_that_kills_its_worker(
+    shared: Any, module_cluster: Cluster, files: Path
+) -> None:
+    (files / "undo b.die").touch()
+    run = shared.engine.submit(chain(shared.do.si("a"), byrd.saga(shared.do.si("b"), shared.fail.si())))
+    assert run.wait(timeout=60) == "failed"
+    keys = module_cluster.rows("SELECT key FROM effects WHERE run = %s AND what = 'undo' AND name = 'b'", run.id)
+    # It ran twice, for its effect came before its end was recorded: with the same key.
+    assert len(keys) == 2
+    assert len(set(keys)) == 1
+    assert effects(module_cluster, run)[-1] == ("undo", "a")
+
+
+# -- what an operator does -------------------------------------------------------------------------
+
+
+def stuck(shared: Any, files: Path, name: str) -> Any:
+    (files / f"{name}.stuck").touch()
+    run = shared.engine.submit(chain(shared.do.si("first"), byrd.saga(shared.do.si(name), shared.fail.si())))
+    assert run.wait(timeout=60) == "rollback_stuck"
+    return run
+
+
+def test_a_stuck_saga_is_retried(shared: Any, module_cluster: Cluster, files: Path) -> None:
+    run = stuck(shared, files, "again")
+    assert run in shared.engine.list(status="rollback_stuck")
+    (files / "again.stuck").unlink()
+    run.retry(by="ann")
+    assert run.wait(timeout=30) == "failed"
+    assert effects(module_cluster, run)[2:] == [("undo", "again"), ("undo", "first")]
+
+
+@pytest.mark.parametrize("how", ["skip", "done_by_hand"])
+def test_a_stuck_compensation_is_skipped_or_done_by_hand(
+    shared: Any, module_cluster: Cluster, files: Path, how: str
+) -> None:
+    run = stuck(shared, files, how)
+    no = next(s.no for s in run.steps() if s.kind == "compensation")
+    [why] = run.why()
+    assert f"`byrd skip {run.id[:8]} {no}" in why
+    words = {"reason": "gone"} if how == "skip" else {"note": "called them"}
+    with pytest.raises(ArgumentError, match="must be a text"):
+        getattr(run, how)(no, **dict.fromkeys(words, " "))
+    getattr(run, how)(no, **words, by="ann")
+    assert run.wait(timeout=30) == "failed"
+    assert effects(module_cluster, run)[2:] == [("undo", "first")]
+    event = {"skip": "compensation_skipped", "done_by_hand": "done_by_hand"}[how]
+    [found] = [h for h in run.history() if h["event"] == event]
+    assert found["detail"] == {**words, "by": "ann"}
+
+
+def test_a_run_is_rolled_back_on_purpose(shared: Any, module_cluster: Cluster) -> None:
+    run = shared.engine.submit(chain(shared.do.si("a"), shared.do.si("b")))
+    assert run.wait(timeout=30) == "succeeded"
+    run.rollback(reason="the wrong customer", by="ann")
+    assert run.wait(timeout=30) == "cancelled"
+    assert effects(module_cluster, run)[2:] == [("undo", "b"), ("undo", "a")]
+    assert details(module_cluster, run, "b") == ["did b because of the wrong customer"]
+
+
+# -- who is told -----------------------------------------------------------------------------------
+
+
+class Webhook:
+    """A server on this machine that notes what it is sent; it refuses the first call."""
+
+    def __init__(self) -> None:
+        self.got: list[tuple[dict[str, Any], str | None]] = []
+        hook = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                hook.got.append((json.loads(body), self.headers["Idempotency-Key"]))
+                self.send_response(500 if len(hook.got) == 1 else 204)
+                self.end_headers()
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}/stuck"
+
+
+@pytest.fixture
+def webhook() -> Iterator[Webhook]:
+    found = Webhook()
+    yield found
+    found.server.shutdown()
+    found.server.server_close()
+
+
+def test_a_stuck_rollback_is_told_to_a_task_and_a_webhook(cluster: Cluster, tmp_path: Path, webhook: Webhook) -> None:
+    app = cluster.app(APP)
+    cluster.rows(app.TABLE)
+    hooks = json.dumps([webhook.url, f"{APP}.told"])
+    cluster.worker(APP, env={"SAGA_FILES": str(tmp_path), "SAGA_HOOKS": hooks})
+    run = stuck(app, tmp_path, "loud")
+    wait_until(lambda: webhook.got)
+    # The server was in trouble: the notice is delivered again, by a worker that has only just been started.
+    cluster.workers[0].kill()
+    cluster.rows("UPDATE byrd.notices SET due_at = now()")
+    cluster.worker(APP, env={"SAGA_FILES": str(tmp_path), "SAGA_HOOKS": hooks})
+    wait_until(lambda: cluster.rows("SELECT 1 FROM effects WHERE what = 'told'"))
+    first, second = webhook.got
+    assert first == second
+    payload, key = first
+    assert (payload["event"], payload["run"], payload["undoes"]) == ("rollback_stuck", run.id, 2)
+    assert payload["error"]["exc_message"] == ["loud cannot be undone now"]
+    assert key == f"byrd-notice-{payload['notice']}"
+    wait_until(lambda: cluster.rows("SELECT 1 FROM byrd.notices WHERE delivered_at IS NOT NULL"))
+    assert cluster.rows("SELECT run FROM effects WHERE what = 'told'") == [(run.id,)]
+
+
+@pytest.mark.parametrize("hook", ["file:///etc/passwd", "http://", 7, [""]])
+def test_what_can_be_no_hook_is_refused(shared: Any, hook: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(shared.app.conf, "byrd_rollback_stuck_hook", hook)
+    with pytest.raises(ConfigurationError, match="byrd_rollback_stuck_hook"):
+        hooks_of(shared.app)
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+def test_a_saga_task_has_to_say_how_it_is_undone(shared: Any, module_cluster: Cluster) -> None:
+    before = module_cluster.rows("SELECT count(*) FROM byrd.runs")
+    with pytest.raises(CompensationError, match="compensation=None"):
+        shared.engine.submit(chain(shared.do.si("a"), shared.forgetful.si()))
+    assert module_cluster.rows("SELECT count(*) FROM byrd.runs") == before
+
+
+def test_a_task_is_not_both_pivot_and_retriable(shared: Any) -> None:
+    with pytest.raises(ConfigurationError, match="pivot and retriable"):
+        type("Both", (byrd.SagaTask,), {"pivot": True, "retriable": True})
+
+
+def test_a_task_has_one_confirm(shared: Any) -> None:
+    with pytest.raises(ConfigurationError, match="confirm already"):
+        shared.book.confirm(lambda key, name: None)
+
+
+def test_a_saga_is_no_task(shared: Any) -> None:
+    with pytest.raises(SagaOutsideRunError, match="submit"):
+        byrd.saga(shared.do.si("a")).apply_async(app=shared.app)
