@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -76,6 +77,16 @@ def count_up(self: byrd.CheckpointTask, name: str, most: int) -> int:
             conn.execute(text("INSERT INTO effects (name, n) VALUES (:name, -1)"), {"name": name})
             self.checkpoint(name="tail", cursor="done")
     return int(done.completed) + int(first)
+
+
+@app.task(bind=True)
+def cancel_itself_and_stay(self: Task) -> None:
+    """Cancel the task's own run with terminate, and go on until the run does without it."""
+    run = engine.get(self.request.root_id)
+    if run.status == "running":
+        run.cancel(terminate=True, grace=0, compensate=True)
+    while run.status == "cancelling":
+        time.sleep(0.05)
 
 
 @app.task(bind=True)

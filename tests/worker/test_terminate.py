@@ -150,7 +150,7 @@ def test_nothing_is_undone_before_the_process_is_gone(app: Any, cluster: Cluster
     assert [(line["name"], line["alive"]) for line in lines(notes, "unbook")] == [("hotel", [])]
 
 
-@pytest.mark.parametrize("pool", ["threads", "solo"])
+@pytest.mark.parametrize("pool", ["threads", "solo", "gevent"])
 def test_a_pool_that_cannot_end_anything_shuts_the_step_out(app: Any, cluster: Cluster, notes: Path, pool: str) -> None:
     start(cluster, notes, pool=pool, concurrency=1 if pool == "solo" else 2)
     run = app.engine.submit(chain(app.book.s("room"), app.stubborn.si("held"), app.tick.si(1)))
