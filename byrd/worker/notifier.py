@@ -10,6 +10,7 @@ import json
 import logging
 import urllib.request
 import uuid
+from http.client import HTTPException
 from importlib.metadata import version
 from typing import Any
 from urllib.parse import urlsplit
@@ -33,7 +34,7 @@ _TIMEOUT_SECONDS = 5.0
 
 def hooks_of(app: Celery) -> list[str]:
     """Return whom to tell; raise :class:`ConfigurationError` for what is neither a task's name nor a URL."""
-    said = app.conf.get(HOOK)
+    said = app.conf.get("byrd_rollback_stuck_hook")
     hooks = [] if not said else list(said) if isinstance(said, list | tuple) else [said]
     for hook in hooks:
         if not isinstance(hook, str) or not hook.strip() or (_is_url(hook) and not _is_http(hook)):
@@ -85,10 +86,8 @@ class Notifier(Loop):
         for hook in self.hooks:
             try:
                 self._tell(hook, notice)
-            except (OSError, URLError, ValueError, ByrdError) as exc:
-                log.warning(
-                    "notice %d (run %s is stuck) is not delivered to %s: %s", notice.id, notice.run_id, hook, exc
-                )
+            except (OSError, HTTPException, ValueError, ByrdError) as exc:
+                log.warning("run %s is stuck, of which %s could not be told: %s", notice.run_id, hook, exc)
                 self.store.run(notices.failed, notice.id, f"{hook}: {exc}")
                 return
         self.store.run(notices.delivered, notice.id)

@@ -124,6 +124,47 @@ def release(reservation: str, what: str) -> None:
     note(reservation, what)
 
 
+@app.task(base=byrd.SagaTask)
+def buy(what: str) -> str:
+    """Do what cannot be done twice: the table refuses it."""
+    with engine.runtime.user_store.engine.begin() as conn:
+        conn.execute(text("INSERT INTO effects (name, n) VALUES (:name, 1)"), {"name": what})
+    return what.upper()
+
+
+@buy.confirm
+def find_bought(_key: str, what: str) -> Any:
+    """Ask whether it is done."""
+    with engine.runtime.user_store.engine.begin() as conn:
+        done = conn.execute(text("SELECT 1 FROM effects WHERE name = :name AND n = 1"), {"name": what}).first()
+    return what.upper() if done else byrd.NOT_DONE
+
+
+@buy.compensation
+def sell(bought: str, what: str) -> None:
+    """Undo it."""
+    note(bought, what)
+
+
+@app.task(base=byrd.SagaTask, pivot=True, compensation=None)
+def commit(value: Any) -> Any:
+    """Pass the point of no return."""
+    return value
+
+
+@app.task
+def fail_once(name: str) -> str:
+    """Raise until it is on record that it did."""
+    with engine.runtime.user_store.engine.begin() as conn:
+        row = {"name": name}
+        failed = conn.execute(text("SELECT 1 FROM effects WHERE name = :name"), row).first()
+        if not failed:
+            conn.execute(text("INSERT INTO effects (name, n) VALUES (:name, 1)"), row)
+    if not failed:
+        raise ConnectionError("it is down")
+    return "up"
+
+
 def note(reservation: str, what: str) -> None:
     """Leave a trace, once."""
     with engine.runtime.user_store.engine.begin() as conn:

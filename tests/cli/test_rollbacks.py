@@ -87,9 +87,9 @@ def test_rollback(sagas: Any, cli: Cli) -> None:
     assert answer.out.startswith(f"Run {run.id[:8]} is compensating; ")
     assert run.wait(timeout=30) == "cancelled"
     assert cli("rollback", run.id).status == 1
-    drawn = cli("show", run.id).out
-    assert re.search(r"✔ 1 saga", drawn)
-    assert re.search(r"rollback\n.*undo.*undoes 3.*\n.*undoes 2.*\n.*undoes 0", drawn)
+    assert re.search(r"✔ 1 saga", cli("show", run.id).out)
+    undone = [s["compensates"] for s in cli("show", run.id, "--json").json["steps"] if s["kind"] == "compensation"]
+    assert undone == [3, 2, 0]
     assert "It was cancelled at" in cli("why", run.id).out
 
 
@@ -106,7 +106,7 @@ def test_a_saga_that_undoes_itself_is_told(sagas: Any, files: Path, cli: Cli) ->
     (files / "slow.stuck").touch()
     slow = byrd.saga(sagas.slow_undo.si("slow"), sagas.fail.si())
     run = sagas.engine.submit(group(slow, sagas.until.si("slow.go")))
-    undoing = r"Step 1 \(byrd\.saga\) has failed, and undoes what it had done since .*: 0 of 1 compensation done"
+    undoing = r"Step 0 \(byrd\.saga\) has failed, and undoes what it had done since .*: 0 of 1 compensation done"
     wait_until(lambda: re.search(undoing, cli("why", run.id).out))
     assert "failed, is being undone since" in cli("show", run.id).out
     (files / "slow.stuck").unlink()

@@ -252,7 +252,8 @@ def test_retries_rollbacks_and_ends(cluster: Cluster, shop: Any, tmp_path: Path,
         trip,
         rf"Its rollback is stuck since {TIME} at step 3 \(.*compensation\), which undoes step 1: RuntimeError: the "
         r"hotel does not answer, in attempt 1; 0 of 2 compensations done\. Remove the cause, then "
-        rf"`byrd retry {trip.id[:8]}`\.",
+        rf"`byrd retry {trip.id[:8]}`; or `byrd skip {trip.id[:8]} 3 --reason \.\.\.`, or undo it yourself, and "
+        rf"`byrd done-by-hand {trip.id[:8]} 3 --note \.\.\.`\.",
     )
     drawn = byrd_cli("show", trip.id).out
     assert "rollback" in drawn

@@ -76,7 +76,7 @@ def test_python_compiles(page: Path) -> None:
 @each_page
 def test_commands_exist_with_their_options(page: Path) -> None:
     text = "\n".join(blocks(page, "console")) + "\n".join(re.findall(r"`([^`\n]+)`", prose(page)))
-    for words in re.findall(r"\bbyrd (?:-A \S+ )?([a-z]+)((?: (?!#)[^\s`;)]+)*)", text):
+    for words in re.findall(r"\bbyrd (?:-A \S+ )?([a-z]+(?:-[a-z]+)*)((?: (?!#)[^\s`;)]+)*)", text):
         name, rest = words
         assert name in main.commands, f"byrd {name}: no such command"
         known = {option for parameter in main.commands[name].params for option in parameter.opts}

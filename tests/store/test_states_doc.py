@@ -18,16 +18,18 @@ each transition from every state, and this page is generated from the tables
 """
 
 _RUN = """A run is `running` from the moment when it is submitted. It ends as `succeeded`, `failed` or `cancelled`;
-only a retry leaves these. A run whose completed saga steps are being undone is `compensating`, and `rollback_stuck`
-when one of the compensations used up its retries: then it waits for an operator.
+only a retry, or a rollback that an operator asks for, leaves these. A run whose completed saga steps are being undone
+is `compensating`, and `rollback_stuck` when a compensation used up its retries, its own or that of a saga in it: then
+it waits for an operator.
 """
 
 _STEP = """A step is `pending` until what it comes after is done, then `ready`: a worker may claim it. Each claim raises
 the attempt number, and only the attempt that claimed last may write. A claim that the limit of the step's task does not
 allow is put off before it is committed: the step is `ready` for later, and has its number back. A group's join is never
 `ready` or `running`: it ends by itself with the last member. A sleep, or a step that waits for a signal, is `waiting`
-instead until its time or its signal has come; it has no attempts. A step that replaced itself by a canvas is `pending`
-again until the canvas is done.
+instead until its time or its signal has come; it has no attempts. A saga in a run is `pending` until the canvas inside
+it has a value, and `waiting` from when a step in it fails until what it had done is undone. A step that replaced itself
+by a canvas is `pending` again until the canvas is done.
 """
 
 

@@ -69,19 +69,16 @@ def test_a_saga_that_succeeded_is_undone_with_what_is_around_it(shared: Any, mod
 
 
 def test_members_of_a_group_are_undone_side_by_side(shared: Any, module_cluster: Cluster) -> None:
-    run = shared.engine.submit(
-        chain(shared.do.si("a"), group(shared.do.si(f"m{n}") for n in range(4)), shared.fail.s())
-    )
+    members = group(shared.do.si(f"m{n}") for n in range(4))
+    run = shared.engine.submit(chain(shared.do.si("a"), members, shared.fail.s()))
     assert run.wait(timeout=30) == "failed"
     assert effects(module_cluster, run)[-1] == ("undo", "a")
     assert [s.rank for s in run.steps() if s.kind == "compensation"] == [1, 1, 1, 1, 2]
 
 
-def test_what_runs_in_a_saga_that_fails_is_told_to_stop(shared: Any, module_cluster: Cluster) -> None:
-    run = shared.engine.submit(
-        byrd.saga(group(chain(shared.until.si("loops"), shared.fail.si()), shared.loop_saga.si("x")))
-    )
-    files = Path(module_cluster.workers[0]._env["SAGA_FILES"])
+def test_what_runs_in_a_saga_that_fails_is_told_to_stop(shared: Any, module_cluster: Cluster, files: Path) -> None:
+    members = group(chain(shared.until.si("loops"), shared.fail.si()), shared.loop_saga.si("x"))
+    run = shared.engine.submit(byrd.saga(members))
     wait_until(lambda: ("do", "x") in effects(module_cluster, run))
     (files / "loops").touch()
     assert run.wait(timeout=30) == "failed"
