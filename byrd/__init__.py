@@ -9,9 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 from byrd import errors
 from byrd.engine import Byrd, Run, Workflow
-from byrd.errors import LimitedError
+from byrd.errors import LimitedError, RetryLater
 from byrd.limits import Limit
 from byrd.model import RunStatus, StepStatus
+from byrd.policies import Retry, Timeouts
 from byrd.sagas import NOT_DONE, saga
 from byrd.task import CheckpointTask, Compensation, DurableTask, Outcome, Progress, SagaTask, current_compensation
 from byrd.waits import sleep, wait_for
@@ -31,10 +32,13 @@ __all__ = [
     "LimitedError",
     "Outcome",
     "Progress",
+    "Retry",
+    "RetryLater",
     "Run",
     "RunStatus",
     "SagaTask",
     "StepStatus",
+    "Timeouts",
     "Workflow",
     "__version__",
     "current_compensation",

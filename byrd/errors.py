@@ -6,7 +6,9 @@
     ├── ConfigurationError        Byrd cannot work with this set-up
     │   ├── UnsafeSettingError    a Celery setting would lose work
     │   ├── TaskOverrideError     a task class overrides what Byrd needs
-    │   └── LimitError            what is declared, or set, cannot be a limit
+    │   ├── LimitError            what is declared, or set, cannot be a limit
+    │   ├── RetryPolicyError      what is declared cannot be a retry policy
+    │   └── TimeoutPolicyError    what is declared cannot be a step's time-outs
     ├── NotLiveError              the service refuses work for now
     │   ├── NotMigratedError      the tables are missing or old
     │   ├── ShuttingDownError     this engine was closed
@@ -23,11 +25,17 @@
     ├── CheckpointError           a checkpoint that cannot be saved
     ├── SignalTimeoutError        a signal did not come in time
     ├── WaitOutsideRunError       a sleep or a wait that is no step of a run
+    ├── SubWorkflowError          a workflow within a run was cancelled, or called outside one
     ├── SagaOutsideRunError       a saga that is no part of a run
     ├── LimitKeyError             a call has no key for the limit of its task
     ├── LimitNotFoundError        no limit has this name
     ├── LimitedError              raised by a task: the other side wants a pause
+    ├── RetryLater                raised by a task: try again, after this pause
     ├── StepLostError             a step was preempted too often
+    ├── StepTimeoutError          a step took too long
+    │   ├── StartToCloseTimeoutError    an attempt ran for too long
+    │   ├── ScheduleToStartTimeoutError a step was ready for too long without being started
+    │   └── HeartbeatTimeoutError       an attempt gave no sign of life for too long
     ├── RunTimeoutError           a run did not end before its deadline
     └── EmbeddedServerError       an embedded server did not start
 
@@ -60,6 +68,14 @@ class TaskOverrideError(ConfigurationError):
 
 class LimitError(ConfigurationError):
     """What is declared, or set, cannot be a limit."""
+
+
+class RetryPolicyError(ConfigurationError):
+    """What is declared cannot be a retry policy."""
+
+
+class TimeoutPolicyError(ConfigurationError):
+    """What is declared cannot be a step's time-outs."""
 
 
 class NotLiveError(ByrdError):
@@ -126,6 +142,10 @@ class WaitOutsideRunError(ByrdError):
     """``byrd.sleep`` or ``byrd.wait_for`` was called as a task, outside a run."""
 
 
+class SubWorkflowError(ByrdError):
+    """A workflow that is a step of another was cancelled, or was called where there is no run."""
+
+
 class SagaOutsideRunError(ByrdError):
     """``byrd.saga`` was called as a task, outside a run."""
 
@@ -159,8 +179,41 @@ def _limited(message: str, retry_after: float) -> LimitedError:
     return LimitedError(message, retry_after=retry_after)
 
 
+class RetryLater(ByrdError):
+    """Raised by a task that has a retry policy: try again after ``retry_after`` seconds, whatever the policy's pause.
+
+    It counts as an attempt.  Any exception with an attribute ``retry_after`` does the same.
+    """
+
+    def __init__(self, retry_after: float, message: str = "") -> None:
+        if not 0 <= retry_after <= _LONGEST_PAUSE_SECONDS:  # nor is it NaN
+            raise ValueError(f"retry_after={retry_after!r} is no number of seconds")
+        # What it is made of anew, from JSON.
+        super().__init__(retry_after, *([message] if message else []))
+        self.retry_after = float(retry_after)
+
+    def __str__(self) -> str:
+        return str(self.args[1]) if len(self.args) > 1 else f"to be tried again after {self.retry_after:g} s"
+
+
 class StepLostError(ByrdError):
     """The step's worker was lost too often while it ran."""
+
+
+class StepTimeoutError(ByrdError):
+    """The step took too long."""
+
+
+class StartToCloseTimeoutError(StepTimeoutError):
+    """An attempt ran for longer than its ``start_to_close``, and was ended."""
+
+
+class ScheduleToStartTimeoutError(StepTimeoutError):
+    """The step was ready for longer than its ``schedule_to_start``, and nobody started it."""
+
+
+class HeartbeatTimeoutError(StepTimeoutError):
+    """An attempt saved no checkpoint, and gave no other sign of life, for longer than its ``heartbeat``."""
 
 
 class RunTimeoutError(ByrdError):

@@ -129,6 +129,10 @@ STEP_TRANSITIONS: tuple[Transition, ...] = (
     _step("complete", "running", "succeeded", "its task returned; the result is recorded"),
     _step("fail", "running", "failed", "its task raised, and may not try again"),
     _step("retry", "running", "ready", "its task asked for another try, at a time"),
+    _step(
+        "time_out", "running", "ready failed", "it took too long, or gave no sign of life; ready if it may try again"
+    ),
+    _step("miss_start", "ready", "failed", "it was not started in time"),
     _step("persist", "running", "ready", "its task raised, where nothing may be rolled back: it is tried again later"),
     _step("preempt", "running", "ready failed", "its worker is gone; failed once it was preempted too often"),
     _step("put_back", "running", "ready", "it was claimed along with others, and one of these takes its time"),

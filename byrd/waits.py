@@ -20,6 +20,10 @@ from byrd.errors import CanvasError, WaitOutsideRunError
 
 SLEEP = "byrd.sleep"
 WAIT_FOR = "byrd.wait_for"
+#: The task that stands for a workflow in a canvas, and gives its slot back while its run is under way.
+SUBWORKFLOW = "byrd.workflow"
+#: Among the keyword arguments of that task, which are the workflow's own otherwise.
+WORKFLOW_NAME = "byrd_workflow"
 #: What a signal may be called; ``byrd.signal`` in the database says the same.
 _NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,200}")
 _MOST_SECONDS = 1e9

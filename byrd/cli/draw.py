@@ -307,7 +307,9 @@ class _Tree:
 
     def _checkpoints(self, step: StepRow) -> list[Text]:
         found = self.snapshot.checkpoints.get(step.no, [])
-        lines = [_checkpoint(name, counts) for name, counts in found if not name.startswith(("step:", "wait:"))]
+        lines = [
+            _checkpoint(name, counts) for name, counts in found if not name.startswith(("step:", "wait:", "beat:"))
+        ]
         substeps = [name.removeprefix("step:") for name, _ in found if name.startswith("step:")]
         if substeps:
             more = f" and {len(substeps) - _MANY_SUBSTEPS:,} more" if len(substeps) > _MANY_SUBSTEPS else ""

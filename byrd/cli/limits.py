@@ -122,7 +122,8 @@ def _show(session: Session, name: str | None, limit: int, *, as_json: bool) -> N
         now = datetime.now(UTC)
         table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), pad_edge=False)
         for title in ("limit", "key", "rate", "at once", "running", "waiting", "until", "set by"):
-            table.add_column(title, no_wrap=True, overflow="ellipsis")
+            # In a narrow terminal the others are folded.
+            table.add_column(title, no_wrap=title in ("limit", "key", "running", "waiting"), overflow="fold")
         for row in rows:
             table.add_row(*_cells(row, now))
         console().print(table)

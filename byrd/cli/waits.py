@@ -55,7 +55,8 @@ def _add_waiting(group: click.Group) -> None:
             now = datetime.now(UTC)
             table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), pad_edge=False)
             for title in ("run", "workflow", "step", "signal", "since", "until", "then"):
-                table.add_column(title, no_wrap=True, overflow="ellipsis")
+                # In a narrow terminal the others are folded, and what names the step stays whole.
+                table.add_column(title, no_wrap=title in ("run", "step", "signal"), overflow="fold")
             for step in found:
                 table.add_row(*_cells(step, now))
             console().print(table)

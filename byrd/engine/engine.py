@@ -17,7 +17,7 @@ from kombu.utils.json import dumps
 from sqlalchemy import Connection
 from sqlalchemy.engine import URL
 
-from byrd.engine import bulk, settings
+from byrd.engine import bulk, settings, subworkflow
 from byrd.engine.limits import Limits
 from byrd.engine.run import Run
 from byrd.engine.workflow import Workflow
@@ -30,6 +30,7 @@ from byrd.errors import (
     UnknownWorkflowError,
 )
 from byrd.model import RunStatus
+from byrd.policies import Retry
 from byrd.sagas import add_task as add_saga
 from byrd.store import WorkerRow, plans, runs, sweeps, waits
 from byrd.store.bulk import BULK
@@ -74,6 +75,7 @@ class Byrd:
         add_waits(app)
         bulk.add_task(app)
         self._workflows[BULK] = Workflow(self, BULK, partial(bulk.signature, app), None)
+        subworkflow.add_task(self)
         add_saga(app)
 
     # -- submitting ------------------------------------------------------------------------------
@@ -85,6 +87,7 @@ class Byrd:
         key: str | None = None,
         connection: Any = None,
         timeout: float | None = None,
+        retry: Retry | None = None,
         **kwargs: Any,
     ) -> Run:
         """Write a run of a canvas, or of a workflow by its name; once this has returned, the run will reach an end.
@@ -94,12 +97,13 @@ class Byrd:
         ``connection``: a SQLAlchemy Connection or Session on Byrd's database, whose transaction the run joins:
         nothing is published before its commit, nothing remains after its rollback.
         ``timeout``: seconds until the run is stopped and failed.
+        ``retry``: when steps are tried again that have no policy of their own, by their task or their signature.
 
         Raises :class:`SubmitError` for what cannot be run and :class:`NotLiveError` when the service is not live;
         then nothing was written.
         """
         self._check_may_submit()
-        new = self._new_run(canvas, args, kwargs, key=key, timeout=timeout)
+        new = self.new_run(canvas, args, kwargs, key=key, timeout=timeout, retry=retry)
         return Run(self, self._write([new], connection)[0])
 
     def submit_many(
@@ -109,6 +113,7 @@ class Byrd:
         keys: Iterable[str | None] | None = None,
         connection: Any = None,
         timeout: float | None = None,
+        retry: Retry | None = None,
     ) -> Sequence[Run]:
         """Write a run of each canvas, all in one transaction: much faster than one by one.
 
@@ -120,7 +125,8 @@ class Byrd:
         if len(named) != len(wanted):
             raise ArgumentError(f"{len(wanted)} canvases need as many keys, not {len(named)}")
         new = [
-            self._new_run(canvas, (), {}, key=key, timeout=timeout) for canvas, key in zip(wanted, named, strict=True)
+            self.new_run(canvas, (), {}, key=key, timeout=timeout, retry=retry)
+            for canvas, key in zip(wanted, named, strict=True)
         ]
         given = [(run.workflow, run.key) for run in new if run.key is not None]
         if len(given) != len(set(given)):
@@ -131,9 +137,18 @@ class Byrd:
         self.check_live()
         settings.refuse_unsafe(self.app)
 
-    def _new_run(
-        self, canvas: Any, args: Sequence[Any], kwargs: dict[str, Any], *, key: str | None, timeout: float | None
+    def new_run(
+        self,
+        canvas: Any,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        *,
+        key: str | None = None,
+        timeout: float | None = None,
+        parent_step: str | None = None,
+        retry: Retry | None = None,
     ) -> plans.NewRun:
+        """Return a run as it is to be written; ``parent_step``: the step that it is the work of."""
         if isinstance(canvas, Workflow):
             canvas = canvas.name
         name: str | None = None
@@ -144,6 +159,7 @@ class Byrd:
             call = _call_json(canvas, args, kwargs)
             canvas = _canvas_of(workflow, args, kwargs)
             timeout = timeout if timeout is not None else workflow.timeout
+            retry = retry if retry is not None else workflow.retry
             args, kwargs = (), {}
         else:
             title = _title(canvas)
@@ -151,8 +167,9 @@ class Byrd:
             raise ArgumentError(f"key={key!r} must be a text that is not empty and has no NUL character")
         if timeout is not None and not timeout > 0:
             raise ArgumentError(f"timeout={timeout!r} must be a number of seconds above 0")
-        plan = self.runtime.plan(canvas, args=args, kwargs=kwargs)
-        return plans.NewRun(str(uuid.uuid4()), plan, name, title, key, call, timeout)
+        policy = None if retry is None else Retry.of(retry)
+        plan = self.runtime.plan(canvas, args=args, kwargs=kwargs, retry=policy)
+        return plans.NewRun(str(uuid.uuid4()), plan, name, title, key, call, timeout, parent_step)
 
     def _write(self, new: Sequence[plans.NewRun], connection: Any) -> list[str]:
         """Write runs in one transaction, or in the caller's."""
@@ -174,27 +191,31 @@ class Byrd:
     # -- workflows -------------------------------------------------------------------------------
 
     @overload
-    def workflow(self, name: str, *, timeout: float | None = None) -> Callable[[Callable[P, R]], Workflow[P, R]]: ...
+    def workflow(
+        self, name: str, *, timeout: float | None = None, retry: Retry | None = None
+    ) -> Callable[[Callable[P, R]], Workflow[P, R]]: ...
 
     @overload
     def workflow(self, name: Callable[P, R]) -> Workflow[P, R]: ...
 
-    def workflow(self, name: Any = None, *, timeout: float | None = None) -> Any:
+    def workflow(self, name: Any = None, *, timeout: float | None = None, retry: Retry | None = None) -> Any:
         """Register a function that returns a canvas under a name, to be started, listed and scheduled by it.
 
-        ``timeout``: seconds after which a run of it is stopped and failed.
+        ``timeout``: seconds after which a run of it is stopped and failed.  ``retry``: as for :meth:`submit`.
         """
         if callable(name):
             return self.workflow(f"{name.__module__}.{name.__qualname__}")(name)
         if not isinstance(name, str) or not re.fullmatch(r"[\w.:\-/]{1,200}", name):
             raise ConfigurationError(f"the workflow name {name!r} must be 1 to 200 letters, digits or any of . : - / _")
 
+        policy = None if retry is None else Retry.of(retry)
+
         def register(build: Callable[..., Any]) -> Workflow[..., Any]:
             if name in self._workflows:
                 raise ConfigurationError(
                     f"the workflow {name!r} is registered already, by {self._workflows[name].build}"
                 )
-            self._workflows[name] = Workflow(self, name, build, timeout)
+            self._workflows[name] = Workflow(self, name, build, timeout, policy)
             return self._workflows[name]
 
         return register

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from byrd.engine.words import ago, count, error_text, moment, shortened, since, span
 from byrd.model import RunStatus, StepKind, StepStatus
-from byrd.store import Store, insight, limits, termination
+from byrd.policies import retry_of, timeouts_of
+from byrd.store import Store, children, insight, limits, termination
 from byrd.store.insight import OpenStep, Standing
 from byrd.store.limits import Place, Turn
+from byrd.waits import SUBWORKFLOW
 from byrd.worker.bootstep import settings_of
 
 if TYPE_CHECKING:
@@ -247,7 +251,7 @@ def _reason(case: _Case, step: OpenStep) -> _Reason:
     if step.limit_no is not None and (step.limit_slot is None or not step.due):
         return _limited(case, step)
     if not step.due:
-        return _delayed(case, step)
+        return _delegated(case, step) if step.task == SUBWORKFLOW else _delayed(case, step)
     return _due(case, step)
 
 
@@ -267,7 +271,7 @@ def _held(case: _Case, step: OpenStep, *, paused: bool = False) -> _Reason:
         progress += "; the worker is shutting down, and gives it back at its next checkpoint unless it ends before"
     elif paused:
         progress += "; it stops at its next checkpoint, or goes on to its end"
-    progress += _suspect(case, step)
+    progress += _ends(case, step) + _suspect(case, step)
     started = since(step.started_at, now) if step.started_at else "a moment ago"
     attempt = f", attempt {step.attempt}" if step.attempt > 1 else ""
     until = moment(step.lease_until, now)
@@ -320,7 +324,7 @@ def _delayed(case: _Case, step: OpenStep) -> _Reason:
         when += f" ({ago(step.run_at, case.standing.now)})"
     if step.last_outcome == "retried":
         why = error_text(step.last_error) if step.last_error else "it asked for a retry"
-        again = f"is tried again (retry {step.retries})" if step.retries else "is tried again"
+        again = f"is tried again{_which_attempt(case, step)}"
         return _Reason(
             step,
             ("retry", why),
@@ -329,6 +333,52 @@ def _delayed(case: _Case, step: OpenStep) -> _Reason:
     return _Reason(
         step, ("delayed",), lambda many: f"{'are delayed, the first' if many else 'is delayed'} until {when}"
     )
+
+
+def _delegated(case: _Case, step: OpenStep) -> _Reason:
+    """A step that waits for the run of a workflow."""
+    child = case.store.run(children.of_number, case.standing.run.id, step.no)
+    if child is None:
+        return _delayed(case, step)
+    short = child.id[:8]
+    how = child.status.replace("_", " ")
+    return _Reason(
+        step,
+        ("delegated", child.id),
+        lambda _: f"waits for run {short} of workflow {child.workflow!r}, which is {how}: see `byrd why {short}`",
+    )
+
+
+def _which_attempt(case: _Case, step: OpenStep) -> str:
+    """Say which retry this is: of how many, where a policy says so."""
+    policy = retry_of(json.loads(step.options))
+    if policy is None:
+        return f" (retry {step.retries})" if step.retries else ""
+    most = f" of {policy.max_attempts:,}" if policy.max_attempts is not None else ""
+    end = ""
+    if policy.budget is not None and step.tried_since is not None:
+        end = f", until {moment(step.tried_since + timedelta(seconds=policy.budget), case.standing.now)} at the latest"
+    return f" (attempt {step.retries + 1:,}{most}{end})"
+
+
+def _ends(case: _Case, step: OpenStep) -> str:
+    """Say until when a running attempt may go on, or be silent."""
+    timeouts, now, said = timeouts_of(json.loads(step.options)), case.standing.now, ""
+    if timeouts is not None and timeouts.start_to_close is not None and step.started_at is not None:
+        until = step.started_at + timedelta(seconds=timeouts.start_to_close)
+        said += f"; it may run until {moment(until, now)} ({ago(until, now)}, its start_to_close)"
+    if timeouts is not None and timeouts.heartbeat is not None and step.alive_at is not None:
+        until = step.alive_at + timedelta(seconds=timeouts.heartbeat)
+        said += f"; it is taken for hung at {moment(until, now)} ({ago(until, now)}) without a sign of life before"
+    return said
+
+
+def _starts(case: _Case, step: OpenStep) -> str:
+    """Say until when a ready step is to be started."""
+    if step.start_by is None:
+        return ""
+    until = moment(step.start_by, case.standing.now)
+    return f"; it fails with ScheduleToStartTimeoutError unless it is started by {until}"
 
 
 def _limited(case: _Case, step: OpenStep) -> _Reason:
@@ -350,7 +400,7 @@ def _limited(case: _Case, step: OpenStep) -> _Reason:
         if turn.parked_until is not None:
             end += f"; it is parked until {moment(turn.parked_until, now)}"
         before = f"; {count(turn.before, 'step waits', 'steps wait')} before {'them' if many else 'it'}"
-        return f"{start} ({_limit_text(turn)}){end}{before if turn.before else ''}"
+        return f"{start} ({_limit_text(turn)}){end}{before if turn.before else ''}{'' if many else _starts(case, step)}"
 
     return _Reason(step, ("limit", step.limit_name, step.limit_key), text)
 
@@ -496,6 +546,7 @@ def _ready(
         after += f"; its attempt {step.attempt} ended with {error_text(step.last_error)}"
     if step.expires_at is not None:
         after += f"; it expires at {moment(step.expires_at, now)}"
+    after += _starts(case, step)
 
     def text(many: bool) -> str:  # noqa: FBT001 - the shape of _Reason.text
         if verb == "wait":

@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from copy import copy
 from typing import Any, Concatenate, Never, ParamSpec, TypeVar
 
 from psycopg2 import errors as pg_errors
@@ -65,6 +66,53 @@ SELECT set_config('idle_in_transaction_session_timeout', '10s', false)
 """
 
 
+class _Pools:
+    """The connections of this process to one database, and the engines that give them out.
+
+    Those for transactions, and those for single statements, each of which is one by itself: to switch a connection
+    between the two costs as much as a statement.
+    """
+
+    def __init__(self, url: URL, size: int, *, for_users: bool) -> None:
+        self._url, self._size, self._for_users = url, size, for_users
+        self._engines: dict[bool, Engine] = {}
+        self._pid = 0
+
+    def engine(self, *, alone: bool) -> Engine:
+        """Return the engine of this process: a forked child gets its own, for connections cannot be shared."""
+        if self._pid != os.getpid():
+            for inherited in self._engines.values():
+                inherited.dispose(close=False)
+            self._engines, self._pid = {}, os.getpid()
+        if alone not in self._engines:
+            # Byrd's own statements look again after they have waited for a lock; at a higher level they would see the
+            # past.
+            level = "AUTOCOMMIT" if alone else "READ COMMITTED"
+            engine = create_engine(
+                self._url,
+                pool_size=self._size,
+                max_overflow=20,
+                pool_timeout=30,
+                connect_args={**_CONNECT, "application_name": "byrd", "options": "-c timezone=UTC"},
+                **({} if self._for_users else {"isolation_level": level}),
+            )
+            event.listen(engine, "connect", self._prepare)
+            self._engines[alone] = engine
+        return self._engines[alone]
+
+    def dispose(self) -> None:
+        """Close the idle connections; new ones are made when they are needed."""
+        if self._pid == os.getpid():
+            for engine in list(self._engines.values()):
+                engine.dispose()
+
+    def _prepare(self, raw: Any, _record: object) -> None:
+        before, raw.autocommit = raw.autocommit, True
+        with raw.cursor() as cursor:
+            cursor.execute(_SESSION if self._for_users else _OUR_SESSION)
+        raw.autocommit = before
+
+
 class Store:
     """A pool of connections to Byrd's database.
 
@@ -79,37 +127,19 @@ class Store:
     ) -> None:
         self.url = normalise_url(database_url)
         self.patience = patience
-        self._pool_size = pool_size
         self._for_users = for_users
-        #: For transactions, and for single statements, each of which is one by itself.
-        self._engines: dict[bool, Engine] = {}
-        self._pid = 0
+        self._pools = _Pools(self.url, pool_size, for_users=for_users)
+
+    def with_patience(self, patience: float) -> Store:
+        """Return a store on the same connections that has another patience."""
+        other = copy(self)
+        other.patience = patience
+        return other
 
     @property
     def engine(self) -> Engine:
-        """The SQLAlchemy engine of this process: a forked child gets its own, for connections cannot be shared."""
-        return self._engine_for(alone=False)
-
-    def _engine_for(self, *, alone: bool) -> Engine:
-        if self._pid != os.getpid():
-            for inherited in self._engines.values():
-                inherited.dispose(close=False)
-            self._engines, self._pid = {}, os.getpid()
-        if alone not in self._engines:
-            # Byrd's own statements look again after they have waited for a lock; at a higher level they would see the
-            # past.
-            level = "AUTOCOMMIT" if alone else "READ COMMITTED"
-            engine = create_engine(
-                self.url,
-                pool_size=self._pool_size,
-                max_overflow=20,
-                pool_timeout=30,
-                connect_args={**_CONNECT, "application_name": "byrd", "options": "-c timezone=UTC"},
-                **({} if self._for_users else {"isolation_level": level}),
-            )
-            event.listen(engine, "connect", self._prepare)
-            self._engines[alone] = engine
-        return self._engines[alone]
+        """The SQLAlchemy engine of this process."""
+        return self._pools.engine(alone=False)
 
     def run(self, statement: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run ``statement(connection, ...)`` in one transaction; try again after a race or an outage.
@@ -127,7 +157,7 @@ class Store:
         return self.engine.begin()
 
     def _connect(self) -> AbstractContextManager[Connection]:
-        return self._engine_for(alone=True).connect()
+        return self._pools.engine(alone=True).connect()
 
     def _run(
         self,
@@ -151,14 +181,11 @@ class Store:
 
     def close(self) -> None:
         """Close the pool's idle connections."""
-        if self._pid == os.getpid():
-            self.disconnect()
-        self._engines = {}
+        self._pools.dispose()
 
     def disconnect(self) -> None:
         """Close the idle connections; new ones are made when they are needed."""
-        for engine in self._engines.values():
-            engine.dispose()
+        self._pools.dispose()
 
     def check_live(self) -> None:
         """Raise :class:`NotMigratedError` unless the database has the tables that this Byrd works with."""
@@ -169,12 +196,6 @@ class Store:
             raise NotMigratedError(
                 f"Byrd's tables are at version {found}, this Byrd needs {wanted}; run `byrd migrate`"
             )
-
-    def _prepare(self, raw: Any, _record: object) -> None:
-        before, raw.autocommit = raw.autocommit, True
-        with raw.cursor() as cursor:
-            cursor.execute(_SESSION if self._for_users else _OUR_SESSION)
-        raw.autocommit = before
 
     def _wait_or_raise(self, exc: SQLAlchemyError, tries: int, deadline: float) -> None:
         cause = getattr(exc, "orig", None)

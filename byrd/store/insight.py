@@ -51,6 +51,12 @@ class OpenStep:
     ready_at: datetime | None
     started_at: datetime | None
     expires_at: datetime | None
+    #: JSON: its policies are in it.
+    options: str
+    start_by: datetime | None
+    tried_since: datetime | None
+    #: Of an attempt that runs: its last sign of life.
+    alive_at: datetime | None
     limit_name: str | None
     limit_key: str | None
     limit_no: int | None
@@ -227,7 +233,10 @@ SELECT s.no, s.kind, s.task, coalesce(s.queue, '') AS queue, s.status, s.signal,
        CASE WHEN s.signal IS NOT NULL THEN s.fallback END AS default, s.compensates, s.attempt, s.retries,
        s.preemptions, s.sends, coalesce(s.run_at <= clock_timestamp(), false) AS due, s.run_at,
        nullif(s.wake_at, 'infinity') AS wake_at, s.ready_at,
-       s.started_at, s.expires_at, s.limit_name, s.limit_key, s.limit_no, s.limit_slot, s.pid,
+       s.started_at, s.expires_at, s.options, s.start_by, s.tried_since,
+       CASE WHEN s.status = 'running' THEN greatest(s.started_at, (SELECT max(h.updated_at) FROM byrd.checkpoints h
+          WHERE h.step_id = s.id AND h.attempt = s.attempt)) END AS alive_at,
+       s.limit_name, s.limit_key, s.limit_no, s.limit_slot, s.pid,
        w.hostname AS worker, w.lease_until, w.stopping,
        a.outcome AS last_outcome, a.error AS last_error, a.worker AS last_worker, a.ended_at AS last_ended_at,
        c.updated_at AS checkpoint_at, c.completed, c.failed
@@ -236,7 +245,8 @@ SELECT s.no, s.kind, s.task, coalesce(s.queue, '') AS queue, s.status, s.signal,
   LEFT JOIN LATERAL (SELECT outcome, error, worker, ended_at FROM byrd.attempts a
                       WHERE a.step_id = s.id ORDER BY a.attempt DESC LIMIT 1) a ON true
   LEFT JOIN LATERAL (SELECT updated_at, completed, failed FROM byrd.checkpoints c
-                      WHERE c.step_id = s.id AND c.name !~ '^(step|wait):' ORDER BY c.updated_at DESC LIMIT 1) c ON true
+                      WHERE c.step_id = s.id AND c.name !~ '^(step|wait|beat):'
+                      ORDER BY c.updated_at DESC LIMIT 1) c ON true
  WHERE s.run_id = %(run)s AND s.status IN ('ready','running','waiting')
  ORDER BY array_position(ARRAY['running','ready'], s.status), s.no LIMIT %(limit)s
 """

@@ -27,6 +27,8 @@ class NewRun:
     key: str | None = None
     args: str | None = None
     deadline_seconds: float | None = None
+    #: Of a sub-workflow: the step that it is the work of.
+    parent_step: str | None = None
 
     @property
     def plain(self) -> bool:
@@ -64,6 +66,7 @@ def submit_many(conn: Connection, new: Sequence[NewRun], *, told: bool = True) -
             "run_args": _array([run.args for run in new]),
             "outputs": _array([run.plan.output for run in new]),
             "deadlines": _array([run.deadline_seconds for run in new]),
+            "parents": _array([run.parent_step for run in new]),
             "step_runs": _array([run.id for run, _ in steps]),
             "told": told,
             **arrays,
@@ -91,7 +94,7 @@ def write(conn: Connection, new: Sequence[NewRun], *, told: bool = True) -> tupl
     for run in new:
         written, ready = submit(
             conn, run.id, run.plan, workflow=run.workflow, title=run.title, key=run.key, args=run.args,
-            deadline_seconds=run.deadline_seconds,
+            deadline_seconds=run.deadline_seconds, parent_step=run.parent_step,
         )  # fmt: skip
         if written == run.id and not told:
             leave_to_relay(conn, run.id)
@@ -117,6 +120,7 @@ def submit(
     key: str | None,
     args: str | None,
     deadline_seconds: float | None,
+    parent_step: str | None = None,
 ) -> tuple[str, list[Wakeup]]:
     """Write a run with its steps; return its id and the steps to publish.
 
@@ -126,13 +130,13 @@ def submit(
     """
     row = query(
         conn,
-        """INSERT INTO byrd.runs (id, workflow, title, key, args, output, deadline)
-           VALUES (%(id)s, %(workflow)s, %(title)s, %(key)s, %(args)s, %(output)s,
+        """INSERT INTO byrd.runs (id, workflow, title, key, args, output, parent_step, deadline)
+           VALUES (%(id)s, %(workflow)s, %(title)s, %(key)s, %(args)s, %(output)s, %(parent)s,
                    clock_timestamp() + %(deadline)s * interval '1 second')
            ON CONFLICT DO NOTHING RETURNING id""",
         {
             "id": run_id, "workflow": workflow, "title": title, "key": key, "args": args, "output": plan.output,
-            "deadline": deadline_seconds,
+            "deadline": deadline_seconds, "parent": parent_step,
         },
     ).first()  # fmt: skip
     if row is None:
@@ -215,7 +219,8 @@ _DEFAULTS = {"kind": "task", "args": "[]", "kwargs": "{}", "options": "{}", "on_
              "solo": False}  # fmt: skip
 _NEVER = object()
 _WRITE_RUNS = f"""SELECT * FROM byrd.write_runs(%(run_ids)s, %(workflows)s, %(titles)s, %(keys)s, %(run_args)s,
-    %(outputs)s, %(deadlines)s, %(step_runs)s, {", ".join(f"%({name})s" for name in _COLUMNS)}, %(told)s)"""
+    %(outputs)s, %(deadlines)s, %(parents)s, %(step_runs)s,
+    {", ".join(f"%({name})s" for name in _COLUMNS)}, %(told)s)"""
 
 
 def _array(column: Sequence[Any], default: Any = None) -> str | None:

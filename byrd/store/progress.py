@@ -70,6 +70,13 @@ def save_and_look(conn: Connection, step_id: str, attempt: int, name: str, count
     return _reason(step_id, row)
 
 
+def beat(conn: Connection, step_id: str, attempt: int) -> ControlFlow | None:
+    """Record a sign of life, and return what should stop the step here."""
+    return save_and_look(conn, step_id, attempt, BEAT, Counts(None, 0, 0, False))
+
+
+#: The name of what is no checkpoint, but a sign of life.
+BEAT = "beat:"
 #: FOR KEY SHARE: the step cannot be given to another attempt between this check and the commit.
 _OWNED = """EXISTS (SELECT 1 FROM byrd.steps s WHERE s.id = %(id)s AND s.attempt = %(attempt)s
                     AND s.status = 'running' FOR SHARE)"""

@@ -114,6 +114,7 @@ class RunRow:
     compensate: bool
     terminate_at: datetime | None
     pivot: int | None
+    parent_step: str | None = None
 
     @classmethod
     def columns(cls) -> str:

@@ -12,6 +12,7 @@ from byrd.errors import IllegalTransitionError, RunNotFoundError
 from byrd.model import RUN_TRANSITIONS, sources
 from byrd.store import flow, locks, undo
 from byrd.store.rows import CHANNEL, WAKEUP, RunRow, StepRow, Wakeup, query, wakeups_of
+from byrd.waits import SUBWORKFLOW
 
 _NOW = "clock_timestamp()"
 
@@ -167,7 +168,16 @@ def cancel(
     detail = {"compensate": compensate, "outcome": outcome, **_by(by), **({"reason": reason} if reason else {})}
     record(conn, run_id, "cancel_requested", detail, token=token)
     # A saga that had failed before undoes what it had done, whatever else is to become of the run.
-    return _wake(conn, run_id) or finish_if_done(conn, run_id)
+    wakeups = _wake(conn, run_id) or finish_if_done(conn, run_id)
+    for child in query(conn, _CHILDREN, {"run": run_id, "task": SUBWORKFLOW, "sources": _sources("cancel")}).all():
+        wakeups += cancel(conn, str(child.id), compensate=compensate, by=f"run {run_id}")
+    return wakeups
+
+
+#: The open runs of a run's sub-workflows, which end with it.
+_CHILDREN = """
+SELECT c.id FROM byrd.steps s JOIN byrd.runs c ON c.parent_step = s.id AND c.finished_at IS NULL
+ WHERE s.run_id = %(run)s AND s.task = %(task)s AND c.status = ANY(%(sources)s) ORDER BY c.id"""
 
 
 def roll_back(
@@ -450,7 +460,7 @@ def _finish(conn: Connection, run_id: str, name: str, outcome: str) -> None:
             WHERE run_id = %(run)s AND status = 'pending'""",
         {"run": run_id},
     )
-    query(
+    ended = query(
         conn,
         f"""UPDATE byrd.runs r SET status = %(outcome)s, finished_at = {_NOW}, error = coalesce(r.error, CASE
               WHEN %(outcome)s <> 'succeeded' THEN (SELECT coalesce(o.error, c.error, f.error) FROM byrd.steps o
@@ -459,10 +469,12 @@ def _finish(conn: Connection, run_id: str, name: str, outcome: str) -> None:
                                    AND x.status IN ('failed','cancelled') AND x.kind <> 'errback'
                                    ORDER BY x.status <> 'failed', x.finished_at LIMIT 1) f ON true
                 WHERE o.run_id = r.id AND o.no = r.output) END)
-            WHERE r.id = %(run)s AND r.status = ANY(%(sources)s)""",
+            WHERE r.id = %(run)s AND r.status = ANY(%(sources)s) RETURNING r.parent_step""",
         {"run": run_id, "outcome": outcome, "sources": _sources(name)},
-    )
+    ).first()
     record(conn, run_id, outcome)
+    if ended is not None and ended.parent_step is not None:
+        query(conn, f"NOTIFY {CHANNEL}")  # the relay tells that step
 
 
 def _by(name: str | None) -> dict[str, str]:

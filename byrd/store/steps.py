@@ -25,6 +25,8 @@ from byrd.store.rows import WAKEUP, Claim, Wakeup, query, wakeups_of
 MAX_PREEMPTIONS = 5
 #: How long a step that may not run beside another on this worker waits until a worker is asked again.
 SUSPECT_SECONDS = 1.0
+#: Of the attempts that count, when the first began: the budget of a retry policy goes by it.
+TRIED_SINCE = "tried_since = CASE WHEN s.retries > 0 THEN s.tried_since ELSE s.started_at END"
 #: How often a step that fails is tried again where nothing may be rolled back because of it, and after which pauses.
 PATIENCE = 10
 _LONGEST_PAUSE_SECONDS = 300.0
@@ -267,14 +269,16 @@ def retry(
     queue: str | None = None,
     options: str | None = None,
     counted: bool = True,
+    owner: str | None = None,
+    pid: int | None = None,
 ) -> list[Wakeup]:
     """running → ready at a later time, the retry count raised, unless it is not ``counted``.
 
-    New arguments replace all the old ones.
+    New arguments replace all the old ones.  ``owner`` and ``pid`` as for :func:`fail`.
     """
     row = _end(
         conn, step_id, attempt, "ready", Outcome.RETRIED, error,
-        extra=f"""retries = s.retries + %(counted)s, sends = 0, ready_at = {_NOW}, started_at = NULL,
+        extra=f"""{TRIED_SINCE}, retries = s.retries + %(counted)s, sends = 0, ready_at = {_NOW}, started_at = NULL,
                   limit_name = CASE WHEN %(args)s IS NULL THEN s.limit_name END,
                   limit_key = CASE WHEN %(args)s IS NULL THEN s.limit_key END,
                   args = coalesce(%(args)s, s.args), kwargs = coalesce(%(kwargs)s, s.kwargs),
@@ -286,6 +290,7 @@ def retry(
             "args": args, "kwargs": kwargs, "queue": queue, "options": options, "delay": delay, "eta": eta,
             "counted": int(counted),
         },
+        owner=owner, pid=pid,
     )  # fmt: skip
     if row is None:
         _refuse_unless_recorded(conn, step_id, attempt, Outcome.RETRIED)
@@ -334,6 +339,7 @@ def preempt(
     pid: int | None = None,
     step: tuple[str, int] | None = None,
     reason: str,
+    error: str | None = None,
     max_preemptions: int = MAX_PREEMPTIONS,
     limit: int = 200,
 ) -> list[Wakeup]:
@@ -341,7 +347,7 @@ def preempt(
 
     A step that has lost its worker ``max_preemptions`` times before is failed instead, those of one run at a time.
     Steps that somebody is writing just now, and those beyond ``limit``, are left for the next time: it waits for
-    nobody.  For one attempt there is no next time, so it waits.
+    nobody.  For one attempt there is no next time, so it waits.  ``error`` (JSON): recorded in place of the loss.
     """
     if step is not None:
         found = query(
@@ -370,13 +376,15 @@ def preempt(
             if run_id != first_run:
                 continue  # its joins come before the row of any run, which may be locked by now: next time
             lost = preemptions + 1
-            error = error_json("StepLostError", "byrd.errors", [f"lost its worker {lost} times; the last: {reason}"])
-            ended = _end(conn, step_id, attempt, "failed", Outcome.PREEMPTED, error, extra=f"preemptions = {lost}")
+            last = error or error_json(
+                "StepLostError", "byrd.errors", [f"lost its worker {lost} times; the last: {reason}"]
+            )
+            ended = _end(conn, step_id, attempt, "failed", Outcome.PREEMPTED, last, extra=f"preemptions = {lost}")
             if ended is not None:
                 wakeups += _after_failure(conn, ended)
             continue
-        error = error_json("WorkerLostError", "billiard.exceptions", [reason])
-        ended = _give_back(conn, step_id, attempt, Outcome.PREEMPTED, error, delay=0.0, preempted=1)
+        lost_error = error or error_json("WorkerLostError", "billiard.exceptions", [reason])
+        ended = _give_back(conn, step_id, attempt, Outcome.PREEMPTED, lost_error, delay=0.0, preempted=1)
         if ended is not None:
             wakeups += _settle_returned(conn, ended)
     return wakeups
@@ -433,6 +441,22 @@ def expire(conn: Connection, step_id: str) -> list[Wakeup]:
             "id": step_id,
             **{why: error_json("TaskRevokedError", "celery.exceptions", [why]) for why in ("expired", "revoked")},
         },
+    ).first()
+    return _after_failure(conn, row) if row is not None else []
+
+
+def miss_start(conn: Connection, step_id: str) -> list[Wakeup]:
+    """ready → failed when nobody has started the step in the time that its ``schedule_to_start`` allows."""
+    row = query(
+        conn,
+        f"""UPDATE byrd.steps s SET status = 'failed', finished_at = {_NOW}, limit_slot = NULL,
+                   error = json_build_object('exc_type', 'ScheduleToStartTimeoutError', 'exc_module', 'byrd.errors',
+                     'exc_message', json_build_array('nobody has started it within '
+                       || (s.options::json -> 'byrd_timeouts' ->> 'schedule_to_start') || ' s'))::text
+            FROM {SHARE_RUN_OF_STEP}
+            WHERE s.id = %(id)s AND s.status = 'ready' AND s.wake_at < 'infinity' AND s.start_by <= {_NOW}
+            RETURNING {_ENDED}""",
+        {"id": step_id},
     ).first()
     return _after_failure(conn, row) if row is not None else []
 

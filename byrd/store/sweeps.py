@@ -353,6 +353,11 @@ def follow_clock_back(conn: Connection) -> bool:
              FROM (TABLE due UNION ALL TABLE sent UNION ALL TABLE shared UNION ALL TABLE waits)
                   early WHERE s.id = early.id""",
     )
+    query(
+        conn,
+        """UPDATE byrd.steps SET started_at = now(), timeout_at = timeout_at - (started_at - now())
+            WHERE timeout_at > now() AND status = 'running' AND started_at > now()""",
+    )
     limits.follow_clock_back(conn)
     # A signal that came is no matter of time.
     query(

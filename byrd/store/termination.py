@@ -14,10 +14,17 @@ from byrd.model import RunStatus
 from byrd.store import runs, steps
 from byrd.store.locks import SHARE_RUN_OF_STEP
 from byrd.store.rows import Wakeup, query
+from byrd.waits import SUBWORKFLOW
 
 _NOW = "clock_timestamp()"
 #: Runs ``r`` whose grace time is over, and what of the steps ``s`` may be ended: what undoes others may not.
 _DUE = f"""r.status = 'cancelling' AND r.terminate_at <= {_NOW} AND s.status = 'running' AND s.kind <> 'compensation'"""
+
+
+#: The runs of a run's sub-workflows that are being cancelled with it.
+_CHILDREN = """
+SELECT c.id FROM byrd.steps s JOIN byrd.runs c ON c.parent_step = s.id AND c.finished_at IS NULL
+ WHERE s.run_id = %(run)s AND s.task = %(task)s AND c.status = 'cancelling' ORDER BY c.id"""
 
 
 class Doomed(NamedTuple):
@@ -46,7 +53,7 @@ def cancel(
 ) -> list[Wakeup]:
     """running or paused → cancelling; from ``grace`` seconds from now on, the workers end what still runs.
 
-    A run that is being cancelled already is hurried: the earlier of two times counts.
+    A run that is being cancelled already is hurried: the earlier of two times counts.  So are the workflows within it.
     """
     if runs.done_before(conn, run_id, token):
         return []
@@ -58,16 +65,17 @@ def cancel(
         raise IllegalTransitionError(
             f"run {run_id} is being cancelled already, without compensation; ask for terminate alone"
         )
-    row = query(
+    # Though it may have ended by this already: a workflow that one of its steps is about to begin is told by it.
+    query(
         conn,
         f"""UPDATE byrd.runs SET terminate_at = least(terminate_at, {_NOW} + %(grace)s * interval '1 second')
-            WHERE id = %(run)s AND status = 'cancelling' RETURNING 1""",
+            WHERE id = %(run)s AND status NOT IN ('running','paused')""",
         {"run": run_id, "grace": grace},
-    ).first()
-    if row is None:  # nothing of it ran
-        return wakeups
+    )
     told = None if before != RunStatus.CANCELLING else token  # an event of its own has it otherwise
     runs.record(conn, run_id, "terminate_requested", {"grace": grace, **({"by": by} if by else {})}, token=told)
+    for child in query(conn, _CHILDREN, {"run": run_id, "task": SUBWORKFLOW}).all():
+        wakeups += cancel(conn, str(child.id), grace=grace, by=f"run {run_id}")
     return wakeups
 
 

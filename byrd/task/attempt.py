@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 from billiard.exceptions import SoftTimeLimitExceeded
 from celery import current_task
 from celery.app.task import Context
-from kombu.utils.json import dumps
+from kombu.utils.json import dumps, loads
 
+from byrd.canvas import Plan
 from byrd.errors import StaleAttempt
-from byrd.store import Claim, Wakeup, flow, limits, steps
+from byrd.policies import default_of, timeouts_of
+from byrd.store import Claim, Wakeup, flow, limits, progress, steps
 from byrd.store.limits import Place
 from byrd.task.runtime import Runtime
 
@@ -87,6 +90,9 @@ class Attempt:
         self.undoes: Compensation | None = None
         #: Set by ``self.retry``, for Celery's tracer to have it recorded.
         self.retry_with: RetryRequest | None = None
+        #: ``self.retry`` has said that there is to be no further try: no policy says otherwise.
+        self.gave_up = False
+        self._next_beat = 0.0
 
     @property
     def step_id(self) -> str:
@@ -102,6 +108,17 @@ class Attempt:
     def number(self) -> int:
         """The attempt's number: the fence."""
         return self.claim.attempt
+
+    def beat(self) -> None:
+        """Give a sign of life, unless one was given a moment ago; raise what stops the step at a checkpoint."""
+        now = time.monotonic()
+        if now < self._next_beat:
+            return
+        timeouts = timeouts_of(loads(self.claim.options))
+        self._next_beat = now + (min(1.0, timeouts.heartbeat / 4) if timeouts and timeouts.heartbeat else 1.0)
+        reason = self.runtime.patient_store.run_alone(progress.beat, self.step_id, self.number)
+        if reason is not None:
+            raise reason
 
     # -- outcomes --------------------------------------------------------------------------------
 
@@ -154,14 +171,18 @@ class Attempt:
 
     def replace(self, canvas: Any) -> None:
         """Put a canvas in the step's place; its value will be the step's."""
-        self._close(steps.replace, self.runtime.plan(canvas, inner=True))
+        self._close(steps.replace, self._inner_plan(canvas))
 
     def extend_chord(self, canvas: Any) -> str:
         """Add a canvas to the group that the step is a member of; return the id of the step that has its value."""
-        plan = self.runtime.plan(canvas, inner=True)
+        plan = self._inner_plan(canvas)
         wakeups = self.runtime.patient_store.run(steps.extend_join, self.step_id, self.number, plan)
         self.runtime.publisher.publish(wakeups)
         return next(step.id for step in plan.steps if step.no == plan.output)
+
+    def _inner_plan(self, canvas: Any) -> Plan:
+        """Compile a canvas that becomes a part of the run; its steps have the default policy that this one has."""
+        return self.runtime.plan(canvas, inner=True, retry=default_of(loads(self.claim.options)))
 
     def _check(self) -> None:
         if self.closed:

@@ -546,6 +546,7 @@ def _pause(attempt: Attempt, seconds: float) -> None:
     while (left := until - time.monotonic()) > 0:
         time.sleep(min(left, _LOOK_SECONDS))
         if left > _LOOK_SECONDS:
+            attempt.beat()  # it is alive, however long it has to wait
             _stop_if_asked(attempt)
 
 

@@ -24,15 +24,17 @@ from celery.app.task import Context
 from celery.app.trace import TraceInfo, build_tracer, trace_ok_t
 from celery.canvas import _chain
 from celery.exceptions import Ignore, ImproperlyConfigured, Reject
+from celery.exceptions import Retry as CeleryRetry
 from celery.result import AsyncResult
 from kombu.utils.json import loads
 
 from byrd.errors import ArgumentError, ControlFlow, StepCancelled, StepHandedBack, TaskOverrideError
 from byrd.limits import limit_of
 from byrd.model import PROTOCOL_VERSION, StepKind, StepStatus
+from byrd.policies import check_declaration
 from byrd.store import steps, sweeps
 from byrd.store.work import Own
-from byrd.task import control, limited, results, slices
+from byrd.task import control, limited, results, retries, slices
 from byrd.task.attempt import (
     Attempt,
     Compensation,
@@ -87,8 +89,22 @@ class DurableTask(Task):
         token = _retrying.set((attempt, args is not None or kwargs is not None, options))
         try:
             return super().retry(args, kwargs, *a, **options)
+        except Exception as exc:
+            attempt.gave_up = not isinstance(exc, CeleryRetry)
+            raise
         finally:
             _retrying.reset(token)
+
+    def heartbeat(self) -> None:
+        """Say that the task is alive: one that has a ``heartbeat`` time-out, and saves no checkpoints, calls it often.
+
+        Raises what stops the step here, as a checkpoint does, when its run is cancelled or paused, or its worker shuts
+        down.  It costs a statement once in a quarter of that time, and at most once a second.  Outside a run it does
+        nothing.
+        """
+        attempt = attempt_of(self.request)
+        if attempt is not None:
+            attempt.beat()
 
     def signature_from_request(self, *args: Any, **kwargs: Any) -> Any:
         """Return the signature of this very call, as Celery's own."""
@@ -212,7 +228,8 @@ def _run(task: Task, tracer: Tracer, attempt: Attempt, request: Mapping[str, Any
         except (ValueError, RecursionError) as exc:  # JSON that could be written, but is too deep to be read
             attempt.fail(attempt.runtime.app.backend.encoded_error(exc))
             return _nothing(f"its arguments cannot be read: {exc!r}")
-        outcome = tracer(uuid, call_args, call_kwargs, execution_request(attempt, request, call_args, call_kwargs))
+        traced = retries.tracer_of(task, attempt) or tracer
+        outcome = traced(uuid, call_args, call_kwargs, execution_request(attempt, request, call_args, call_kwargs))
         return _settle(attempt, outcome)
     except ControlFlow as flow:
         return _stop(attempt, flow)
@@ -222,6 +239,8 @@ def _run(task: Task, tracer: Tracer, attempt: Attempt, request: Mapping[str, Any
     except BaseException as exc:
         if isinstance(exc, SystemExit) and _terminated():
             raise  # the pool process was told to end, and its worker gives the step back
+        if _is_green_timeout(exc) and (task.time_limit or loads(attempt.claim.options).get("time_limit")):
+            raise  # Celery's hard time limit in a pool of greenlets: the main process, which is this one, records it
         if _is_greenlet_exit(exc):
             _give_back(attempt, "its greenlet was killed")  # unless whoever did it has seen to the step
             raise
@@ -384,6 +403,11 @@ def _is_greenlet_exit(exc: BaseException) -> bool:
     return greenlet is not None and isinstance(exc, greenlet.GreenletExit)
 
 
+def _is_green_timeout(exc: BaseException) -> bool:
+    gevent = sys.modules.get("gevent")
+    return gevent is not None and isinstance(exc, gevent.Timeout)
+
+
 def _terminated() -> bool:
     """Tell whether this pool process was sent a signal that ends it: billiard raises SystemExit then, in the task."""
     told: list[bool] = getattr(billiard_common, "_should_have_exited", [False])
@@ -471,6 +495,7 @@ def adopt_task(task: Any) -> None:
     plain = type(task)
     _refuse_overrides(task, plain)
     limited.adopt_limit(task)
+    check_declaration(task)
     if issubclass(plain, DurableTask):
         return
     namespace = {"__module__": plain.__module__, "__doc__": plain.__doc__, "abstract": True}

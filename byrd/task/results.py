@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from billiard.exceptions import TimeLimitExceeded
 from celery import Celery, states
 from celery.exceptions import TimeoutError as CeleryTimeoutError
 from kombu.exceptions import EncodeError
@@ -17,7 +18,8 @@ from kombu.utils.json import dumps, loads
 from sqlalchemy.exc import DBAPIError
 
 from byrd.errors import NotLiveError
-from byrd.store import StepRow, Store, runs, steps
+from byrd.policies import names_of
+from byrd.store import StepRow, Store, runs, steps, timeouts
 from byrd.store.database import first_line
 from byrd.task.attempt import attempt_of, header_of, text_of
 from byrd.task.runtime import runtime_of
@@ -66,6 +68,9 @@ class DurableResults:
         if attempt is not None:
             if not attempt.closed:
                 attempt.fail(self.encoded_error(exc, traceback))
+        elif header is not None and isinstance(exc, TimeLimitExceeded):
+            limit = timeouts.CeleryLimit(_seconds_of(exc), self.encoded_error(exc, traceback), names_of(type(exc)))
+            self._in_main_process(request, timeouts.time_out, header, celery=limit)
         elif header is not None:
             self._in_main_process(request, steps.fail, header, self.encoded_error(exc, traceback))
         else:
@@ -99,11 +104,12 @@ class DurableResults:
             return result
         return super().store_result(task_id, result, state, *args, **kwargs)  # type: ignore[misc]
 
-    def _in_main_process(self, request: Any, transition: Any, header: Any, *args: Any) -> None:
+    def _in_main_process(self, request: Any, transition: Any, header: Any, *args: Any, **kwargs: Any) -> None:
         """Have an outcome recorded for a pool process that cannot: it was killed by a time limit, say."""
         runtime, pid = runtime_of(self.app), getattr(request, "worker_pid", None)
         # Another process of this worker may run the step, without its message.
-        runtime.later(transition, header["step"], header["attempt"] + 1, *args, owner=runtime.worker_id, pid=pid)
+        step = (header["step"], header["attempt"] + 1)
+        runtime.later(transition, *step, *args, owner=runtime.worker_id, pid=pid, **kwargs)
 
     def _encoded(self, result: Any) -> str:
         try:
@@ -192,6 +198,11 @@ class DurableResults:
             return None, None
         found = loads(error)
         return self.exception_to_python(found), found.get("traceback")  # type: ignore[attr-defined]
+
+
+def _seconds_of(limit: TimeLimitExceeded) -> float:
+    found = limit.args[0] if limit.args else None
+    return float(found) if isinstance(found, int | float) else 0.0
 
 
 def _short_error(exc: BaseException, message: str, traceback: Any) -> str:

@@ -17,10 +17,12 @@ from celery.app.routes import MapRoute
 from kombu.utils.json import dumps, loads
 from sqlalchemy.engine import URL
 
+from byrd import policies
 from byrd.canvas import Plan, Step, compile_canvas
 from byrd.errors import ArgumentError, CompensationError, ConfigurationError, UnknownTaskError
 from byrd.limits import key_of, limit_of
 from byrd.model import Mark, StepKind
+from byrd.policies import Retry
 from byrd.store import Store, Wakeup, limits, steps, sweeps
 from byrd.task.publisher import Publisher
 
@@ -38,6 +40,7 @@ SLICE_SECONDS = 0.2
 #: Options of a step that its message need not bear.
 _SHARED_OPTIONS = frozenset({
     "ignore_result", "serializer", "immutable", "retry", "retry_policy", "task_type", "route_name",
+    policies.RETRY, policies.TIMEOUTS,
 })  # fmt: skip
 
 #: Postgres takes no statement, and holds no text, of 1 GB; quotes count twice.
@@ -56,8 +59,8 @@ class Runtime:
         #: For callers: gives up after a while.
         self.store = Store(database_url)
         #: For running steps: what was done must be recorded, so it waits for Postgres as long as it takes.
-        self.patient_store = Store(database_url, patience=math.inf)
-        #: For transactions of the user's own, which may take long: they take no connection from the two above.
+        self.patient_store = self.store.with_patience(math.inf)
+        #: For transactions of the user's own, which may take long: they take no connection from those above.
         self.user_store = Store(database_url, patience=math.inf, for_users=True)
         self.publisher = Publisher(
             app,
@@ -170,7 +173,7 @@ class Runtime:
 
     def close(self) -> None:
         """Close the connections to Postgres."""
-        for store in (self.store, self.patient_store, self.user_store):
+        for store in (self.store, self.user_store):
             store.close()
 
     # -- plans -----------------------------------------------------------------------------------
@@ -182,16 +185,20 @@ class Runtime:
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
         inner: bool = False,
+        retry: Retry | None = None,
     ) -> Plan:
-        """Compile a canvas, and freeze what only the app knows: queues, task options, compensations."""
+        """Compile a canvas, and freeze what only the app knows: queues, task options, policies, compensations.
+
+        ``retry``: the retry policy of steps that have none of their own.
+        """
         plan = compile_canvas(canvas, self.app, args=args, kwargs=kwargs, inner=inner)
         if too_large := self.too_large(
             sum(len(step.args) + len(step.kwargs) + len(step.fallback or "") for step in plan.steps)
         ):
             raise ArgumentError(f"the arguments of {len(plan.steps):,} steps are together {too_large}")
-        return Plan(tuple(self._frozen(step) for step in plan.steps), plan.output)
+        return Plan(tuple(self._frozen(step, retry) for step in plan.steps), plan.output)
 
-    def _frozen(self, step: Step) -> Step:
+    def _frozen(self, step: Step, retry: Retry | None) -> Step:
         if step.kind in (StepKind.JOIN, StepKind.WAIT, StepKind.SAGA):
             return step
         task = self.app.tasks.get(step.task)
@@ -203,6 +210,9 @@ class Runtime:
         if step.input is None and not step.on_failure:
             _check_arguments(task, step)
         queue, options, compensation = self._nature(task, step)
+        if retry is not None and policies.RETRY not in options and policies.RETRY not in step.options:
+            options = {**options}
+            policies.freeze(options, retry)
         if compensation is None:
             _check_compensation(task)
         limit_name, limit_key = _place(step, task)
@@ -216,7 +226,7 @@ class Runtime:
         router = self.app.amqp.router
         if step.options or not all(isinstance(route, MapRoute) for route in router.routes):
             return self._look_up(task, step)
-        state = (task, task._get_exec_options(), task.ignore_result, router)
+        state = (task, task._get_exec_options(), task.ignore_result, router, *_policies_of(task))
         known = self._natures.get(task.name)
         if known is None or not all(a is b for a, b in zip(known[0], state, strict=True)):
             known = self._natures[task.name] = (state, self._look_up(task, step))
@@ -224,7 +234,7 @@ class Runtime:
 
     def _look_up(self, task: Any, step: Step) -> _Nature:
         name = step.task or ""
-        queue, options = self.route(name, {**_task_options(task), **step.options}, step)
+        queue, options = self.route(name, _with_policies({**_task_options(task), **step.options}), step)
         compensation = getattr(task, "compensation_task", None)
         return (
             queue,
@@ -233,7 +243,7 @@ class Runtime:
         )
 
     def _compensation(self, task: Any) -> str:
-        queue, options = self.route(task.name, _task_options(task), None)
+        queue, options = self.route(task.name, _with_policies(_task_options(task)), None)
         return _option_json({"task": task.name, "queue": queue, "options": _option_json(options, task.name)}, task.name)
 
     def route(self, name: str, options: dict[str, Any], step: Step | None) -> tuple[str, dict[str, Any]]:
@@ -279,7 +289,23 @@ def _is_solo(step: Step, task: Any, options: Mapping[str, Any]) -> bool:
         or step.saga is not None
         or _mark(task) is not None
         or not options.keys() <= _SHARED_OPTIONS
+        or _is_timed(options)
     )
+
+
+def _is_timed(options: Mapping[str, Any]) -> bool:
+    """Tell whether a running attempt may be ended, with all that its message runs."""
+    timeouts = policies.timeouts_of(options)
+    return timeouts is not None and timeouts.of_attempts
+
+
+def _policies_of(task: Any) -> tuple[Any, Any]:
+    return getattr(task, policies.RETRY, None), getattr(task, policies.TIMEOUTS, None)
+
+
+def _with_policies(options: dict[str, Any]) -> dict[str, Any]:
+    policies.freeze(options)
+    return options
 
 
 def _mark(task: Any) -> str | None:
@@ -314,6 +340,8 @@ def _task_options(task: Any) -> dict[str, Any]:
     options.pop("serializer", None)  # always JSON
     if task.ignore_result:
         options["ignore_result"] = True
+    named = zip((policies.RETRY, policies.TIMEOUTS), _policies_of(task), strict=True)
+    options.update({name: policy for name, policy in named if policy is not None})
     return options
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from celery import Task
 
 from byrd.errors import ConfigurationError
+from byrd.policies import RETRY
 from byrd.sagas import NOT_DONE
 from byrd.task.attempt import Attempt, Compensation, attempt_of, current_attempt
 from byrd.task.durable import DurableTask
@@ -59,16 +60,18 @@ class SagaTask(DurableTask):
     def compensation(self, fun: Callable[..., Any] | None = None, **options: Any) -> Any:
         """Name the function that undoes this task: called with the step's result, then with the step's arguments.
 
-        ``options`` are Celery task options: ``max_retries``, ``queue``, ``time_limit``, ...  A Celery task will do as
-        well, with its own.  Of a step that may have taken effect, but was never recorded, the result is None, unless
-        :meth:`confirm` knows better.
+        ``options`` are Celery task options: ``max_retries``, ``queue``, ``time_limit``, ...; or Byrd's own: a retry
+        policy, ``byrd_retry``, takes the place of the ten retries.  A Celery task will do as well, with its own.  Of
+        a step that may have taken effect, but was never recorded, the result is None, unless :meth:`confirm` knows
+        better.
         """
         if fun is None:
             return lambda fun: self.compensation(fun, **options)
         if self.compensation_task is not None:
             raise ConfigurationError(f"{self.name} has a compensation already: {self.compensation_task.name}")
         known = fun if isinstance(fun, Task) else None
-        settings = {**_PATIENCE, "name": f"{self.name}.compensation", **options}
+        patience = {} if options.get(RETRY) is not None else _PATIENCE
+        settings = {**patience, "name": f"{self.name}.compensation", **options}
         # Retries come from autoretry_for, which takes its limit from retry_kwargs or the task's max_retries.
         task = known if known is not None else self.app.task(fun, shared=False, **settings)
         _wrap(task, functools.partial(_undo, self.app))

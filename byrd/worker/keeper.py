@@ -21,14 +21,15 @@ from typing import Any
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
-from byrd.errors import NotLiveError, StaleAttempt
-from byrd.store import Store, Wakeup, limits, steps, sweeps, waits
+from byrd.errors import IllegalTransitionError, NotLiveError, StaleAttempt
+from byrd.store import Store, Wakeup, children, limits, runs, steps, sweeps, termination, timeouts, waits
 from byrd.store.database import exceeds_limit, is_outage, is_race
 from byrd.store.rows import CHANNEL
 from byrd.task.runtime import Runtime
 from byrd.worker.clock import ServerClock
 from byrd.worker.loop import Loop
 from byrd.worker.notifier import Notifier
+from byrd.worker.overdue import OverdueWatch
 from byrd.worker.terminator import Terminator
 
 log = logging.getLogger(__name__)
@@ -139,6 +140,7 @@ class Keeper(Loop):
         # The engine's own connections may all be in use, by a pool of threads that submit, say.
         self.store = Store(runtime.store.url, pool_size=1)
         self._terminator = Terminator(runtime, self.store, worker_id, children=children, has_exited=has_exited)
+        self._overdue = OverdueWatch(runtime, self.store, worker_id, max_preemptions=settings.max_preemptions)
 
     def start(self) -> None:
         super().start()
@@ -180,6 +182,7 @@ class Keeper(Loop):
                 max_preemptions=self.settings.max_preemptions,
             )
         self._terminator.look()
+        self._overdue.look()
         return CHILD_SECONDS
 
     def _look_for_unclaimed(self) -> None:
@@ -265,6 +268,7 @@ class Sweeper(Loop):
             self._listen()
             try:
                 self.recover()
+                self.follow_children()
                 self.end_waits()
                 self.give_places()
             finally:  # what recovery cannot do, for it takes too long, say, must not hold up what is ready
@@ -366,7 +370,7 @@ class Sweeper(Loop):
             publisher.is_marked(self._mark, leave=True)
 
     def recover(self) -> None:
-        """Give the steps of workers whose lease is over to others, and end runs whose deadline has passed."""
+        """Give the steps of workers whose lease is over to others, end what is over time: runs, and steps to start."""
         store, lease = self.store, self.settings.lease_seconds
         if time.monotonic() - self._last_recovery < min(1.0, lease / 4):
             return
@@ -380,7 +384,10 @@ class Sweeper(Loop):
             log.warning("the lease of worker %s ran out: its running steps are ready again", hostname)
         error = json.dumps({"exc_type": "RunTimeoutError", "exc_module": "byrd.errors", "exc_message": [_DEADLINE]})
         wakeups += store.run(sweeps.end_overdue_runs, error)
+        for step_id in store.run(timeouts.unstarted):
+            wakeups += store.run(steps.miss_start, step_id)
         self.runtime.publisher.publish(wakeups)
+        self.stop_abandoned()
 
     def end_waits(self) -> None:
         """End the sleeps that are over, and what has its signal or has waited for it too long."""
@@ -391,6 +398,23 @@ class Sweeper(Loop):
                 self.runtime.publisher.publish(self.store.run(waits.end_due_of, run_id))
             if not more:
                 return
+
+    def follow_children(self) -> None:
+        """Tell steps that wait for a run of their own when that has ended."""
+        for _ in range(_ROUNDS):
+            if self.store.run(children.tell_parents) < children.BATCH:
+                return
+
+    def stop_abandoned(self) -> None:
+        """Cancel runs whose step has ended without them: it was revoked, say, or lost too many workers."""
+        for child, outer, grace in self.store.run(children.abandoned):
+            by = f"run {outer}"
+            with contextlib.suppress(IllegalTransitionError):  # it has ended meanwhile
+                if grace is None:
+                    wakeups = self.store.run(runs.cancel, child, by=by)
+                else:
+                    wakeups = self.store.run(termination.cancel, child, grace=grace, by=by)
+                self.runtime.publisher.publish(wakeups)
 
     def give_places(self) -> None:
         """Tell those who wait for a limit when they may start, a little before it."""

@@ -33,6 +33,12 @@ def one_at_a_time(key: str, value: int) -> int:
     return value
 
 
+@engine.workflow("crash.inner")
+def inner(x: Any) -> Any:
+    """x + 3, in a run of its own."""
+    return add.s(x, 3)
+
+
 @app.task
 def total(values: list[Any]) -> Any:
     """The sum of a list."""
@@ -50,6 +56,22 @@ def flaky(self: Task, failures: int, value: Any) -> Any:
     """Ask for so many retries, then return the value."""
     if self.request.retries < failures:
         raise self.retry(countdown=0)
+    return value
+
+
+@app.task(bind=True, byrd_retry=byrd.Retry(max_attempts=5, budget=600, first=0.05, factor=1))
+def unlucky(self: Task, failures: int, value: Any) -> Any:
+    """Fail so often, then return the value."""
+    if self.request.retries < failures:
+        raise ValueError("no luck")
+    return value
+
+
+@app.task(bind=True, byrd_retry=byrd.Retry(first=0.05))
+def takes_long(self: Task, value: Any) -> Any:
+    """Take too long, and be silent, once."""
+    if self.request.retries == 0:
+        time.sleep(1.5)
     return value
 
 

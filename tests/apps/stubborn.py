@@ -39,6 +39,12 @@ def stubborn(name: str) -> str:
     return name
 
 
+@engine.workflow("stubborn.inner")
+def inner(name: str) -> Any:
+    """A workflow of one that does not stop."""
+    return stubborn.s(name)
+
+
 @app.task
 def tidy(name: str) -> None:
     """Take long, and tidy up when told to end."""

@@ -73,4 +73,4 @@ def test_what_the_engine_refuses(shop: Any, byrd_cli: Cli) -> None:
 def test_one_run_is_hurried(cluster: Cluster, shop: Any, byrd_cli: Cli) -> None:
     run = shop.engine.submit(shop.price.s(1))
     assert byrd_cli("cancel", run.id, "--terminate", "--grace", "1").out.startswith(f"Run {run.id[:8]} is cancelled")
-    assert run.info.terminate_at is None
+    assert [e["detail"]["grace"] for e in run.history() if e["event"] == "terminate_requested"] == [1.0]

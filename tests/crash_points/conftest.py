@@ -29,7 +29,9 @@ def attempt(app: Any, byrd_crash_points: CrashPoints) -> Try:
         key[0] += 1
         app.engine.runtime.store.run(_clear)
 
-    def run(canvas: Callable[[], Any], *, before: Callable[[], object] = tuple, **options: Any) -> CrashReport:
+    def run(
+        canvas: Callable[[], Any], *, before: Callable[[], object] = tuple, least: int = 20, **options: Any
+    ) -> CrashReport:
         def prepare() -> None:
             before()
             reset()
@@ -37,7 +39,7 @@ def attempt(app: Any, byrd_crash_points: CrashPoints) -> Try:
         report = byrd_crash_points(
             app.engine, lambda: app.engine.submit(canvas(), key=f"key-{key[0]}"), reset=prepare, **options
         )
-        assert report.tried > 20
+        assert report.tried > least
         assert len(report.unreached) < len(report.boundaries) / 10, report.unreached
         assert report.pairs_tried >= byrd_crash_points.pairs / 2
         return report

@@ -28,11 +28,10 @@ def worker(cluster: Cluster, module: str, folder: Path = EXAMPLES) -> Worker:
     return cluster.worker(module, env=environment(cluster, folder))
 
 
-def run(cluster: Cluster, *command: str, folder: Path = EXAMPLES) -> list[str]:
+def run(cluster: Cluster, *command: str, folder: Path = EXAMPLES, **env: str) -> list[str]:
     """Run a command in the folder; return the lines that it prints."""
-    done = subprocess.run(
-        command, cwd=folder, env=environment(cluster, folder), capture_output=True, text=True, timeout=120, check=False
-    )
+    env = {**environment(cluster, folder), **env}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -160,7 +159,7 @@ def test_approval(cluster: Cluster) -> None:
     with program(cluster, "approval.py", "900") as waits:
         wait_until(lambda: cluster.rows("SELECT 1 FROM byrd.steps WHERE status = 'waiting'"))
         [(run_id,)] = cluster.rows("SELECT id::text FROM byrd.runs")
-        assert run_id[:8] in run(cluster, *byrd, "waiting")[1]
+        assert run_id[:8] in " ".join(run(cluster, *byrd, "waiting", COLUMNS="60"))
         run(cluster, *byrd, "signal", run_id[:8], "approval", '{"ok": true, "by": "ann"}')
         output, _ = waits.communicate(timeout=60)
     assert output.splitlines()[1] == "900.00 paid, decided by ann"

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from benchmarks.endurance import Report, endure, table_of
 
-STEPS = int(os.environ.get("BYRD_ENDURANCE_STEPS", "2500"))
+STEPS = int(os.environ.get("BYRD_ENDURANCE_STEPS", "14000"))
+LEAKING_STEPS = 2500
 #: Allowances of the allocator weigh more in so short a run: a leak has to be larger to be told from them.
 BYTES_PER_STEP = 500.0
 
@@ -28,6 +29,8 @@ def test_memory_and_connections_of_a_worker_stay_flat(database_url: str, broker_
 
 @pytest.mark.timeout(600)
 def test_a_leak_of_a_kilobyte_per_step_is_noticed(database_url: str, broker_url: str) -> None:
-    report = endure(database_url, broker_url, steps=STEPS, look_seconds=0.5, environment={"ENDURANCE_LEAK": "1024"})
+    report = endure(
+        database_url, broker_url, steps=LEAKING_STEPS, look_seconds=0.5, environment={"ENDURANCE_LEAK": "1024"}
+    )
     slopes = report.slopes()
     assert min(slopes["child 1"], slopes["child 2"]) > BYTES_PER_STEP, told(report)

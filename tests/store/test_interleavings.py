@@ -35,7 +35,20 @@ from sqlalchemy.exc import DBAPIError
 import byrd
 from byrd.errors import IllegalTransitionError, StaleAttempt, StepCancelled
 from byrd.model import RUN_TRANSITIONS, STEP_TRANSITIONS, Transition
-from byrd.store import Claim, Counts, Store, progress, runs, sagas, steps, sweeps, termination, waits, work
+from byrd.store import (
+    Claim,
+    Counts,
+    Store,
+    progress,
+    runs,
+    sagas,
+    steps,
+    sweeps,
+    termination,
+    timeouts,
+    waits,
+    work,
+)
 from byrd.store.progress import FailedItem
 from byrd.store.rows import query
 from byrd.store.work import Done, Own, Work
@@ -52,7 +65,14 @@ COMMANDS = {
     "paused": ("resume",) * 4, "failed": ("retry_run",) * 4, "cancelled": ("retry_run",) * 4,
     "succeeded": ("roll_back",) * 2, "rollback_stuck": ("retry_run", "retry_run", "skip_undo", "done_by_hand"),
 }  # fmt: skip
-ENDS = (*["complete"] * 4, *["fail"] * 3, "retry", "hand_back", "put_back", "ignore", "revoke")
+ENDS = (*["complete"] * 4, *["fail"] * 3, "retry", "hand_back", "put_back", "ignore", "revoke", "time_out")
+#: Policies with which an attempt is over time as soon as it runs, and so is a start that nobody has made.
+TIMED = (
+    '{"byrd_timeouts": {"start_to_close": 1e-6}}',
+    '{"byrd_timeouts": {"start_to_close": 1e-6}, "byrd_retry": {"first": 0}}',
+    '{"byrd_timeouts": {"heartbeat": 1e-6}}',
+)
+UNSTARTED = '{"byrd_timeouts": {"schedule_to_start": 1e-6}}'
 DOOMED = """SELECT s.id FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
              WHERE s.status = 'running' AND r.status = 'cancelling' AND r.terminate_at <= clock_timestamp()"""
 READY = "SELECT id, attempt, task FROM byrd.steps WHERE status = 'ready' ORDER BY task, no, ready_at"
@@ -183,7 +203,8 @@ class Change:
         sagas = self.kind == "saga"
         by_hand = self.op in ("skip_undo", "done_by_hand")
         by = {
-            "fail": self.op not in TAKING, "preempt": self.op in TAKING, "retry": self.op == "retry",
+            "fail": self.op not in (*TAKING, "time_out"), "preempt": self.op in TAKING,
+            "time_out": self.op == "time_out", "miss_start": self.op == "miss_start", "retry": self.op == "retry",
             "persist": self.op == "fail", "fail_saga": sagas, "begin_wait": not sagas, "end_saga": sagas,
             "end_wait": not sagas, "skip_undo": by_hand, "done_by_hand": by_hand, "skip": not by_hand,
             "hand_back": self.op == "hand_back", "put_back": self.op == "put_back", "ignore": self.op == "ignore",
@@ -483,11 +504,19 @@ class InterleavingMachine(RuleBasedStateMachine):
         self.end_one(self.draw_claim(data), how, whole=whole)
 
     def end_one(self, claim: Claim, how: str, *, whole: bool) -> None:
+        if how == "time_out":
+            self.quietly(
+                """UPDATE byrd.steps SET options = %(o)s WHERE id IN
+                     (SELECT id FROM byrd.steps WHERE id = %(id)s AND status = 'running' FOR UPDATE SKIP LOCKED)""",
+                o=TIMED[claim.attempt % 3], id=claim.id,
+            )  # fmt: skip
         args = {"complete": [json.dumps(claim.task)], "fail": [ERROR], "retry": [ERROR], "ignore": [ERROR]}.get(how, [])
 
         def end(conn: Connection) -> Any:
             if how == "revoke":
                 return steps.revoke(conn, claim.id, "revoked", attempt=claim.attempt)
+            if how == "time_out":
+                return timeouts.time_out(conn, claim.id, claim.attempt, max_preemptions=1)
             if how == "put_back":
                 row = query(conn, "SELECT worker_id, pid FROM byrd.steps WHERE id = %(id)s", {"id": claim.id}).first()
                 where = {"worker_id": row.worker_id, "pid": row.pid} if row else {"worker_id": None, "pid": 0}
@@ -691,6 +720,17 @@ class InterleavingMachine(RuleBasedStateMachine):
             self.start(Op(how, lambda conn: steps.expire(conn, row.id)), whole=whole)
         else:
             self.start(Op(how, lambda conn: steps.revoke(conn, row.id, "revoked")), whole=whole)
+
+    @move(whole=WHOLE)
+    def miss_start(self, data: st.DataObject, whole: bool) -> None:
+        row = self.pick(data, READY)
+        if row is not None and data.draw(st.integers(0, 2)) == 0:
+            self.quietly(
+                """UPDATE byrd.steps SET options = %(o)s, ready_at = now() WHERE id IN
+                     (SELECT id FROM byrd.steps WHERE id = %(id)s AND status = 'ready' FOR UPDATE SKIP LOCKED)""",
+                o=UNSTARTED, id=row.id,
+            )  # fmt: skip
+            self.start(Op("miss_start", lambda conn: steps.miss_start(conn, row.id)), whole=whole)
 
     @move(token=st.booleans(), sql=st.booleans(), whole=WHOLE)
     def signal(self, data: st.DataObject, token: bool, sql: bool, whole: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import uuid
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from byrd.model import (
     StepStatus,
     Transition,
 )
-from byrd.store import Store, flow, limits, plans, runs, sagas, steps, sweeps, termination, waits
+from byrd.store import Store, flow, limits, plans, runs, sagas, steps, sweeps, termination, timeouts, waits
 from byrd.store.migrations.rules import RUN_RULES, STEP_RULES
 from byrd.store.rows import query
 from tests.store.world import ERROR, World, plan_of, sig
@@ -292,6 +293,22 @@ def put_it_off(case: Case) -> None:
     )  # fmt: skip
 
 
+def timed(timeouts: str, retry: Any = None) -> Callable[[World], Case]:
+    """The middle of a chain, whose time is over before anybody looks."""
+
+    def build(world: World) -> Case:
+        case = in_chain_in_time(world)
+        options = {"byrd_timeouts": {timeouts: 1e-6}, **({"byrd_retry": retry} if retry else {})}
+        world.sql("UPDATE byrd.steps SET options = %(o)s WHERE id = %(id)s", o=json.dumps(options), id=case.step_id)
+        return case
+
+    return build
+
+
+def time_out(case: Case) -> None:
+    case.do(timeouts.time_out)
+
+
 def finish_join(case: Case) -> None:
     step = case.world.step(case.run_id, case.no)
     case.world.do(flow.finish_join, case.run_id, case.no, is_join=step.kind == "join")
@@ -312,6 +329,12 @@ STEP_DRIVERS: dict[str, list[StepDriver]] = {
     "fail": [(in_chain, lambda c: c.do(steps.fail, ERROR))],
     "persist": [(after_pivot, lambda c: c.do(steps.fail, ERROR))],
     "retry": [(in_chain, lambda c: c.do(steps.retry, ERROR))],
+    "time_out": [
+        (timed("start_to_close"), time_out),
+        (timed("start_to_close", {"max_attempts": 2}), time_out),
+        (timed("heartbeat"), time_out),
+    ],
+    "miss_start": [(timed("schedule_to_start"), lambda c: c.world.do(steps.miss_start, c.step_id))],
     "preempt": [
         (in_chain, lambda c: c.world.do(steps.preempt, c.world.worker_id, reason="gone")),
         (in_chain, lambda c: c.world.do(steps.preempt, c.world.worker_id, reason="gone", max_preemptions=0)),
@@ -589,6 +612,8 @@ def step_with(sets: str, no: int = 0) -> str:
 ILLEGAL = {
     "runs_pkey": f"INSERT INTO byrd.runs (id, output) VALUES ({RUN}, 0)",
     "runs_key": NEW_RUN,
+    "runs_parent": """INSERT INTO byrd.runs (id, output, parent_step)
+                      SELECT gen_random_uuid(), n, 's' FROM generate_series(1, 2) n""",
     "run_status_known": "UPDATE byrd.runs SET status = 'lost'",
     "run_finished_if_final": "UPDATE byrd.runs SET status = 'failed'",
     "only_a_cancelled_run_is_terminated": "UPDATE byrd.runs SET terminate_at = now()",

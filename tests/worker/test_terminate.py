@@ -181,6 +181,17 @@ def test_the_worker_is_killed_in_between(app: Any, cluster: Cluster, notes: Path
     assert len(lines(notes, "unbook")) == compensate
 
 
+def test_a_workflow_within_is_ended_too(app: Any, cluster: Cluster, notes: Path) -> None:
+    start(cluster, notes, concurrency=2)
+    run = app.engine.submit(chain(app.inner.si("within"), app.tick.si(1)))
+    wait_noted(notes, "stubborn")
+    run.cancel(terminate=True, grace=0, by="ann")
+    assert run.wait(timeout=30) == "cancelled"
+    [child] = app.engine.list(workflow="stubborn.inner")
+    assert child.wait(timeout=30) == "cancelled"
+    assert [(found["ended"], found["by"]) for found in events(child, "terminated")] == [(True, f"run {run.id}")]
+
+
 def test_a_grace_that_is_no_time(app: Any, cluster: Cluster) -> None:
     run = app.engine.submit(app.tick.s(1))
     for grace in (-1, float("nan"), 1e300):

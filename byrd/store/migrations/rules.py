@@ -44,15 +44,43 @@ STEP_RULES: Mapping[str, str] = {
 }
 
 
-def trigger_of(table: str, rules: Mapping[str, str]) -> str:
-    """Return the statements that have a table refuse rows that break a rule; as in a CHECK, an unknown breaks none."""
+#: When somebody is to look at a step that has time-outs: kept here, for a step is made ready, and is claimed, in many
+#: ways.  A step without any pays for one look at its options.  ``start_by`` is kept while a claim puts the step off,
+#: and is set anew when a pause is over.  What runs is looked at again later by whoever finds a sign of life.
+SET_TIMEOUT = """
+    IF strpos(NEW.options, '"byrd_timeouts"') > 0 OR NEW.timeout_at IS NOT NULL THEN
+        timeouts := NEW.options::json -> 'byrd_timeouts';
+        IF NEW.status = 'ready' AND NEW.wake_at < 'infinity' THEN
+            IF TG_OP = 'INSERT' OR NEW.ready_at IS DISTINCT FROM OLD.ready_at OR OLD.wake_at = 'infinity'
+               OR NEW.signal IS NOT NULL AND NEW.run_at IS DISTINCT FROM OLD.run_at THEN
+                NEW.start_by := greatest(clock_timestamp(), NEW.run_at)
+                              + (timeouts ->> 'schedule_to_start')::float8 * interval '1 second';
+            END IF;
+            NEW.timeout_at := NEW.start_by;
+        ELSIF NEW.status = 'running' THEN
+            IF TG_OP = 'INSERT' OR OLD.status <> 'running' THEN
+                NEW.timeout_at := NEW.started_at + interval '1 second'
+                    * least((timeouts ->> 'start_to_close')::float8, (timeouts ->> 'heartbeat')::float8);
+            END IF;
+        ELSE
+            NEW.timeout_at := NULL;
+        END IF;
+    END IF;
+"""
+
+
+def trigger_of(table: str, rules: Mapping[str, str], *, before: str = "") -> str:
+    """Return the statements that have a table refuse rows that break a rule.  As in a CHECK, an unknown breaks none.
+
+    ``before``: what is done to a row first.
+    """
     together = "\n       AND ".join(f"({rule})" for rule in rules.values())
     each = "\n".join(f"        WHEN ({rule}) IS FALSE THEN broken := '{name}';" for name, rule in rules.items())
     return f"""
 CREATE FUNCTION byrd.refuse_illegal_{table}() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE
-    broken text;
-BEGIN
+    broken text; timeouts json;
+BEGIN{before}
     IF ({together}) IS NOT FALSE THEN
         RETURN NEW;
     END IF;

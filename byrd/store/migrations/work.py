@@ -38,7 +38,7 @@ DECLARE
     n_runs uuid[]; n_nos int[];
     going uuid[] := '{}'; ended uuid[] := '{}'; ready_ids text[] := '{}'; some_ready text[]; some_runs uuid[];
     unusual boolean; uncalled boolean; next_ids text[]; mine_ids text[]; maybe_over uuid[];
-    a_run uuid; a_join int; a_count int; left_over int; a_kind text; a_status text; own_left boolean;
+    a_run uuid; a_join int; a_count int; left_over int; a_kind text; a_status text; own_left boolean; of_step boolean;
 BEGIN
     -- A worker is not given up between this check and the commit, or nobody would ever recover what is claimed here.
     IF most > 0 OR peek THEN
@@ -176,7 +176,13 @@ BEGIN
         ended := ended || a_run;
     END LOOP;
     IF cardinality(ended) > 0 THEN
-        UPDATE byrd.runs r SET status = 'succeeded', finished_at = clock_timestamp() WHERE r.id = ANY(ended);
+        WITH over AS (
+            UPDATE byrd.runs r SET status = 'succeeded', finished_at = clock_timestamp() WHERE r.id = ANY(ended)
+            RETURNING r.parent_step)
+        SELECT bool_or(parent_step IS NOT NULL) INTO of_step FROM over;
+        IF of_step THEN
+            NOTIFY byrd;
+        END IF;
         INSERT INTO byrd.events (run_id, event) SELECT e, 'succeeded' FROM unnest(ended) e;
     END IF;
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 WRITE_RUNS = r"""
 CREATE FUNCTION byrd.write_runs(
     run_ids uuid[], workflows text[], titles text[], keys text[], run_args text[], outputs int[], deadlines float8[],
-    step_runs uuid[], ids text[], nos int[], kinds text[], tasks text[], queues text[], step_args text[],
-    step_kwargs text[], options text[], compensations text[], afters int[], on_failures bool[], inputs int[],
-    join_nos int[], join_poss int[], waitings int[], group_ids text[], countdowns float8[], etas timestamptz[],
-    expires_ins float8[], expires_ats timestamptz[], solos bool[],
+    parents text[], step_runs uuid[], ids text[], nos int[], kinds text[], tasks text[], queues text[],
+    step_args text[], step_kwargs text[], options text[], compensations text[], afters int[], on_failures bool[],
+    inputs int[], join_nos int[], join_poss int[], waitings int[], group_ids text[], countdowns float8[],
+    etas timestamptz[], expires_ins float8[], expires_ats timestamptz[], solos bool[],
     signals text[], fallbacks text[], limit_names text[], limit_keys text[], sagas int[], marks text[], told boolean)
 RETURNS SETOF uuid
 LANGUAGE plpgsql VOLATILE
@@ -23,11 +23,11 @@ DECLARE
     written uuid[]; all_written boolean;
 BEGIN
     WITH fresh AS (
-        INSERT INTO byrd.runs (id, workflow, title, key, args, output, deadline)
-        SELECT r.id, r.workflow, r.title, r.key, r.args, r.output,
+        INSERT INTO byrd.runs (id, workflow, title, key, args, output, parent_step, deadline)
+        SELECT r.id, r.workflow, r.title, r.key, r.args, r.output, r.parent_step,
                clock_timestamp() + r.deadline * interval '1 second'
-          FROM unnest(run_ids, workflows, titles, keys, run_args, outputs, deadlines)
-               AS r (id, workflow, title, key, args, output, deadline)
+          FROM unnest(run_ids, workflows, titles, keys, run_args, outputs, parents, deadlines)
+               AS r (id, workflow, title, key, args, output, parent_step, deadline)
          ORDER BY r.workflow, r.key  -- of two that write the same keys, neither waits for the other
         ON CONFLICT DO NOTHING RETURNING id)
     SELECT array_agg(id) INTO written FROM fresh;

@@ -13,7 +13,7 @@ from alembic import op
 from sqlalchemy.dialects import postgresql as pg
 
 from byrd.store.migrations.limits import ADMIT, GIVE_PLACES, LINE_UP, PLACE_FREED
-from byrd.store.migrations.rules import RUN_RULES, STEP_RULES, trigger_of
+from byrd.store.migrations.rules import RUN_RULES, SET_TIMEOUT, STEP_RULES, trigger_of
 from byrd.store.migrations.work import WORK
 from byrd.store.migrations.write_runs import WRITE_RUNS
 
@@ -59,6 +59,9 @@ def _runs() -> None:
         _time("created_at", nullable=False),
         _time("finished_at"),
         _time("deadline"),
+        # Of a sub-workflow: the step that it is the work of, and whether that was told of its end.
+        sa.Column("parent_step", sa.Text),
+        sa.Column("parent_told", sa.Boolean, nullable=False, server_default=sa.false()),
         schema=SCHEMA,
     )
     # A second submit of the same workflow with the same key finds this row: the unique key is the guard.
@@ -70,6 +73,14 @@ def _runs() -> None:
     op.execute(
         "CREATE INDEX runs_terminate ON byrd.runs (terminate_at)"
         " WHERE status = 'cancelling' AND terminate_at IS NOT NULL"
+    )
+    op.execute("CREATE UNIQUE INDEX runs_parent ON byrd.runs (parent_step) WHERE parent_step IS NOT NULL")
+    op.execute(
+        "CREATE INDEX runs_of_steps ON byrd.runs (parent_step) WHERE parent_step IS NOT NULL AND finished_at IS NULL"
+    )
+    op.execute(
+        "CREATE INDEX runs_untold ON byrd.runs (finished_at)"
+        " WHERE parent_step IS NOT NULL AND finished_at IS NOT NULL AND NOT parent_told"
     )
     op.execute("CREATE INDEX runs_deadline ON byrd.runs (deadline) WHERE finished_at IS NULL AND deadline IS NOT NULL")
 
@@ -120,6 +131,11 @@ def _steps() -> None:
         sa.Column("limit_key", sa.Text),
         sa.Column("limit_no", sa.BigInteger),
         _time("limit_slot"),
+        # Of a step that has time-outs: until when it is to be started, and when somebody is to look at it.
+        _time("start_by"),
+        _time("timeout_at"),
+        # When the first of the attempts began that its retries are for.
+        _time("tried_since"),
         # Where it stands.
         sa.Column("status", sa.Text, nullable=False, server_default="pending"),
         _zero("attempt"),
@@ -141,7 +157,7 @@ def _steps() -> None:
         schema=SCHEMA,
         postgresql_with={"fillfactor": "80"},
     )
-    op.execute(trigger_of("steps", STEP_RULES))
+    op.execute(trigger_of("steps", STEP_RULES, before=SET_TIMEOUT))
     op.execute(
         "CREATE UNIQUE INDEX steps_compensates ON byrd.steps (run_id, compensates) WHERE compensates IS NOT NULL"
     )
@@ -161,6 +177,7 @@ def _steps() -> None:
         " WHERE signal IS NOT NULL AND status IN ('waiting','ready')"
     )
     op.execute("CREATE INDEX steps_running ON byrd.steps (worker_id) WHERE status = 'running'")
+    op.execute("CREATE INDEX steps_timeout ON byrd.steps (timeout_at) WHERE timeout_at IS NOT NULL")
     op.execute("CREATE INDEX steps_placed ON byrd.steps (limit_name, limit_key) WHERE limit_slot IS NOT NULL")
     op.execute(
         """CREATE INDEX steps_unplaced ON byrd.steps (limit_name, limit_key, limit_no)

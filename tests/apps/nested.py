@@ -1,0 +1,94 @@
+"""Workflows within workflows."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from celery import Celery, Task, chain, group
+
+import byrd
+
+app = Celery("nested")
+app.conf.byrd_lease_seconds = 3.0
+engine = byrd.Byrd(app)
+
+
+@app.task
+def add(x: int, y: int) -> int:
+    """x + y."""
+    return x + y
+
+
+@app.task
+def total(values: list[int]) -> int:
+    """The sum."""
+    return sum(values)
+
+
+@app.task
+def need(path: str, value: Any = None) -> Any:
+    """Raise ValueError unless the file is there."""
+    if not Path(path).exists():
+        raise ValueError(f"{path} is missing")
+    return value
+
+
+@app.task
+def hold(path: str, value: Any = None) -> Any:
+    """Run until the file is there."""
+    while not Path(path).exists():
+        time.sleep(0.02)
+    return value
+
+
+@app.task(bind=True)
+def note(self: Task, path: str, value: Any = None) -> Any:
+    """Add a line to a file."""
+    with Path(path).open("a") as file:
+        file.write(f"{self.request.id}\n")
+    return value
+
+
+@app.task(base=byrd.SagaTask)
+def book(path: str) -> str:
+    """Book something."""
+    return path
+
+
+@book.compensation
+def unbook(booked: str, path: str) -> None:
+    """Add a line to a file."""
+    with Path(path).open("a") as file:
+        file.write(f"{booked}\n")
+
+
+@engine.workflow("nested.inner")
+def inner(x: int, y: int) -> Any:
+    """x + y + 1."""
+    return chain(add.s(x, y), add.s(1))
+
+
+@engine.workflow("nested.outer")
+def outer(x: int) -> Any:
+    """2 (x + 2) + 1, by way of two runs, and what these two have to do with a third."""
+    return chain(add.s(x, 0), group(inner.s(1), middle.s()), total.s(), add.s(1))
+
+
+@engine.workflow("nested.middle")
+def middle(x: int) -> Any:
+    """x + 2, by way of a run."""
+    return inner.s(x, 1)
+
+
+@engine.workflow("nested.fragile")
+def fragile(noted: str, needed: str) -> Any:
+    """A step that is noted, and one that needs a file."""
+    return chain(note.si(noted), need.si(needed, "well"))
+
+
+@engine.workflow("nested.long")
+def long(go: str, noted: str) -> Any:
+    """A booking, and a step that takes until a file is there."""
+    return chain(book.si(noted), hold.si(go, "held"))
