@@ -149,6 +149,7 @@ STEP_TRANSITIONS: tuple[Transition, ...] = (
         "cancelled",
         "its run is being cancelled, or its saga has failed, and it stopped at a checkpoint",
     ),
+    _step("terminate", "running", "cancelled", "its run is cancelled with terminate, and it did not stop in time"),
     _step("ignore", "running", "cancelled", "its task raised Ignore"),
     _step("expire", "ready waiting", "cancelled", "its time to start was over"),
     _step("finish_join", "pending", "succeeded failed", "all that it waits for is done"),

@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import click
@@ -16,6 +17,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from byrd.cli.bulk import filtered, wish_of
+from byrd.cli.bulk import order as order_bulk
 from byrd.cli.draw import drawing, status_text
 from byrd.cli.session import Session, command, console, print_json, say
 from byrd.cli.shapes import run_shape, snapshot_shape
@@ -25,7 +28,7 @@ from byrd.engine.words import error_text, moment, shortened, span
 from byrd.errors import ArgumentError, RunNotFoundError, UnknownWorkflowError
 from byrd.model import RunStatus
 from byrd.store import runs as run_store
-from byrd.store.insight import Snapshot, Tally, snapshot, tallies
+from byrd.store.insight import Items, Snapshot, Tally, items_of, snapshot, tallies
 
 #: How often `--watch` and `--wait` look.
 _LOOK_SECONDS = 0.5
@@ -165,9 +168,10 @@ def _add_list(group: click.Group) -> None:
         store = engine.runtime.store
         found = store.run(run_store.list_runs, workflow=workflow, statuses=statuses or None, limit=limit)
         counts = store.run(tallies, [run.id for run in found])
+        items = store.run(items_of, [run.id for run in found])
         now = datetime.now(UTC)
         if as_json:
-            print_json({"runs": [run_shape(run, counts.get(run.id), now=now) for run in found]})
+            print_json({"runs": [run_shape(run, counts.get(run.id), items.get(run.id), now=now) for run in found]})
             return
         if not found:
             say("No runs", (" like that" if workflow or statuses else " yet; `byrd submit WORKFLOW` starts one"), ".")
@@ -178,6 +182,8 @@ def _add_list(group: click.Group) -> None:
         table.add_column("workflow", overflow="ellipsis", no_wrap=True, max_width=max(12, console().width - 75))
         table.add_column("status", no_wrap=True)
         table.add_column("steps", justify="right", no_wrap=True)
+        if items:
+            table.add_column("items", justify="right", no_wrap=True)
         table.add_column("submitted", no_wrap=True)
         table.add_column("took", justify="right", no_wrap=True)
         keyed = any(run.key for run in found)
@@ -193,12 +199,20 @@ def _add_list(group: click.Group) -> None:
                 name,
                 status_text(run.status),
                 steps,
+                *([_items_text(items.get(run.id))] if items else []),
                 moment(run.created_at, now),
                 took,
             ]
             cells += [Text(run.key or "")] if keyed else []
             table.add_row(*cells)
         console().print(table)
+
+
+def _items_text(items: Items | None) -> Text:
+    """Return how far a run's checkpoints are."""
+    if items is None:
+        return Text("")
+    return Text(f"{items.completed:,}").append(f", {items.failed:,} failed" if items.failed else "", style="yellow")
 
 
 # -- show and why ----------------------------------------------------------------------------------
@@ -287,38 +301,50 @@ def _add_why(group: click.Group) -> None:
 
 
 def _add_operations(group: click.Group) -> None:
-    @command(group, "cancel", short_help="Stop a run.")
-    @click.argument("run_ids", metavar="RUN...", nargs=-1, required=True)
+    @command(group, "cancel", short_help="Stop a run, or many.")
+    @click.argument("run_ids", metavar="[RUN]...", nargs=-1)
+    @filtered
     @click.option("--compensate", is_flag=True, help="Then undo its completed saga steps.")
-    def cancel(session: Session, *, run_ids: tuple[str, ...], compensate: bool, as_json: bool) -> None:
-        """Stop each RUN: what has not started never will, what runs stops at its next checkpoint."""
-        _operate(
-            session,
-            run_ids,
-            lambda run, by: run.cancel(compensate=compensate, by=by),
-            _after_cancel,
-            as_json=as_json,
-        )
+    @click.option("--terminate", is_flag=True, help="End what does not stop by itself in the grace time.")
+    @click.option("--grace", type=float, metavar="SECONDS", help="The grace time of --terminate; 5 unless given.")
+    def cancel(session: Session, *, run_ids: tuple[str, ...], as_json: bool, **options: Any) -> None:
+        """Stop each RUN: what has not started never will, what runs stops at its next checkpoint.
 
-    @command(group, "pause", short_help="Let nothing more of a run start.")
-    @click.argument("run_ids", metavar="RUN...", nargs=-1, required=True)
-    def pause(session: Session, *, run_ids: tuple[str, ...], as_json: bool) -> None:
-        """Pause each RUN: nothing more of it starts, checkpointed steps stop at their next checkpoint."""
-        _operate(session, run_ids, lambda run, by: run.pause(by=by), _after_pause, as_json=as_json)
+        Without RUN, all runs that match a filter, by a job of its own.
+        """
+        _operate_many(session, "cancel", run_ids, options, _after_cancel, as_json=as_json)
 
-    @command(group, "resume", short_help="Let a paused run go on.")
-    @click.argument("run_ids", metavar="RUN...", nargs=-1, required=True)
-    def resume(session: Session, *, run_ids: tuple[str, ...], as_json: bool) -> None:
-        """Let each paused RUN go on."""
-        _operate(session, run_ids, lambda run, by: run.resume(by=by), _after_resume, as_json=as_json)
+    @command(group, "pause", short_help="Let nothing more of a run start, or of many.")
+    @click.argument("run_ids", metavar="[RUN]...", nargs=-1)
+    @filtered
+    def pause(session: Session, *, run_ids: tuple[str, ...], as_json: bool, **options: Any) -> None:
+        """Pause each RUN: nothing more of it starts, checkpointed steps stop at their next checkpoint.
+
+        Without RUN, all runs that match a filter, by a job of its own.
+        """
+        _operate_many(session, "pause", run_ids, options, _after_pause, as_json=as_json)
+
+    @command(group, "resume", short_help="Let a paused run go on, or many.")
+    @click.argument("run_ids", metavar="[RUN]...", nargs=-1)
+    @filtered
+    def resume(session: Session, *, run_ids: tuple[str, ...], as_json: bool, **options: Any) -> None:
+        """Let each paused RUN go on.
+
+        Without RUN, all runs that match a filter, by a job of its own.
+        """
+        _operate_many(session, "resume", run_ids, options, _after_resume, as_json=as_json)
 
     _add_rollbacks(group)
 
     @command(group, "retry", short_help="Try again what did not succeed.")
-    @click.argument("run_ids", metavar="RUN...", nargs=-1, required=True)
-    def retry(session: Session, *, run_ids: tuple[str, ...], as_json: bool) -> None:
-        """Try each failed or cancelled RUN again, keeping what succeeded; or the compensations that are stuck."""
-        _operate(session, run_ids, lambda run, by: run.retry(by=by), _after_resume, as_json=as_json)
+    @click.argument("run_ids", metavar="[RUN]...", nargs=-1)
+    @filtered
+    def retry(session: Session, *, run_ids: tuple[str, ...], as_json: bool, **options: Any) -> None:
+        """Try each failed or cancelled RUN again, keeping what succeeded; or the compensations that are stuck.
+
+        Without RUN, all runs that match a filter, by a job of its own: failed ones, unless --status says otherwise.
+        """
+        _operate_many(session, "retry", run_ids, options, _after_resume, as_json=as_json)
 
 
 def _add_rollbacks(group: click.Group) -> None:
@@ -346,6 +372,25 @@ def _add_rollbacks(group: click.Group) -> None:
         _operate(
             session, [run_id], lambda run, by: run.done_by_hand(step, note=note, by=by), _after_undo, as_json=as_json
         )
+
+
+def _operate_many(
+    session: Session,
+    action: str,
+    run_ids: tuple[str, ...],
+    options: dict[str, Any],
+    tell: Callable[[str, RunStatus], str],
+    *,
+    as_json: bool,
+) -> None:
+    """Do something to runs that are named, or to those that match a filter."""
+    wish = wish_of(options, run_ids, action)
+    if wish is None:
+        _operate(session, run_ids, lambda run, by: getattr(run, action)(by=by, **options), tell, as_json=as_json)
+        return
+    finish = partial(_finish, as_json=as_json)
+    engine = session.engine(patience=_SUBMIT_PATIENCE)
+    order_bulk(engine, action, wish, by=operator(), finish=finish, as_json=as_json, options=options)
 
 
 def _operate(

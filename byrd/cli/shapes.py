@@ -10,13 +10,15 @@ from typing import Any
 from byrd.engine.doctor import Check
 from byrd.engine.words import error_fields
 from byrd.store import Counts, RunRow, StepRow, WorkerRow
-from byrd.store.insight import Snapshot, Tally
+from byrd.store.insight import Items, Snapshot, Tally
 from byrd.store.limits import LimitRow
 from byrd.store.waits import Awaited
 
 
-def run_shape(run: RunRow, tally: Tally | None, *, now: datetime | None = None) -> dict[str, Any]:
-    """Return a run, with its steps counted."""
+def run_shape(
+    run: RunRow, tally: Tally | None, items: Items | None = None, *, now: datetime | None = None
+) -> dict[str, Any]:
+    """Return a run, with its steps counted, and what its checkpoints have counted."""
     ended = run.finished_at or now
     return {
         "id": run.id,
@@ -27,9 +29,11 @@ def run_shape(run: RunRow, tally: Tally | None, *, now: datetime | None = None) 
         "created_at": run.created_at,
         "finished_at": run.finished_at,
         "deadline": run.deadline,
+        "terminate_at": run.terminate_at,
         "pivot": run.pivot,
         "duration_seconds": (ended - run.created_at).total_seconds() if ended else None,
         "error": error_fields(run.error),
+        "items": items._asdict() if items is not None else None,
         "step_counts": (tally or Tally(0, 0, 0, 0))._asdict(),
     }
 
@@ -55,7 +59,17 @@ def snapshot_shape(snapshot: Snapshot, tally: Tally | None) -> dict[str, Any]:
         }
         for step in snapshot.steps
     ]
-    return {**run_shape(snapshot.run, tally, now=snapshot.now), "steps": steps}
+    return {**run_shape(snapshot.run, tally, _items(snapshot), now=snapshot.now), "steps": steps}
+
+
+def _items(snapshot: Snapshot) -> Items | None:
+    counted = [
+        counts
+        for found in snapshot.checkpoints.values()
+        for name, counts in found
+        if not name.startswith(("step:", "wait:"))
+    ]
+    return Items(sum(c.completed for c in counted), sum(c.failed for c in counted)) if counted else None
 
 
 def worker_shape(worker: WorkerRow) -> dict[str, Any]:

@@ -6,6 +6,9 @@ import inspect
 import re
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from datetime import timedelta
+from functools import partial
 from typing import Any, ParamSpec, TypeVar, overload
 
 from celery import Celery
@@ -14,7 +17,7 @@ from kombu.utils.json import dumps
 from sqlalchemy import Connection
 from sqlalchemy.engine import URL
 
-from byrd.engine import settings, subworkflow
+from byrd.engine import bulk, settings, subworkflow
 from byrd.engine.limits import Limits
 from byrd.engine.run import Run
 from byrd.engine.workflow import Workflow
@@ -30,6 +33,7 @@ from byrd.model import RunStatus
 from byrd.policies import Retry
 from byrd.sagas import add_task as add_saga
 from byrd.store import WorkerRow, plans, runs, sweeps, waits
+from byrd.store.bulk import BULK
 from byrd.store.waits import Awaited
 from byrd.task import Runtime, adopt_app
 from byrd.task.durable import adopt_task
@@ -69,6 +73,8 @@ class Byrd:
         app.byrd = self
         self._add_submit_task()
         add_waits(app)
+        bulk.add_task(app)
+        self._workflows[BULK] = Workflow(self, BULK, partial(bulk.signature, app), None)
         subworkflow.add_task(self)
         add_saga(app)
 
@@ -221,15 +227,15 @@ class Byrd:
         try:
             return self._workflows[name]
         except KeyError:
-            known = ", ".join(sorted(self._workflows)) or "none"
+            known = ", ".join(self.workflows) or "none"
             raise UnknownWorkflowError(
                 f"no workflow is called {name!r}; import the module that defines it (known: {known})"
             ) from None
 
     @property
     def workflows(self) -> list[str]:
-        """The names of the registered workflows."""
-        return sorted(self._workflows)
+        """The names of the registered workflows, Byrd's own (``byrd.bulk``) apart."""
+        return sorted(self._workflows.keys() - {BULK})
 
     # -- runs ------------------------------------------------------------------------------------
 
@@ -262,6 +268,60 @@ class Byrd:
                 raise ArgumentError(f"{wanted!r} is no status of a run; the statuses are {', '.join(RunStatus)}")
         rows = self.runtime.store.run(runs.list_runs, workflow=workflow, statuses=statuses, limit=limit)
         return [Run(self, row.id, row) for row in rows]
+
+    def bulk(
+        self,
+        action: str,
+        *,
+        workflow: str | None = None,
+        status: str | Iterable[str] | None = None,
+        older_than: float | timedelta | None = None,
+        newer_than: float | timedelta | None = None,
+        error: str | None = None,
+        everything: bool = False,
+        compensate: bool = False,
+        terminate: bool = False,
+        grace: float | None = None,
+        by: str | None = None,
+        key: str | None = None,
+    ) -> Run:
+        """Submit a job that does ``action`` ("cancel", "retry", "pause" or "resume") to all runs that match.
+
+        ``workflow``, ``status``: as for :meth:`list`; without a status, the runs that the action is for: those that can
+        be cancelled, paused or resumed, and those that have failed.  ``older_than``, ``newer_than``: submitted before,
+        or within, so many seconds.  ``error``: a text in the run's error, its type for one.  Without any of these,
+        ``everything`` has to be said.  ``compensate``, ``terminate``, ``grace``: as for :meth:`Run.cancel`.
+
+        Returns the job, a run of the workflow ``byrd.bulk``; its value is
+        ``{"action": "cancel", "matched": 9, "done": 8, "skipped": 1}``.  Runs that have changed meanwhile, or refuse,
+        are skipped.  Bulk jobs are never acted on.
+        Raises :class:`ArgumentError` for what cannot be done.
+        """
+        wanted = bulk.order(
+            action, workflow=workflow, status=status, older_than=older_than, newer_than=newer_than, error=error,
+            everything=everything, compensate=compensate, terminate=terminate, grace=grace, by=by,
+        )  # fmt: skip
+        return self.submit(BULK, key=key, everything=True, **asdict(wanted))
+
+    def bulk_matches(
+        self,
+        action: str,
+        *,
+        workflow: str | None = None,
+        status: str | Iterable[str] | None = None,
+        older_than: float | timedelta | None = None,
+        newer_than: float | timedelta | None = None,
+        error: str | None = None,
+        everything: bool = False,
+        terminate: bool = False,
+    ) -> int:
+        """Return how many runs :meth:`bulk` would act on now."""
+        self.check_live()
+        wanted = bulk.order(
+            action, workflow=workflow, status=status, older_than=older_than, newer_than=newer_than, error=error,
+            everything=everything, terminate=terminate,
+        )  # fmt: skip
+        return bulk.matches(self, wanted)
 
     def waiting(self, *, signal: str | None = None, workflow: str | None = None, limit: int = 50) -> Sequence[Awaited]:
         """Return the steps that wait for a signal, those that have waited longest first: what awaits whom."""

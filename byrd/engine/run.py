@@ -13,7 +13,7 @@ from kombu.utils.json import loads
 
 from byrd.errors import ArgumentError
 from byrd.model import FINAL_STEP, RunStatus
-from byrd.store import RunRow, StepRow, Store, Wakeup, runs, sagas, waits
+from byrd.store import RunRow, StepRow, Store, Wakeup, runs, sagas, termination, waits
 from byrd.task.attempt import text_of, to_json
 from byrd.waits import checked_name
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from byrd.engine.engine import Byrd
 
 _LONGEST_PAUSE = 0.25
+#: How long what runs may take to stop by itself before a cancel with terminate ends it.
+GRACE_SECONDS = 5.0
+_LONGEST_GRACE = 1e8
 
 
 class Run:
@@ -110,12 +113,25 @@ class Run:
 
     # -- commands: ``by`` names who gives them, for the history and `byrd why` ---------------------
 
-    def cancel(self, *, compensate: bool = False, by: str | None = None) -> None:
+    def cancel(
+        self, *, compensate: bool = False, terminate: bool = False, grace: float | None = None, by: str | None = None
+    ) -> None:
         """Stop the run: what has not started never will, what runs stops at its next checkpoint.
 
         ``compensate``: then undo its completed saga steps.
+        ``terminate``: what still runs after ``grace`` seconds (:data:`GRACE_SECONDS` unless it is given) is ended, with
+        the pool process that it runs in; where there is none (threads, gevent, solo) it is shut out of the run, which
+        does not wait for it any more.  It may be asked for later, too, of a run that is being cancelled already.
         """
-        self._publish(self._store.run(runs.cancel, self.id, compensate=compensate, by=by, token=_token()))
+        if not terminate:
+            if grace is not None:
+                raise ArgumentError("grace is the time until a cancel with terminate=True ends what runs; give both")
+            self._publish(self._store.run(runs.cancel, self.id, compensate=compensate, by=by, token=_token()))
+            return
+        seconds = checked_grace(grace)
+        self._publish(
+            self._store.run(termination.cancel, self.id, grace=seconds, compensate=compensate, by=by, token=_token())
+        )
 
     def pause(self, *, by: str | None = None) -> None:
         """Let nothing more start until :meth:`resume`."""
@@ -185,6 +201,14 @@ class Run:
 
     def __repr__(self) -> str:
         return f"<Run {self.id}>"
+
+
+def checked_grace(grace: float | None) -> float:
+    """Return for how many seconds a cancel with terminate waits; raise :class:`ArgumentError` for what is no time."""
+    seconds = GRACE_SECONDS if grace is None else grace
+    if not 0 <= seconds <= _LONGEST_GRACE:  # nor is it NaN
+        raise ArgumentError(f"grace={grace!r} is no number of seconds")
+    return float(seconds)
 
 
 def _pauses() -> Iterator[float]:

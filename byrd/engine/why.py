@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from byrd.engine.words import ago, count, error_text, moment, shortened, since, span
 from byrd.model import RunStatus, StepKind, StepStatus
 from byrd.policies import retry_of, timeouts_of
-from byrd.store import Store, children, insight, limits
+from byrd.store import Store, children, insight, limits, termination
 from byrd.store.insight import OpenStep, Standing
 from byrd.store.limits import Place, Turn
 from byrd.waits import SUBWORKFLOW
@@ -106,7 +106,7 @@ def _ended(case: _Case) -> list[str]:
     undone, _ = case.store.run(insight.compensations, run.id)
     if run.status == RunStatus.CANCELLED:
         asked = events.get("cancel_requested")
-        first = f"It was cancelled at {when}{f' by {asked.by}' if asked and asked.by else ''}."
+        first = f"It was cancelled at {when}{f' by {asked.by}' if asked and asked.by else ''}{_terminated(case)}."
     elif run.outcome == "failed" and run.deadline is not None and "cancel_requested" in events:
         first = f"It failed at {when}: its deadline, {moment(run.deadline, now)}, had passed, so it was stopped."
     else:
@@ -117,6 +117,34 @@ def _ended(case: _Case) -> list[str]:
     if run.pivot is not None:
         return [first, f"Nothing was undone, for its pivot, step {run.pivot}, had succeeded.", again]
     return [first, again]
+
+
+def _until_terminated(case: _Case) -> str:
+    """Say when what still runs is ended, and by whom that is wanted."""
+    until, now, events = case.standing.run.terminate_at, case.standing.now, case.standing.events
+    if until is None:
+        return f"; `byrd cancel {case.short} --terminate` ends it"
+    asked = events.get("terminate_requested")
+    by = f", as {asked.by} wants it" if asked and asked.by else ""
+    if until > now:
+        return f"; what has not stopped by {moment(until, now)} ({ago(until, now)}) is ended then{by}"
+    return f"; since {moment(until, now)} its worker is to end it{by}"
+
+
+def _terminated(case: _Case) -> str:
+    """Say what did not stop by itself."""
+    if "terminated" not in case.standing.events:
+        return ""
+    ended, shut_out = case.store.run(termination.ended_of, case.standing.run.id)
+    said = (
+        [f"{count(ended, 'step')} that did not stop in time {'was' if ended == 1 else 'were'} ended"] if ended else []
+    )
+    if shut_out:
+        said.append(
+            f"{count(shut_out, 'step')} could not be ended, for {'its' if shut_out == 1 else 'their'} pool has no "
+            f"process to end: {'it' if shut_out == 1 else 'they'} may still be at work, but can record nothing"
+        )
+    return f"; {', and '.join(said)}" if said else ""
 
 
 def _failure(case: _Case) -> str:
@@ -168,7 +196,7 @@ def _of_run(case: _Case, status: RunStatus) -> str | None:
         late = " because its deadline had passed" if case.standing.run.outcome == "failed" else ""
         return (
             f"It is being cancelled since {when('cancel_requested')}{late}, and waits for what still runs to reach its "
-            "next checkpoint, or its end."
+            f"next checkpoint, or its end{_until_terminated(case)}."
         )
     if status is RunStatus.COMPENSATING:
         done, total = case.store.run(insight.compensations, case.standing.run.id)

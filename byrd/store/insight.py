@@ -125,6 +125,13 @@ class Tally(NamedTuple):
     failed: int
 
 
+class Items(NamedTuple):
+    """What the checkpoints of a run have counted."""
+
+    completed: int
+    failed: int
+
+
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """A periodic task of django-celery-beat that submits a workflow, and the run that it submitted last."""
@@ -298,6 +305,18 @@ def tallies(conn: Connection, run_ids: Sequence[str]) -> dict[str, Tally]:
         {"runs": list(run_ids)},
     )
     return {str(row.run_id): Tally(row.total, row.done, row.running, row.failed) for row in rows}
+
+
+def items_of(conn: Connection, run_ids: Sequence[str]) -> dict[str, Items]:
+    """Return what the checkpoints of these runs have counted, of those that have any."""
+    rows = query(
+        conn,
+        """SELECT s.run_id, sum(c.completed)::bigint AS completed, sum(c.failed)::bigint AS failed
+             FROM byrd.steps s JOIN byrd.checkpoints c ON c.step_id = s.id
+            WHERE s.run_id = ANY(%(runs)s::uuid[]) AND c.name !~ '^(step|wait):' GROUP BY s.run_id""",
+        {"runs": list(run_ids)},
+    )
+    return {str(row.run_id): Items(row.completed, row.failed) for row in rows}
 
 
 # -- schedules: the tables of django-celery-beat, where they are in this database --------------------

@@ -8,6 +8,8 @@ sight, but whoever wants the run alone would starve in a busy one; these locks a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from sqlalchemy import Connection
 
 from byrd.store.rows import query
@@ -30,6 +32,15 @@ TRY_OWN_RUN = f"pg_try_advisory_xact_lock({_RUN.format(run='w.run_id')})"
 def own_run(conn: Connection, run_id: str) -> None:
     """Have a run to oneself: wait until no transition of its steps is under way."""
     query(conn, f"SELECT pg_advisory_xact_lock({_RUN.format(run='%(run)s::uuid')})", {"run": run_id})
+
+
+def own_runs(conn: Connection, run_ids: Iterable[str]) -> None:
+    """Have several runs to oneself; they are taken in the order of their ids, as by everybody who takes several."""
+    query(
+        conn,
+        f"SELECT pg_advisory_xact_lock({_RUN.format(run='run')}) FROM unnest(%(runs)s::uuid[]) AS run",
+        {"runs": sorted(run_ids)},
+    )
 
 
 def alone(conn: Connection, key: int) -> bool:

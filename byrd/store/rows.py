@@ -111,6 +111,8 @@ class RunRow:
     created_at: datetime
     finished_at: datetime | None
     deadline: datetime | None
+    compensate: bool
+    terminate_at: datetime | None
     pivot: int | None
     parent_step: str | None = None
 

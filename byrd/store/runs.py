@@ -285,7 +285,7 @@ def retry(conn: Connection, run_id: str, *, by: str | None = None, token: str | 
     query(
         conn,
         """UPDATE byrd.runs r SET status = 'running', finished_at = NULL, outcome = NULL, error = NULL,
-                  compensate = false, deadline = clock_timestamp() + (deadline - coalesce(
+                  compensate = false, terminate_at = NULL, deadline = clock_timestamp() + (deadline - coalesce(
                     (SELECT max(e.at) FROM byrd.events e WHERE e.run_id = r.id AND e.event = 'retried'), created_at))
             WHERE id = %(run)s AND status = ANY(%(sources)s)""",
         {"run": run_id, "sources": _sources("retry_run")},

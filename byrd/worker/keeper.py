@@ -22,7 +22,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from byrd.errors import IllegalTransitionError, NotLiveError, StaleAttempt
-from byrd.store import Store, Wakeup, children, limits, runs, steps, sweeps, timeouts, waits
+from byrd.store import Store, Wakeup, children, limits, runs, steps, sweeps, termination, timeouts, waits
 from byrd.store.database import exceeds_limit, is_outage, is_race
 from byrd.store.rows import CHANNEL
 from byrd.task.runtime import Runtime
@@ -30,6 +30,7 @@ from byrd.worker.clock import ServerClock
 from byrd.worker.loop import Loop
 from byrd.worker.notifier import Notifier
 from byrd.worker.overdue import OverdueWatch
+from byrd.worker.terminator import Terminator
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +139,7 @@ class Keeper(Loop):
         self._recorder = Recorder(runtime, publish_soon)
         # The engine's own connections may all be in use, by a pool of threads that submit, say.
         self.store = Store(runtime.store.url, pool_size=1)
+        self._terminator = Terminator(runtime, self.store, worker_id, children=children, has_exited=has_exited)
         self._overdue = OverdueWatch(runtime, self.store, worker_id, max_preemptions=settings.max_preemptions)
 
     def start(self) -> None:
@@ -179,6 +181,7 @@ class Keeper(Loop):
                 reason=f"pool process {pid} is gone",
                 max_preemptions=self.settings.max_preemptions,
             )
+        self._terminator.look()
         self._overdue.look()
         return CHILD_SECONDS
 
@@ -404,9 +407,14 @@ class Sweeper(Loop):
 
     def stop_abandoned(self) -> None:
         """Cancel runs whose step has ended without them: it was revoked, say, or lost too many workers."""
-        for child, outer in self.store.run(children.abandoned):
+        for child, outer, grace in self.store.run(children.abandoned):
+            by = f"run {outer}"
             with contextlib.suppress(IllegalTransitionError):  # it has ended meanwhile
-                self.runtime.publisher.publish(self.store.run(runs.cancel, child, by=f"run {outer}"))
+                if grace is None:
+                    wakeups = self.store.run(runs.cancel, child, by=by)
+                else:
+                    wakeups = self.store.run(termination.cancel, child, grace=grace, by=by)
+                self.runtime.publisher.publish(wakeups)
 
     def give_places(self) -> None:
         """Tell those who wait for a limit when they may start, a little before it."""

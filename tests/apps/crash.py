@@ -102,6 +102,16 @@ def count_up(self: byrd.CheckpointTask, name: str, most: int) -> int:
 
 
 @app.task(bind=True)
+def cancel_itself_and_stay(self: Task) -> None:
+    """Cancel the task's own run with terminate, and go on until the run does without it."""
+    run = engine.get(self.request.root_id)
+    if run.status == "running":
+        run.cancel(terminate=True, grace=0, compensate=True)
+    while run.status == "cancelling":
+        time.sleep(0.05)
+
+
+@app.task(bind=True)
 def cancel_itself(self: Task) -> str:
     """Cancel the run that it is a step of, as a person may at this very moment."""
     run = engine.get(self.request.root_id)

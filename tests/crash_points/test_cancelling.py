@@ -25,6 +25,19 @@ def test_cancel(app: Any, attempt: Try) -> None:
 
 @slow
 @pytest.mark.byrd_crash_points(skip=f"{START}|sweeper")
+def test_cancel_with_terminate(app: Any, attempt: Try) -> None:
+    """Whoever is killed, the run does not wait for the task that does not stop, and the hotel is given back."""
+
+    def check(run: Any) -> None:
+        assert run.status == "cancelled"
+        assert effects(app) == [("HOTEL hotel", 1)]
+
+    canvas = lambda: chain(app.reserve.s("hotel"), app.cancel_itself_and_stay.si(), app.add.si(1, 1))  # noqa: E731
+    attempt(canvas, check=check, same=lambda run: str(run.status))
+
+
+@slow
+@pytest.mark.byrd_crash_points(skip=f"{START}|sweeper")
 def test_who_cancels_dies(app: Any, byrd_crash_points: CrashPoints) -> None:
     keys = iter(range(10_000))
     key = [""]

@@ -35,7 +35,20 @@ from sqlalchemy.exc import DBAPIError
 import byrd
 from byrd.errors import IllegalTransitionError, StaleAttempt, StepCancelled
 from byrd.model import RUN_TRANSITIONS, STEP_TRANSITIONS, Transition
-from byrd.store import Claim, Counts, Store, progress, runs, sagas, steps, sweeps, timeouts, waits, work
+from byrd.store import (
+    Claim,
+    Counts,
+    Store,
+    progress,
+    runs,
+    sagas,
+    steps,
+    sweeps,
+    termination,
+    timeouts,
+    waits,
+    work,
+)
 from byrd.store.progress import FailedItem
 from byrd.store.rows import query
 from byrd.store.work import Done, Own, Work
@@ -48,9 +61,9 @@ EXAMPLES = int(os.environ.get("BYRD_MODEL_EXAMPLES", "6"))
 SESSIONS = 3
 #: What mostly is asked of a run with such a status; now and then it is anything.
 COMMANDS = {
-    "running": ("pause", "cancel", "compensate"), "paused": ("resume",) * 4,
-    "failed": ("retry_run",) * 4, "cancelled": ("retry_run", "roll_back") * 2, "succeeded": ("roll_back",) * 4,
-    "rollback_stuck": ("retry_run", "retry_run", "skip_undo", "done_by_hand"),
+    "running": ("pause", "cancel", "compensate", "terminate"), "cancelling": ("terminate",) * 4,
+    "paused": ("resume",) * 4, "failed": ("retry_run",) * 4, "cancelled": ("retry_run", "roll_back") * 2,
+    "succeeded": ("roll_back",) * 4, "rollback_stuck": ("retry_run", "retry_run", "skip_undo", "done_by_hand"),
 }  # fmt: skip
 ENDS = (*["complete"] * 4, *["fail"] * 3, "retry", "hand_back", "put_back", "ignore", "revoke", "time_out")
 #: Policies with which an attempt is over time as soon as it runs, and so is a start that nobody has made.
@@ -60,6 +73,8 @@ TIMED = (
     '{"byrd_timeouts": {"heartbeat": 1e-6}}',
 )
 UNSTARTED = '{"byrd_timeouts": {"schedule_to_start": 1e-6}}'
+DOOMED = """SELECT s.id FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
+             WHERE s.status = 'running' AND r.status = 'cancelling' AND r.terminate_at <= clock_timestamp()"""
 READY = "SELECT id, attempt, task FROM byrd.steps WHERE status = 'ready' ORDER BY task, no, ready_at"
 #: Ready errbacks, ready steps that have one, and runs that have failed and called one.
 ERRBACK = READY.replace("WHERE", "WHERE kind = 'errback' AND")
@@ -193,10 +208,11 @@ class Change:
             "persist": self.op == "fail", "fail_saga": sagas, "begin_wait": not sagas, "end_saga": sagas,
             "end_wait": not sagas, "skip_undo": by_hand, "done_by_hand": by_hand, "skip": not by_hand,
             "hand_back": self.op == "hand_back", "put_back": self.op == "put_back", "ignore": self.op == "ignore",
-            "abandon": self.op == "abandon",
+            "abandon": self.op == "abandon", "terminate": self.op == "terminate",
             "expire": self.op in ("expire", *ENDING) and not self.stopped,
             "cancel_step": self.op in STOPPING or bool(self.stopped),
-            "revoke": self.op not in ("abandon", "ignore", "expire", *STOPPING, *ENDING) and not self.stopped,
+            "revoke": self.op not in ("abandon", "terminate", "ignore", "expire", *STOPPING, *ENDING)
+                      and not self.stopped,
             "finish_join": joins, "fail_body": not joins, "put_off": False,
         }  # fmt: skip
         return by.get(name, True)
@@ -435,6 +451,7 @@ class InterleavingMachine(RuleBasedStateMachine):
         functions: dict[str, Statement] = {
             "cancel": lambda conn: runs.cancel(conn, run_id, token=token),
             "compensate": lambda conn: runs.cancel(conn, run_id, compensate=True, token=token),
+            "terminate": lambda conn: termination.cancel(conn, run_id, grace=0.0, token=token),
             "pause": lambda conn: runs.pause(conn, run_id, token=token),
             "resume": lambda conn: runs.resume(conn, run_id, token=token),
             "retry_run": lambda conn: runs.retry(conn, run_id, token=token),
@@ -442,7 +459,8 @@ class InterleavingMachine(RuleBasedStateMachine):
             "skip_undo": lambda conn: sagas.skip(conn, run_id, no, reason="so", token=token),
             "done_by_hand": lambda conn: sagas.done_by_hand(conn, run_id, no, note="so", token=token),
         }
-        self.start(Op("cancel" if name == "compensate" else name, _if_there(functions[name], run_id)), whole=whole)
+        told = "cancel" if name in ("compensate", "terminate") else name
+        self.start(Op(told, _if_there(functions[name], run_id)), whole=whole)
 
     @move(whole=WHOLE)
     def end_overdue_runs(self, data: st.DataObject, whole: bool) -> None:
@@ -623,6 +641,24 @@ class InterleavingMachine(RuleBasedStateMachine):
                 Op(name, lambda conn: getattr(steps, name)(conn, claim.id, claim.attempt), self.ended(claim, name)),
                 whole=whole,
             )
+
+    @move(lambda self: self.claims, whole=WHOLE)
+    def end_by_force(self, data: st.DataObject, whole: bool) -> None:
+        """End an attempt whose run is cancelled with terminate, or another one."""
+        ids = {row.id for row in query(self.monitor, DOOMED)}
+        doomed = [claim for claim in self.claims if claim.id in ids]
+        claim = data.draw(st.sampled_from(doomed)) if doomed else self.draw_claim(data)
+        row = query(
+            self.monitor, "SELECT worker_id::text, pid FROM byrd.steps WHERE id = %(id)s", {"id": claim.id}
+        ).first()
+        if row is None or row.worker_id is None:
+            return
+        one, worker_id = termination.Doomed(claim.id, claim.attempt, row.pid), row.worker_id
+
+        def end(conn: Connection) -> Any:
+            return termination.terminate(conn, one, worker_id=worker_id, ended=True)
+
+        self.start(Op("terminate", end, self.ended(claim, "terminate")), whole=whole)
 
     @move(lambda self: self.claims, grow=st.booleans(), whole=WHOLE)
     def change_plan(self, data: st.DataObject, grow: bool, whole: bool) -> None:

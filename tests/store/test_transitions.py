@@ -28,7 +28,7 @@ from byrd.model import (
     StepStatus,
     Transition,
 )
-from byrd.store import Store, flow, limits, plans, runs, sagas, steps, sweeps, timeouts, waits
+from byrd.store import Store, flow, limits, plans, runs, sagas, steps, sweeps, termination, timeouts, waits
 from byrd.store.migrations.rules import RUN_RULES, STEP_RULES
 from byrd.store.rows import query
 from tests.store.world import ERROR, World, plan_of, sig
@@ -170,6 +170,13 @@ def in_cancelled_run(world: World) -> Case:
     return case
 
 
+def in_terminated_run(world: World) -> Case:
+    """The same, whose grace time is over."""
+    case = in_cancelled_run(world)
+    world.sql("UPDATE byrd.runs SET terminate_at = now() WHERE id = %(id)s RETURNING 1", id=case.run_id)
+    return case
+
+
 def as_uncalled_errback(world: World) -> Case:
     """An errback in a run that is about to succeed."""
     run = world.submit(sig("first", link_error=sig("x")))
@@ -263,6 +270,11 @@ def put_back(case: Case) -> Any:
     return found
 
 
+def terminate_it(case: Case) -> None:
+    doomed = termination.Doomed(case.step_id, case.attempt, 1)
+    case.world.do(termination.terminate, doomed, worker_id=case.world.worker_id, ended=True)
+
+
 def expire_it(case: Case) -> None:
     # Only a step that has never started expires.
     case.world.sql("UPDATE byrd.steps SET attempt = 0 WHERE id = %(id)s AND status = 'ready'", id=case.step_id)
@@ -342,6 +354,7 @@ STEP_DRIVERS: dict[str, list[StepDriver]] = {
         (as_wait, lambda c: c.world.do(steps.revoke, c.step_id, "revoked")),
     ],
     "abandon": [(in_cancelled_run, lambda c: c.do(steps.abandon))],
+    "terminate": [(in_terminated_run, terminate_it)],
     "ignore": [(in_chain, lambda c: c.do(steps.ignore, ERROR))],
     "expire": [(in_chain, expire_it), (as_wait_that_is_too_late, lambda c: c.world.do(waits.end_due))],
     "finish_join": [(as_join("succeeded"), finish_join), (as_join("failed"), finish_join), (as_replaced, finish_join)],
@@ -366,7 +379,7 @@ STEP_DRIVERS: dict[str, list[StepDriver]] = {
 }
 
 #: What these do to the step's run is theirs to do even when the step itself stays as it is.
-MOVES_THE_RUN = {"run_on", "cancel_step", "reopen", "skip", "preempt", "abandon"}
+MOVES_THE_RUN = {"run_on", "cancel_step", "reopen", "skip", "preempt", "abandon", "terminate"}
 
 
 def states_of(case: Case) -> list[StepStatus]:
@@ -603,6 +616,7 @@ ILLEGAL = {
                       SELECT gen_random_uuid(), n, 's' FROM generate_series(1, 2) n""",
     "run_status_known": "UPDATE byrd.runs SET status = 'lost'",
     "run_finished_if_final": "UPDATE byrd.runs SET status = 'failed'",
+    "only_a_cancelled_run_is_terminated": "UPDATE byrd.runs SET terminate_at = now()",
     "run_outcome_known": "UPDATE byrd.runs SET outcome = 'succeeded'",
     "steps_pkey": NEW_STEP.format(id=READY, run="id", no=99),
     "steps_run_no": NEW_STEP.format(id="'new'", run="id", no=0),

@@ -15,6 +15,7 @@ STEP_STATUSES = "'pending','ready','running','waiting','succeeded','failed','ski
 RUN_RULES: Mapping[str, str] = {
     "run_status_known": f"NEW.status IN ({RUN_STATUSES})",
     "run_finished_if_final": "(NEW.finished_at IS NOT NULL) = (NEW.status IN ('succeeded','failed','cancelled'))",
+    "only_a_cancelled_run_is_terminated": "NEW.terminate_at IS NULL OR NEW.status NOT IN ('running','paused')",
     "run_outcome_known": "NEW.outcome IS NULL OR NEW.outcome IN ('failed','cancelled')",
 }
 

@@ -51,6 +51,8 @@ def _runs() -> None:
         # How a run that is being stopped or rolled back will end, and whether to compensate first.
         sa.Column("outcome", sa.Text),
         sa.Column("compensate", sa.Boolean, nullable=False, server_default=sa.false()),
+        # From when on the workers end what a run that is being cancelled still runs.
+        _time("terminate_at"),
         # The step after which it goes forward only, once that has succeeded.
         sa.Column("pivot", sa.Integer),
         sa.Column("error", sa.Text),
@@ -68,6 +70,10 @@ def _runs() -> None:
     op.execute("CREATE INDEX runs_workflow ON byrd.runs (workflow, created_at DESC)")
     op.execute("CREATE INDEX runs_status ON byrd.runs (status, created_at DESC)")
     op.execute(trigger_of("runs", RUN_RULES))
+    op.execute(
+        "CREATE INDEX runs_terminate ON byrd.runs (terminate_at)"
+        " WHERE status = 'cancelling' AND terminate_at IS NOT NULL"
+    )
     op.execute("CREATE UNIQUE INDEX runs_parent ON byrd.runs (parent_step) WHERE parent_step IS NOT NULL")
     op.execute(
         "CREATE INDEX runs_of_steps ON byrd.runs (parent_step) WHERE parent_step IS NOT NULL AND finished_at IS NULL"
