@@ -104,21 +104,16 @@ def tell_parents(conn: Connection) -> int:
     return len(ended)
 
 
-def abandoned(conn: Connection) -> list[tuple[str, str, float | None]]:
-    """Return runs that go on though their step has ended without them, each with that step's run.
-
-    If that was cancelled with terminate, then with the seconds, too, that are left of its grace time.
-    """
+def abandoned(conn: Connection) -> list[tuple[str, str]]:
+    """Return runs that go on though their step has ended without them, each with that step's run."""
     rows = query(
         conn,
-        f"""SELECT c.id::text, s.run_id::text, CASE WHEN r.terminate_at IS NOT NULL
-                     THEN greatest(0, extract(epoch FROM r.terminate_at - {_NOW}))::float8 END
-              FROM byrd.runs c JOIN byrd.steps s ON s.id = c.parent_step JOIN byrd.runs r ON r.id = s.run_id
+        """SELECT c.id::text, s.run_id::text FROM byrd.runs c JOIN byrd.steps s ON s.id = c.parent_step
             WHERE c.parent_step IS NOT NULL AND c.finished_at IS NULL AND c.status IN ('running','paused')
               AND s.status IN ('succeeded','failed','skipped','cancelled') LIMIT %(limit)s""",
         {"limit": BATCH},
     )
-    return [(row[0], row[1], row[2]) for row in rows]
+    return [(row[0], row[1]) for row in rows]
 
 
 def try_again(conn: Connection, step_id: str, attempt: int) -> list[Wakeup]:

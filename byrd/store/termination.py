@@ -65,18 +65,31 @@ def cancel(
         raise IllegalTransitionError(
             f"run {run_id} is being cancelled already, without compensation; ask for terminate alone"
         )
-    # Though it may have ended by this already: a workflow that one of its steps is about to begin is told by it.
     query(
         conn,
         f"""UPDATE byrd.runs SET terminate_at = least(terminate_at, {_NOW} + %(grace)s * interval '1 second')
-            WHERE id = %(run)s AND status NOT IN ('running','paused')""",
+            WHERE id = %(run)s AND status = 'cancelling'""",
         {"run": run_id, "grace": grace},
     )
+    # Though the run may have ended by this: what goes on of workflows within it is ended by what its history says.
     told = None if before != RunStatus.CANCELLING else token  # an event of its own has it otherwise
     runs.record(conn, run_id, "terminate_requested", {"grace": grace, **({"by": by} if by else {})}, token=told)
     for child in query(conn, _CHILDREN, {"run": run_id, "task": SUBWORKFLOW}).all():
         wakeups += cancel(conn, str(child.id), grace=grace, by=f"run {run_id}")
     return wakeups
+
+
+def grace_of(conn: Connection, run_id: str) -> float | None:
+    """Return the grace time of a run that was cancelled with terminate, and not retried since."""
+    found: float | None = query(
+        conn,
+        """SELECT (detail::json ->> 'grace')::float8 FROM byrd.events
+            WHERE run_id = %(run)s AND event = 'terminate_requested' AND id > coalesce(
+              (SELECT max(id) FROM byrd.events WHERE run_id = %(run)s AND event = 'retried'), 0)
+            ORDER BY id DESC LIMIT 1""",
+        {"run": run_id},
+    ).scalar()
+    return found
 
 
 def due(conn: Connection, worker_id: str) -> list[Doomed]:

@@ -407,8 +407,8 @@ class Sweeper(Loop):
 
     def stop_abandoned(self) -> None:
         """Cancel runs whose step has ended without them: it was revoked, say, or lost too many workers."""
-        for child, outer, grace in self.store.run(children.abandoned):
-            by = f"run {outer}"
+        for child, outer in self.store.run(children.abandoned):
+            by, grace = f"run {outer}", self.store.run(termination.grace_of, outer)
             with contextlib.suppress(IllegalTransitionError):  # it has ended meanwhile
                 if grace is None:
                     wakeups = self.store.run(runs.cancel, child, by=by)

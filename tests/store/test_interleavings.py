@@ -73,6 +73,9 @@ TIMED = (
     '{"byrd_timeouts": {"heartbeat": 1e-6}}',
 )
 UNSTARTED = '{"byrd_timeouts": {"schedule_to_start": 1e-6}}'
+UNDOABLE = """SELECT r.id FROM byrd.runs r WHERE r.status = 'succeeded' AND r.pivot IS NULL AND EXISTS
+               (SELECT 1 FROM byrd.steps s WHERE s.run_id = r.id AND s.status = 'succeeded'
+                   AND s.compensation IS NOT NULL) ORDER BY r.id"""
 DOOMED = """SELECT s.id FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
              WHERE s.status = 'running' AND r.status = 'cancelling' AND r.terminate_at <= clock_timestamp()"""
 READY = "SELECT id, attempt, task FROM byrd.steps WHERE status = 'ready' ORDER BY task, no, ready_at"
@@ -461,6 +464,14 @@ class InterleavingMachine(RuleBasedStateMachine):
         }
         told = "cancel" if name in ("compensate", "terminate") else name
         self.start(Op(told, _if_there(functions[name], run_id)), whole=whole)
+
+    @move(whole=WHOLE)
+    def undo_on_purpose(self, data: st.DataObject, whole: bool) -> None:
+        """Roll back a run that has ended, and did something that can be undone."""
+        row = self.pick(data, UNDOABLE)
+        if row is not None:
+            run_id, token = str(row.id), str(uuid.uuid4())
+            self.start(Op("roll_back", lambda conn: runs.roll_back(conn, run_id, token=token)), whole=whole)
 
     @move(whole=WHOLE)
     def end_overdue_runs(self, data: st.DataObject, whole: bool) -> None:

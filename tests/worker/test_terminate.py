@@ -14,6 +14,7 @@ from celery import chain, group
 
 from byrd.engine import Run
 from byrd.errors import ArgumentError, IllegalTransitionError
+from byrd.store import termination
 from tests.cluster import Cluster, Worker, wait_until
 from tests.invariants import check_database
 
@@ -202,3 +203,14 @@ def test_a_grace_that_is_no_time(app: Any, cluster: Cluster) -> None:
     assert run.status == "running"
     run.cancel(terminate=True, grace=600)
     assert run.status == "cancelled", "nothing of it ran"
+
+
+def test_the_grace_time_is_that_of_the_last_cancel(app: Any) -> None:
+    run = app.engine.submit(app.tick.s(1))
+    store = app.engine.runtime.store
+    assert store.run(termination.grace_of, run.id) is None
+    run.cancel(terminate=True, grace=2.5)
+    assert (run.status, run.info.terminate_at) == ("cancelled", None), "nothing of it ran"
+    assert store.run(termination.grace_of, run.id) == 2.5
+    run.retry()
+    assert store.run(termination.grace_of, run.id) is None
