@@ -84,7 +84,8 @@ def finish_if_done(conn: Connection, run_id: str) -> list[Wakeup]:
         _finish(conn, run_id, "finish", outcome)
     elif run.status in sources(RUN_TRANSITIONS, "finish_cancel"):
         outcome = run.outcome or "cancelled"
-        if run.compensate and undo.compensable(conn, run_id):
+        # A pivot that was running when the cancel came, and has succeeded since: nothing is rolled back any more.
+        if run.compensate and run.pivot is None and undo.compensable(conn, run_id):
             return _compensate(conn, run_id, "finish_cancel", outcome, _asked(conn, run_id, "cancel_requested"))
         _finish(conn, run_id, "finish_cancel", outcome)
     elif run.status in sources(RUN_TRANSITIONS, "finish_rollback"):

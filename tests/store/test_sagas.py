@@ -383,6 +383,19 @@ def test_a_pivot_that_succeeds_last_of_all_still_counts(world: World) -> None:
     assert not undone(world)
 
 
+def test_a_pivot_that_succeeds_after_a_cancel_with_compensation_still_counts(world: World) -> None:
+    run = world.submit(chain(sig("saga_a"), sig("pivot"), sig("after")))
+    world.drive(run, until=["saga_a"])
+    claim = world.claim(run, "pivot")
+    world.do(runs.cancel, run, compensate=True)
+    assert world.run(run).status == "cancelling"
+    world.do(steps.complete, claim.id, claim.attempt, "1")
+    assert (world.run(run).status, world.run(run).pivot) == ("cancelled", 1)
+    assert undone(world) == []
+    world.do(runs.retry, run)
+    assert world.drive(run).status == "succeeded"
+
+
 def test_a_run_past_its_pivot_is_not_compensated_by_a_command_or_its_deadline(world: World) -> None:
     run = world.submit(chain(sig("saga_a"), sig("pivot"), sig("b")), deadline=3600)
     world.drive(run, until=["pivot"])
