@@ -23,6 +23,7 @@
     ├── RunNotFoundError          no run has this id
     ├── IllegalTransitionError    the run's status does not allow that
     ├── CheckpointError           a checkpoint that cannot be saved
+    ├── CompoundError             operations within a task that could not be undone
     ├── SignalTimeoutError        a signal did not come in time
     ├── WaitOutsideRunError       a sleep or a wait that is no step of a run
     ├── SubWorkflowError          a workflow within a run was cancelled, or called outside one
@@ -132,6 +133,10 @@ class IllegalTransitionError(ByrdError):
 
 class CheckpointError(ByrdError):
     """A checkpoint that cannot be saved."""
+
+
+class CompoundError(ByrdError):
+    """An operation of ``self.compound()`` could not be undone."""
 
 
 class SignalTimeoutError(ByrdError):

@@ -170,13 +170,14 @@ def cancel(
     # A saga that had failed before undoes what it had done, whatever else is to become of the run.
     wakeups = _wake(conn, run_id) or finish_if_done(conn, run_id)
     for child in query(conn, _CHILDREN, {"run": run_id, "task": SUBWORKFLOW, "sources": _sources("cancel")}).all():
-        wakeups += cancel(conn, str(child.id), compensate=compensate, by=f"run {run_id}")
+        undo_child = compensate and child.pivot is None  # else it goes forward only, and keeps what it has done
+        wakeups += cancel(conn, str(child.id), compensate=undo_child, by=f"run {run_id}")
     return wakeups
 
 
 #: The open runs of a run's sub-workflows, which end with it.
 _CHILDREN = """
-SELECT c.id FROM byrd.steps s JOIN byrd.runs c ON c.parent_step = s.id AND c.finished_at IS NULL
+SELECT c.id, c.pivot FROM byrd.steps s JOIN byrd.runs c ON c.parent_step = s.id AND c.finished_at IS NULL
  WHERE s.run_id = %(run)s AND s.task = %(task)s AND c.status = ANY(%(sources)s) ORDER BY c.id"""
 
 

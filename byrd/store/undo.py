@@ -21,7 +21,8 @@ from byrd.store.rows import Wakeup, query
 #: The end ``a`` of an attempt leaves open whether it took effect: its worker was lost, or it was told to stop, or its
 #: time was over.
 _UNKNOWN = """(a.outcome = 'preempted' OR (a.outcome = 'cancelled' AND a.error::json->>'exc_type' <> 'Ignore')
-    OR a.error::json->>'exc_type' IN ('TimeLimitExceeded','SoftTimeLimitExceeded'))"""
+    OR a.error::json->>'exc_type' IN ('TimeLimitExceeded','SoftTimeLimitExceeded',
+      'StartToCloseTimeoutError','HeartbeatTimeoutError'))"""
 
 #: The steps ``s`` inside the saga %(saga)s of the run %(run)s, those of sagas inside it too.
 INSIDE = """

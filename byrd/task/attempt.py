@@ -17,7 +17,7 @@ from celery.app.task import Context
 from kombu.utils.json import dumps, loads
 
 from byrd.canvas import Plan
-from byrd.errors import StaleAttempt
+from byrd.errors import CheckpointError, StaleAttempt
 from byrd.policies import default_of, timeouts_of
 from byrd.store import Claim, Wakeup, flow, limits, progress, steps
 from byrd.store.limits import Place
@@ -356,3 +356,16 @@ def text_of(exc: BaseException) -> str:
         return str(exc)
     except Exception as bad:  # noqa: BLE001 - whatever it raises
         return f"(its text cannot be had: {type(bad).__name__})"
+
+
+def encoded(attempt: Attempt, value: Any, what: str) -> str:
+    """Return a value as JSON, to be saved; raise :class:`CheckpointError` when it is none."""
+    try:
+        text = to_json(value)
+    except (TypeError, ValueError, OverflowError, RecursionError) as exc:
+        raise CheckpointError(
+            f"step {attempt.step_id}: {what} must be a JSON value, for it is saved: {text_of(exc)}"
+        ) from exc
+    if too_large := attempt.runtime.too_large(len(text)):
+        raise CheckpointError(f"step {attempt.step_id}: {what} is {too_large}")
+    return text

@@ -32,8 +32,8 @@ from byrd.errors import CheckpointError, SignalTimeoutError, StaleAttempt, StepH
 from byrd.store import Counts, progress, steps, waits
 from byrd.store.database import MOST_EXCESSES, exceeds_limit, is_outage, is_race
 from byrd.store.progress import FailedItem
-from byrd.task.attempt import Attempt, attempt_of, text_of, to_json
-from byrd.task.durable import DurableTask
+from byrd.task.attempt import Attempt, attempt_of, encoded, text_of, to_json
+from byrd.task.compound import CompoundTask
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -114,7 +114,7 @@ class _OpenTransaction:
 _transaction: ContextVar[_OpenTransaction | None] = ContextVar("byrd_transaction", default=None)
 
 
-class CheckpointTask(DurableTask):
+class CheckpointTask(CompoundTask):
     """Base of tasks that resume where they were; use with ``@app.task(bind=True, base=byrd.CheckpointTask)``."""
 
     abstract = True
@@ -169,7 +169,7 @@ class CheckpointTask(DurableTask):
         key = f"step:{name}"
         found = store.run(progress.remembered, attempt.step_id, key)
         if found is None:
-            found = _encoded(attempt, fn(*args, **kwargs), f"the value of sub-step {name!r}")
+            found = encoded(attempt, fn(*args, **kwargs), f"the value of sub-step {name!r}")
             store.run(progress.remember, attempt.step_id, attempt.number, key, found)
         value: T = loads(found)
         return value
@@ -206,7 +206,7 @@ class CheckpointTask(DurableTask):
         text = taken.payload
         if text is None and taken.late:
             given = said.default is not byrd_waits.NOT_GIVEN
-            text = _encoded(attempt, said.default, f"the default of {signal!r}") if given else None
+            text = encoded(attempt, said.default, f"the default of {signal!r}") if given else None
             store.run(waits.settle, attempt.step_id, attempt.number, key, text)
             if text is None:
                 raise SignalTimeoutError(f"the signal {signal!r} did not come within {said.seconds:g} s")
@@ -223,7 +223,7 @@ class CheckpointTask(DurableTask):
         Raises what stops the step here, when its run is cancelled or paused, or its worker shuts down.
         """
         attempt = self._attempt()
-        counts = Counts(_encoded(attempt, cursor, "the cursor"), completed, failed, False)
+        counts = Counts(encoded(attempt, cursor, "the cursor"), completed, failed, False)
         open_one = _transaction.get()
         if open_one is not None:
             open_one.checkpoints[name] = counts
@@ -309,14 +309,14 @@ class CheckpointTask(DurableTask):
                 after = counts._replace(completed=counts.completed + len(batch) - len(failed))
                 if settings.alone or failed or time.monotonic() - saved_at > _HOLD_SECONDS:
                     held.drop()
-                    after = after._replace(cursor=_encoded(attempt, batch[-1][0], "the cursor"))
+                    after = after._replace(cursor=encoded(attempt, batch[-1][0], "the cursor"))
                     counts = self._commit(attempt, settings, counts, after, done, failed)
                     saved_at, behind = time.monotonic(), False
                 else:  # with the next one
                     counts, behind = after, True
                     held.hold(counts, batch[-1][0])
             if behind:
-                counts = counts._replace(cursor=_encoded(attempt, batch[-1][0], "the cursor"))
+                counts = counts._replace(cursor=encoded(attempt, batch[-1][0], "the cursor"))
         except BaseException:
             with contextlib.suppress(CheckpointError):  # of two errors the first
                 held.save()
@@ -411,7 +411,7 @@ class _Held:
             if last is not None:
                 attempt = self._attempt
                 store = attempt.runtime.patient_store
-                counts = last[0]._replace(cursor=_encoded(attempt, last[1], "the cursor"))
+                counts = last[0]._replace(cursor=encoded(attempt, last[1], "the cursor"))
                 with contextlib.suppress(StaleAttempt):  # its task will learn so
                     store.run_alone(progress.save, attempt.step_id, attempt.number, self._name, counts)
 
@@ -521,7 +521,7 @@ def _failures(process: Callable[[Item], Any], batch: list[tuple[Cursor, Item]]) 
 def _failed_item(attempt: Attempt, settings: _Iteration, tried: _Try, exc: BaseException) -> FailedItem:
     return FailedItem(
         cursor=to_json(tried.cursor),
-        item=_encoded(attempt, tried.item, "a failed item"),
+        item=encoded(attempt, tried.item, "a failed item"),
         tries=tried.tries,
         error=_storable(f"{type(exc).__name__}: {text_of(exc)}")[:_MOST_ERROR_CHARACTERS],
         quarantined=tried.tries > settings.item_retries,
@@ -568,18 +568,6 @@ def _progress(counts: Counts) -> Progress:
     return Progress(
         loads(counts.cursor) if counts.cursor is not None else None, counts.completed, counts.failed, counts.done
     )
-
-
-def _encoded(attempt: Attempt, value: Any, what: str) -> str:
-    try:
-        text = to_json(value)
-    except (TypeError, ValueError, OverflowError, RecursionError) as exc:
-        raise CheckpointError(
-            f"step {attempt.step_id}: {what} must be a JSON value, for it is saved: {text_of(exc)}"
-        ) from exc
-    if too_large := attempt.runtime.too_large(len(text)):
-        raise CheckpointError(f"step {attempt.step_id}: {what} is {too_large}")
-    return text
 
 
 def _check(settings: _Iteration) -> None:

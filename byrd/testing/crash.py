@@ -109,7 +109,8 @@ class CrashPoints:
     commits by the worker that takes over): True for each boundary of these recoveries, a number for so many of them,
     evenly chosen, two of three from those that only recovery has.
     ``timeout``: seconds that one execution may take.  ``skip``: a regular expression; boundaries in whose names it is
-    found are left out.  ``only``: the name of the one boundary to try.
+    found are left out.  ``every``: of those that are left, only each so-manyth is tried.  ``only``: the name of the one
+    boundary to try.
     """
 
     def __init__(
@@ -121,10 +122,13 @@ class CrashPoints:
         pairs: bool | int = False,
         timeout: float = 60.0,
         skip: str | None = None,
+        every: int = 1,
         only: str | None = None,
     ) -> None:
+        if every < 1:
+            raise ValueError(f"every={every!r} must be 1 or more")
         self.folder, self.pool, self.concurrency = folder, pool, concurrency
-        self.pairs, self.timeout, self.skip, self.only = pairs, timeout, skip, only
+        self.pairs, self.timeout, self.skip, self.every, self.only = pairs, timeout, skip, every, only
         #: One for each call, with what it was called for.
         self.reports: list[CrashReport] = []
         #: How often it was called, with or without success.
@@ -235,7 +239,7 @@ class _Series:
         wanted = tuple(name for name in names if not self._is_skipped(name))
         if not wanted:
             raise AssertionError(f"skip={skip!r} leaves out every boundary{there_are}")
-        return wanted
+        return wanted[:: self.options.every]
 
     def _pairs(self, plain: _Trial, firsts: Sequence[str]) -> tuple[list[_Pair], list[_Pair]]:
         """Return each first with each boundary of its recovery: those that only recovery has, and the others."""

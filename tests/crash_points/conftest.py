@@ -39,7 +39,7 @@ def attempt(app: Any, byrd_crash_points: CrashPoints) -> Try:
         report = byrd_crash_points(
             app.engine, lambda: app.engine.submit(canvas(), key=f"key-{key[0]}"), reset=prepare, **options
         )
-        assert report.tried > least
+        assert report.tried > least / byrd_crash_points.every
         assert len(report.unreached) < len(report.boundaries) / 10, report.unreached
         assert report.pairs_tried >= byrd_crash_points.pairs / 2
         return report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ APP = "tests.apps.crash"
 #: What has nothing to do with the workflow: what a worker does at its start, and its keeper's rounds, are the same for
 #: all.  Only in the chain's test it dies there.
 START = r"keeper|alembic|pg_catalog|byrd\.workers SET heartbeat|INTO byrd\.workers|LISTEN|idle_in_transaction"
+#: The longer scenarios try each third boundary, unless BYRD_CRASH_EVERY says otherwise: all of them take an hour.
+EVERY = int(os.environ.get("BYRD_CRASH_EVERY", "3"))
 slow = pytest.mark.timeout(1200)
 Try = Callable[..., CrashReport]
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from celery import chain, group
 
-from tests.crash_points.scenarios import START, Try, slow, value
+from tests.crash_points.scenarios import EVERY, START, Try, slow, value
 
 
 @slow
-@pytest.mark.byrd_crash_points(skip=START)
+@pytest.mark.byrd_crash_points(skip=START, every=EVERY)
 def test_limits(app: Any, attempt: Try) -> None:
     def canvas() -> Any:
         """Steps that line up, and one that learns of its key from another's result."""

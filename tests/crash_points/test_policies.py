@@ -11,7 +11,7 @@ import byrd
 from byrd.errors import ScheduleToStartTimeoutError
 from byrd.store import limits
 from byrd.task.limited import limits_of
-from tests.crash_points.scenarios import START, Try, slow, value
+from tests.crash_points.scenarios import EVERY, START, Try, slow, value
 
 #: All but what the thread does that ends an attempt, or a step: each of these executions takes its time.
 BUT_THE_RECORDER = r"^(?!.*recorder)"
@@ -19,7 +19,7 @@ BUT_THE_SWEEPER = r"^(?!.*sweeper.*(timeout_at|SET status))"
 
 
 @slow
-@pytest.mark.byrd_crash_points(skip=START)
+@pytest.mark.byrd_crash_points(skip=START, every=EVERY)
 def test_retries_by_a_policy(app: Any, attempt: Try) -> None:
     attempt(lambda: chain(app.unlucky.s(2, 1), app.add.s(1)), check=value(2))
 

@@ -8,11 +8,11 @@ import pytest
 from celery import chain, group
 
 import byrd
-from tests.crash_points.scenarios import START, Try, effects, slow
+from tests.crash_points.scenarios import EVERY, START, Try, effects, slow
 
 
 @slow
-@pytest.mark.byrd_crash_points(skip=START)
+@pytest.mark.byrd_crash_points(skip=START, every=EVERY)
 def test_a_saga_that_succeeds(app: Any, attempt: Try) -> None:
     def check(run: Any) -> None:
         assert run.get(timeout=0) == "CAR"
@@ -22,7 +22,7 @@ def test_a_saga_that_succeeds(app: Any, attempt: Try) -> None:
 
 
 @slow
-@pytest.mark.byrd_crash_points(skip=START, pairs=24)
+@pytest.mark.byrd_crash_points(skip=START, every=EVERY, pairs=8)
 def test_a_rollback(app: Any, attempt: Try) -> None:
     def check(run: Any) -> None:
         assert run.status == "failed"
@@ -32,7 +32,7 @@ def test_a_rollback(app: Any, attempt: Try) -> None:
 
 
 @slow
-@pytest.mark.byrd_crash_points(skip=START, pairs=24)
+@pytest.mark.byrd_crash_points(skip=START, every=EVERY, pairs=8)
 def test_a_saga_in_a_chain_that_undoes_itself(app: Any, attempt: Try) -> None:
     def check(run: Any) -> None:
         assert run.status == "failed"
@@ -44,7 +44,7 @@ def test_a_saga_in_a_chain_that_undoes_itself(app: Any, attempt: Try) -> None:
 
 
 @slow
-@pytest.mark.byrd_crash_points(skip=START, pairs=16)
+@pytest.mark.byrd_crash_points(skip=START, every=EVERY, pairs=8)
 def test_a_rollback_side_by_side(app: Any, attempt: Try) -> None:
     def check(run: Any) -> None:
         assert run.status == "failed"
@@ -56,7 +56,7 @@ def test_a_rollback_side_by_side(app: Any, attempt: Try) -> None:
 
 
 @slow
-@pytest.mark.byrd_crash_points(skip=START)
+@pytest.mark.byrd_crash_points(skip=START, every=EVERY)
 def test_a_pivot_and_what_follows_it(app: Any, attempt: Try) -> None:
     def check(run: Any) -> None:
         assert run.get(timeout=0) == "up"
@@ -67,7 +67,7 @@ def test_a_pivot_and_what_follows_it(app: Any, attempt: Try) -> None:
 
 
 @slow
-@pytest.mark.byrd_crash_points(skip=START, pairs=16)
+@pytest.mark.byrd_crash_points(skip=START, every=EVERY, pairs=8)
 def test_what_can_be_asked_for_is_done_once_and_undone(app: Any, attempt: Try) -> None:
     def check(run: Any) -> None:
         assert run.status == "failed"

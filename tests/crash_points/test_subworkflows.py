@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from celery import chain
 
-from tests.crash_points.scenarios import START, Try, slow
+from tests.crash_points.scenarios import EVERY, START, Try, slow
 
 
 @slow
-@pytest.mark.byrd_crash_points(skip=START)
+@pytest.mark.byrd_crash_points(skip=START, every=EVERY)
 def test_a_workflow_within_another(app: Any, attempt: Try) -> None:
     def check(run: Any) -> None:
         assert run.get(timeout=0) == (4 if run.workflow == "crash.inner" else 6)

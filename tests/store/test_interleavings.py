@@ -62,8 +62,8 @@ SESSIONS = 3
 #: What mostly is asked of a run with such a status; now and then it is anything.
 COMMANDS = {
     "running": ("pause", "cancel", "compensate", "terminate"), "cancelling": ("terminate",) * 4,
-    "paused": ("resume",) * 4, "failed": ("retry_run",) * 4, "cancelled": ("retry_run",) * 4,
-    "succeeded": ("roll_back",) * 2, "rollback_stuck": ("retry_run", "retry_run", "skip_undo", "done_by_hand"),
+    "paused": ("resume",) * 4, "failed": ("retry_run",) * 4, "cancelled": ("retry_run", "roll_back") * 2,
+    "succeeded": ("roll_back",) * 4, "rollback_stuck": ("retry_run", "retry_run", "skip_undo", "done_by_hand"),
 }  # fmt: skip
 ENDS = (*["complete"] * 4, *["fail"] * 3, "retry", "hand_back", "put_back", "ignore", "revoke", "time_out")
 #: Policies with which an attempt is over time as soon as it runs, and so is a start that nobody has made.

@@ -59,8 +59,13 @@ BEGIN
                        FROM byrd.steps p WHERE p.run_id = s.run_id AND p.no = s.after))
              WHERE s.id = ANY(done_ids) AND s.attempt = done_attempts[array_position(done_ids, s.id)]
                AND s.status || '' = 'running'
-            RETURNING s.run_id, s.no, s.join_no)
-        SELECT array_agg(run_id), array_agg(no), array_agg(join_no) INTO f_runs, f_nos, f_joins FROM done;
+            RETURNING s.run_id, s.no, s.join_no, s.kind, s.saga, s.mark)
+        SELECT array_agg(run_id), array_agg(no), array_agg(join_no),
+               bool_or(kind = 'compensation' OR saga IS NOT NULL OR mark IS NOT NULL)
+          INTO f_runs, f_nos, f_joins, unusual FROM done;
+        IF unusual THEN
+            RAISE EXCEPTION 'not for the fast path' USING ERRCODE = 'BY001';
+        END IF;
         all_runs := f_runs;
     END IF;
 

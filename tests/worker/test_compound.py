@@ -1,0 +1,84 @@
+"""``self.compound()``: all of its operations are done, or all are undone, whatever dies meanwhile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from byrd.errors import CheckpointError, CompoundError
+from tests.cluster import Cluster, wait_until
+
+APP = "tests.apps.compound"
+
+
+@pytest.fixture
+def app(cluster: Cluster) -> Any:
+    return cluster.app(APP)
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_all_is_done(cluster: Cluster, app: Any, tmp_path: Path) -> None:
+    cluster.worker(APP)
+    path = tmp_path / "notes"
+    assert app.engine.submit(app.three.s(str(path))).get(timeout=30) == ["A", "B", "C"]
+    assert lines(path) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("fails", "wanted"), [("a", []), ("c", ["a", "b"]), ("end", ["a", "b", "c"])], ids=["first", "last", "after all"]
+)
+def test_or_all_is_undone(cluster: Cluster, app: Any, tmp_path: Path, fails: str, wanted: list[str]) -> None:
+    cluster.worker(APP)
+    path = tmp_path / "notes"
+    with pytest.raises(ValueError, match=r"a is not|c is not|after all"):
+        app.engine.submit(app.three.s(str(path), fails=fails)).get(timeout=30)
+    assert lines(path) == [*wanted, *(f"undo {what.upper()}" for what in reversed(wanted))]
+
+
+@pytest.mark.parametrize("dies", ["a", "b", "undo b", "undo a"])
+def test_a_worker_dies_in_the_middle(cluster: Cluster, app: Any, tmp_path: Path, dies: str) -> None:
+    """What it died in, between effect and record, is done once more; nothing else is."""
+    first = cluster.worker(APP, concurrency=1)
+    path = tmp_path / "notes"
+    run = app.engine.submit(app.three.s(str(path), fails="c" if "undo" in dies else "", dies=dies))
+    wait_until(lambda: first.exit_status is not None, what="end of the worker")
+    cluster.worker(APP, concurrency=1)
+    if "undo" in dies:
+        with pytest.raises(ValueError, match="c is not to be had"):
+            run.get(timeout=60)
+        wanted = ["a", "b", "undo B", "undo A"]
+    else:
+        assert run.get(timeout=60) == ["A", "B", "C"]
+        wanted = ["a", "b", "c"]
+    again = f"undo {dies[-1].upper()}" if "undo" in dies else dies
+    wanted.insert(wanted.index(again), again)
+    assert lines(path) == wanted
+
+
+def test_an_undo_that_fails_is_tried_again(cluster: Cluster, app: Any, tmp_path: Path) -> None:
+    cluster.worker(APP)
+    path = tmp_path / "notes"
+    run = app.engine.submit(app.three.s(str(path), fails="c", stuck=2))
+    with pytest.raises(ValueError, match="c is not to be had"):
+        run.get(timeout=60)
+    assert lines(path) == ["a", "b", "undo B", "undo A"]
+    assert [event["event"] for event in run.history() if event["event"] == "retried"] == ["retried"] * 2
+
+
+def test_one_that_cannot_be_undone_is_named(cluster: Cluster, app: Any, tmp_path: Path) -> None:
+    cluster.worker(APP, env={"TEST_COMPOUND_PATIENCE": "2"})
+    path = tmp_path / "notes"
+    with pytest.raises(CompoundError, match=r"'b' could not be undone in 2 tries.*still done are 'a', 'b'"):
+        app.engine.submit(app.three.s(str(path), fails="c", stuck=99)).get(timeout=60)
+    assert lines(path) == ["a", "b"]
+
+
+def test_two_of_one_name(cluster: Cluster, app: Any) -> None:
+    cluster.worker(APP)
+    with pytest.raises(CheckpointError, match="two operations called 'a'"):
+        app.engine.submit(app.twice.s()).get(timeout=30)
