@@ -659,6 +659,11 @@ class InterleavingMachine(RuleBasedStateMachine):
         ids = {row.id for row in query(self.monitor, DOOMED)}
         doomed = [claim for claim in self.claims if claim.id in ids]
         claim = data.draw(st.sampled_from(doomed)) if doomed else self.draw_claim(data)
+        if not doomed and whole and claim in self.owned():
+            cancel = _if_there(lambda conn: termination.cancel(conn, claim.run_id, grace=0.0), claim.run_id)
+            self.start(Op("cancel", cancel), whole=True)
+            if not self.free():
+                return
         row = query(
             self.monitor, "SELECT worker_id::text, pid FROM byrd.steps WHERE id = %(id)s", {"id": claim.id}
         ).first()
