@@ -38,7 +38,7 @@ STEPS, CONCURRENCY = 50_000, 2
 #: Bytes per step below which a process is flat.  Over 50,000 steps: 2.5 MB, or half of it in a pool process.
 FLAT_BYTES = 50.0
 #: The part of the steps that comes before memory is judged: caches fill, pools connect.
-WARM_UP = 0.5
+WARM_UP = 0.3
 _OUTSTANDING_RUNS = 60
 _READY_SECONDS = 90.0
 _STILL_SECONDS = 120.0

@@ -12,7 +12,7 @@ from tests.crash_points.scenarios import EVERY, START, Try, effects, slow
 
 
 @slow
-@pytest.mark.byrd_crash_points(skip=START, every=EVERY)
+@pytest.mark.byrd_crash_points(skip=START)
 def test_a_saga_that_succeeds(app: Any, attempt: Try) -> None:
     def check(run: Any) -> None:
         assert run.get(timeout=0) == "CAR"
@@ -22,7 +22,7 @@ def test_a_saga_that_succeeds(app: Any, attempt: Try) -> None:
 
 
 @slow
-@pytest.mark.byrd_crash_points(skip=START, every=EVERY, pairs=8)
+@pytest.mark.byrd_crash_points(skip=START, pairs=24)
 def test_a_rollback(app: Any, attempt: Try) -> None:
     def check(run: Any) -> None:
         assert run.status == "failed"
