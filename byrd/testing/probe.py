@@ -65,7 +65,6 @@ class Probe:
         self._orders = orders
         self._pid = os.getpid()
         self._reached: Counter[str] = Counter()
-        self._record = os.open(orders.record, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
     def reach(self, what: str, kind: Kind) -> None:
         """Record a boundary, and die there if this is the one."""
@@ -77,7 +76,10 @@ class Probe:
             return
         if times > 1:
             name += f" (no. {times})"
-        os.write(self._record, f"{kind}\t{name}\n".encode())
+        # Opened anew: a pool that is forked closes descriptors that it takes for its own, and what gets such a number
+        # next, a connection to Postgres say, must not get this line.
+        with self._orders.record.open("a") as record:
+            record.write(f"{kind}\t{name}\n")
         if name == self._orders.kill_at and self._first():
             os.kill(os.getpid(), signal.SIGKILL)
 

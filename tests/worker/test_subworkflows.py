@@ -135,7 +135,7 @@ def test_a_step_that_is_revoked_leaves_no_run_behind(cluster: Cluster, nested: A
 
 def test_workers_die_on_both_levels(cluster: Cluster, nested: Any, tmp_path: Path) -> None:
     go = tmp_path / "go"
-    first = cluster.worker(APP)
+    first = cluster.worker(APP, concurrency=4)  # the runs that began first hold a process each
     run = nested.engine.submit(
         chain(group(nested.long.si(str(go), str(tmp_path / f"{n}")) for n in range(3)), nested.note.si(str(go), "end"))
     )
