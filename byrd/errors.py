@@ -26,7 +26,7 @@
     ├── CompoundError             operations within a task that could not be undone
     ├── SignalTimeoutError        a signal did not come in time
     ├── WaitOutsideRunError       a sleep or a wait that is no step of a run
-    ├── SubWorkflowError          a workflow within a run was cancelled, or called outside one
+    ├── SubWorkflowError          a workflow within a run was cancelled, is not undone, or was called outside one
     ├── SagaOutsideRunError       a saga that is no part of a run
     ├── LimitKeyError             a call has no key for the limit of its task
     ├── LimitNotFoundError        no limit has this name
@@ -148,7 +148,7 @@ class WaitOutsideRunError(ByrdError):
 
 
 class SubWorkflowError(ByrdError):
-    """A workflow that is a step of another was cancelled, or was called where there is no run."""
+    """A workflow that is a step of another was cancelled, is not undone, or was called where there is no run."""
 
 
 class SagaOutsideRunError(ByrdError):

@@ -14,7 +14,7 @@ from byrd.policies import retry_of, timeouts_of
 from byrd.store import Store, children, insight, limits, termination
 from byrd.store.insight import OpenStep, Standing
 from byrd.store.limits import Place, Turn
-from byrd.waits import SUBWORKFLOW
+from byrd.waits import SUBWORKFLOW, UNDO_SUBWORKFLOW
 from byrd.worker.bootstep import settings_of
 
 if TYPE_CHECKING:
@@ -251,7 +251,7 @@ def _reason(case: _Case, step: OpenStep) -> _Reason:
     if step.limit_no is not None and (step.limit_slot is None or not step.due):
         return _limited(case, step)
     if not step.due:
-        return _delegated(case, step) if step.task == SUBWORKFLOW else _delayed(case, step)
+        return _delegated(case, step) if step.task in (SUBWORKFLOW, UNDO_SUBWORKFLOW) else _delayed(case, step)
     return _due(case, step)
 
 
