@@ -135,7 +135,7 @@ class Byrd:
 
     def _check_may_submit(self) -> None:
         self.check_live()
-        settings.refuse_unsafe(self.app)
+        self.runtime.setting("refuse_unsafe", settings.refuse_unsafe)
 
     def new_run(
         self,

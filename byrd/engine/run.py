@@ -9,12 +9,12 @@ from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from celery.exceptions import TimeoutError as CeleryTimeoutError
-from kombu.utils.json import loads
 
 from byrd.errors import ArgumentError
 from byrd.model import FINAL_STEP, RunStatus
 from byrd.store import RunRow, StepRow, Store, Wakeup, runs, sagas, termination, waits
 from byrd.task.attempt import text_of, to_json
+from byrd.task.values import loads
 from byrd.waits import checked_name
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ def checked_grace(grace: float | None) -> float:
 def _pauses() -> Iterator[float]:
     """Yield how long to wait before each question: quick at first, for most runs are short, then slower and slower."""
     yield 0.004  # before that there is nothing to see
-    yield from repeat(0.0015, 16)
+    yield from repeat(0.001, 20)
     pause = 0.002
     while True:
         yield pause

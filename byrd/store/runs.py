@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 from byrd.errors import IllegalTransitionError, RunNotFoundError
 from byrd.model import RUN_TRANSITIONS, sources
 from byrd.store import flow, locks, undo
-from byrd.store.rows import CHANNEL, WAKEUP, RunRow, StepRow, Wakeup, query, wakeups_of
+from byrd.store.rows import CHANNEL, WAKEUP, RunRow, StepRow, Wakeup, query, rows_of, wakeups_of
 from byrd.waits import SUBWORKFLOW
 
 _NOW = "clock_timestamp()"
@@ -605,7 +605,7 @@ def outcome(conn: Connection, run_id: str, no: int | None = None) -> tuple[int, 
 
     A step that was skipped bears its cause's error.
     """
-    row = query(
+    found = rows_of(
         conn,
         """SELECT s.no, s.status, s.result, coalesce(s.error, c.error, r.error) AS error, r.status AS run_status,
                   coalesce((s.options::json->>'ignore_result')::bool, false) AS ignored
@@ -613,10 +613,11 @@ def outcome(conn: Connection, run_id: str, no: int | None = None) -> tuple[int, 
            LEFT JOIN byrd.steps c ON c.run_id = s.run_id AND c.no = s.cause
            WHERE r.id = %(run)s""",
         {"run": run_id, "no": no},
-    ).first()
-    if row is None:
+    )
+    if not found:
         raise RunNotFoundError(f"no run has the id {run_id}")
-    return (row.no, row.status, row.result, row.error, row.run_status, row.ignored)
+    [(number, status, result, error, run_status, ignored)] = found
+    return number, status, result, error, run_status, ignored
 
 
 def root_error(conn: Connection, run_id: str, no: int) -> str | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from billiard.exceptions import SoftTimeLimitExceeded
 from celery import current_task
 from celery.app.task import Context
-from kombu.utils.json import dumps, loads
+from kombu.utils.json import dumps
 
 from byrd.canvas import Plan
 from byrd.errors import CheckpointError, StaleAttempt
@@ -22,6 +22,7 @@ from byrd.policies import default_of, timeouts_of
 from byrd.store import Claim, Wakeup, flow, limits, progress, steps
 from byrd.store.limits import Place
 from byrd.task.runtime import Runtime
+from byrd.task.values import loads
 
 if TYPE_CHECKING:
     from byrd.task.slices import Slice

@@ -14,7 +14,7 @@ from billiard.exceptions import TimeLimitExceeded
 from celery import Celery, states
 from celery.exceptions import TimeoutError as CeleryTimeoutError
 from kombu.exceptions import EncodeError
-from kombu.utils.json import dumps, loads
+from kombu.utils.json import dumps
 from sqlalchemy.exc import DBAPIError
 
 from byrd.errors import NotLiveError
@@ -23,6 +23,7 @@ from byrd.store import StepRow, Store, runs, steps, timeouts
 from byrd.store.database import first_line
 from byrd.task.attempt import attempt_of, header_of, text_of
 from byrd.task.runtime import runtime_of
+from byrd.task.values import loads
 
 _STATES = {
     "pending": states.PENDING,
@@ -182,7 +183,7 @@ class DurableResults:
             "group_id": None,
         }  # fmt: skip
         if step.status == "succeeded":
-            meta["result"] = loads(step.result)
+            meta["result"] = loads(step.result or "null")
         elif status in states.PROPAGATE_STATES:
             _, _, _, error, _, _ = runtime_of(self.app).store.run(runs.outcome, step.run_id, step.no)
             meta["result"], meta["traceback"] = self.decoded_error(error)
