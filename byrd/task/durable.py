@@ -31,7 +31,7 @@ from byrd.errors import ArgumentError, ControlFlow, StepCancelled, StepHandedBac
 from byrd.limits import limit_of
 from byrd.model import PROTOCOL_VERSION, StepKind, StepStatus
 from byrd.policies import check_declaration
-from byrd.store import steps, sweeps
+from byrd.store import steps, sweeps, undo
 from byrd.store.work import Own
 from byrd.task import control, limited, results, retries, slices
 from byrd.task.attempt import (
@@ -256,7 +256,7 @@ def _arguments(task: Task, attempt: Attempt) -> tuple[list[Any], dict[str, Any]]
     claim = attempt.claim
     args, kwargs = loads(claim.args), loads(claim.kwargs)
     if claim.kind == StepKind.COMPENSATION and claim.compensates is not None:
-        undone = attempt.runtime.patient_store.run(steps.compensated_call, claim.id)
+        undone = attempt.runtime.patient_store.run(undo.compensated_call, claim.id)
         attempt.undoes = Compensation(
             key=claim.id,
             run_id=claim.run_id,
