@@ -10,7 +10,7 @@ from celery import chain, group
 
 import byrd
 from byrd.errors import IllegalTransitionError, SubWorkflowError
-from byrd.store import children, runs
+from byrd.store import children, reading
 from byrd.worker.keeper import Settings, Sweeper
 from tests.cluster import Cluster, wait_until
 from tests.invariants import check_database
@@ -212,7 +212,7 @@ def test_abandoned_runs_are_found_by_an_index(cluster: Cluster, nested: Any) -> 
         sweeper.stop_abandoned()
     finally:
         sweeper.stop()
-    assert store.run(runs.get, child.id).status == "cancelled"
+    assert store.run(reading.get, child.id).status == "cancelled"
 
 
 # -- undone as a part of the run around it ---------------------------------------------------------
