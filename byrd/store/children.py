@@ -8,6 +8,7 @@ Locks are taken from the outside in: whatever belongs to the outer run first, th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from sqlalchemy import Connection
 
@@ -99,52 +100,57 @@ _UNTOLD = """byrd.runs c
 _UNSTUCK = "coalesce(u.status IN ('failed','cancelled') AND c.finished_at IS NOT NULL, false)"
 
 
-def tell_parents(conn: Connection) -> int:
-    """Make due the steps whose runs have ended; return how many runs were told of."""
-    ended = query(
+class Unstuck(NamedTuple):
+    """A run that has ended after all, and the compensation that failed meanwhile: its run, its number."""
+
+    child: str
+    outer: str
+    no: int
+
+
+def tell_parents(conn: Connection) -> tuple[int, list[Unstuck]]:
+    """Make due the steps whose runs have ended.
+
+    Returns of how many runs they were, and those of them for which :func:`go_on` is to be called.
+    """
+    rows = query(
         conn,
-        f"""SELECT c.id::text, c.parent_step, u.id AS undo, c.finished_at IS NOT NULL AS over FROM {_UNTOLD}
-               AND NOT {_UNSTUCK} ORDER BY c.finished_at LIMIT %(limit)s""",
+        f"""SELECT c.id::text, c.parent_step, u.id AS undo, u.run_id::text AS outer_run, u.no,
+                   c.finished_at IS NOT NULL AS over, {_UNSTUCK} AS unstuck
+              FROM {_UNTOLD} ORDER BY c.finished_at LIMIT %(limit)s""",
         {"limit": BATCH},
     ).all()
-    if not ended:
-        return 0
+    ended = [row for row in rows if not row.unstuck]
     told = [row.parent_step for row in ended if row.over] + [row.undo for row in ended if row.undo is not None]
-    query(
-        conn,
-        f"""UPDATE byrd.steps s SET run_at = {_NOW}, sends = 0,
-                   wake_at = CASE WHEN r.status IN ('running','cancelling','compensating') THEN {_NOW}
-                                  ELSE s.wake_at END
-              FROM byrd.runs r
-             WHERE s.id IN (SELECT w.id FROM byrd.steps w WHERE w.id = ANY(%(steps)s) AND w.status = 'ready'
-                               AND w.run_at = 'infinity' ORDER BY w.id FOR NO KEY UPDATE)
-               AND r.id = s.run_id AND s.status = 'ready' AND s.run_at = 'infinity'""",
-        {"steps": told},
-    )
-    query(
-        conn,
-        """UPDATE byrd.runs SET parent_told = true
-            WHERE id = ANY(%(runs)s::uuid[]) AND (finished_at IS NOT NULL OR status = 'rollback_stuck')""",
-        {"runs": [row.id for row in ended]},
-    )
-    return len(ended)
+    if told:
+        query(
+            conn,
+            f"""UPDATE byrd.steps s SET run_at = {_NOW}, sends = 0,
+                       wake_at = CASE WHEN r.status IN ('running','cancelling','compensating') THEN {_NOW}
+                                      ELSE s.wake_at END
+                  FROM byrd.runs r
+                 WHERE s.id IN (SELECT w.id FROM byrd.steps w WHERE w.id = ANY(%(steps)s) AND w.status = 'ready'
+                                   AND w.run_at = 'infinity' ORDER BY w.id FOR NO KEY UPDATE)
+                   AND r.id = s.run_id AND s.status = 'ready' AND s.run_at = 'infinity'""",
+            {"steps": told},
+        )
+    if ended:
+        query(
+            conn,
+            """UPDATE byrd.runs SET parent_told = true
+                WHERE id = ANY(%(runs)s::uuid[]) AND (finished_at IS NOT NULL OR status = 'rollback_stuck')""",
+            {"runs": [row.id for row in ended]},
+        )
+    return len(rows), [Unstuck(row.id, row.outer_run, row.no) for row in rows if row.unstuck]
 
 
-def unstuck(conn: Connection) -> list[tuple[str, str, int]]:
-    """Return runs that have ended after all, each with the compensation that failed meanwhile: its run, its number."""
-    rows = query(
-        conn, f"SELECT c.id::text, u.run_id::text, u.no FROM {_UNTOLD} AND {_UNSTUCK} LIMIT %(limit)s", {"limit": BATCH}
-    )
-    return [tuple(row) for row in rows]
-
-
-def go_on(conn: Connection, child: str, outer: str, no: int) -> list[Wakeup]:
+def go_on(conn: Connection, one: Unstuck) -> list[Wakeup]:
     """Have a rollback go on that was stuck because a run within it was."""
-    wakeups = runs.retry_undo(conn, outer, no, by=f"run {child}")
+    wakeups = runs.retry_undo(conn, one.outer, one.no, by=f"run {one.child}")
     query(
         conn,
         "UPDATE byrd.runs SET parent_told = true WHERE id = %(run)s::uuid AND finished_at IS NOT NULL",
-        {"run": child},
+        {"run": one.child},
     )
     return wakeups
 

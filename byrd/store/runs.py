@@ -153,12 +153,14 @@ def cancel(
         if error is None:
             raise _past_pivot(run_id, run.pivot)
         compensate = False
-    _move(conn, run_id, "cancel", "cancelling")
-    query(
+    stopped = query(
         conn,
-        "UPDATE byrd.runs SET compensate = %(compensate)s, outcome = %(outcome)s, error = %(error)s WHERE id = %(run)s",
-        {"run": run_id, "compensate": compensate, "outcome": outcome, "error": error},
-    )
+        """UPDATE byrd.runs SET status = 'cancelling', compensate = %(compensate)s, outcome = %(outcome)s,
+                  error = %(error)s WHERE id = %(run)s AND status = ANY(%(sources)s) RETURNING id""",
+        {"run": run_id, "compensate": compensate, "outcome": outcome, "error": error, "sources": _sources("cancel")},
+    ).first()
+    if stopped is None:
+        raise _illegal(run_id, run.status, "cancel")
     query(
         conn,
         f"""UPDATE byrd.steps SET status = 'cancelled', finished_at = {_NOW}, error = %(error)s, limit_slot = NULL
@@ -173,7 +175,9 @@ def cancel(
         undo_child = compensate and child.pivot is None  # else it goes forward only, and keeps what it has done
         wakeups += cancel(conn, str(child.id), compensate=undo_child, by=f"run {run_id}")
     # A saga that had failed before undoes what it had done, whatever else is to become of the run.
-    return wakeups + (_wake(conn, run_id) or finish_if_done(conn, run_id))
+    undoing = "SELECT 1 FROM byrd.steps WHERE run_id = %(run)s AND status IN ('ready','waiting') LIMIT 1"
+    woken = _wake(conn, run_id) if query(conn, undoing, {"run": run_id}).first() else []
+    return wakeups + (woken or finish_if_done(conn, run_id))
 
 
 #: The open runs of a run's sub-workflows, which end with it.

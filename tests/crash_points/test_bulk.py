@@ -14,7 +14,7 @@ RUNS = 12
 
 
 @slow
-@pytest.mark.byrd_crash_points(skip=START, every=EVERY)
+@pytest.mark.byrd_crash_points(skip=START, every=6 * EVERY)
 def test_a_bulk_cancel(app: Any, byrd_crash_points: CrashPoints) -> None:
     key = [0]
 

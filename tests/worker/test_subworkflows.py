@@ -188,8 +188,8 @@ def test_the_end_of_a_run_is_told_twice(cluster: Cluster, nested: Any) -> None:
     assert run.get(timeout=30) == 4
     before = cluster.rows("SELECT * FROM byrd.steps ORDER BY id")
     cluster.rows("UPDATE byrd.runs SET parent_told = false WHERE parent_step IS NOT NULL RETURNING 1")
-    assert store.run(children.tell_parents) == 1
-    assert store.run(children.tell_parents) == 0
+    assert store.run(children.tell_parents) == (1, [])
+    assert store.run(children.tell_parents) == (0, [])
     assert cluster.rows("SELECT * FROM byrd.steps ORDER BY id") == before
 
 
