@@ -1033,7 +1033,7 @@ WANTED = {f"run {t.name}" for t in RUN_TRANSITIONS} | {f"step {t.name}" for t in
 WANTED -= {"step put_off"}
 
 
-@pytest.mark.timeout(3600 if EXAMPLES > 100 else 600)
+@pytest.mark.timeout(3600 if EXAMPLES > 100 else 1500)
 def test_all_transitions_in_any_interleaving_of_three_sessions(noted_store: Store) -> None:
     seen: Counter[str] = Counter()
     with noted_store.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as monitor:

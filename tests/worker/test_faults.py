@@ -27,7 +27,8 @@ def work(app: Any, log: Path) -> Any:
 
 
 def submit_all(app: Any, tmp_path: Path, count: int = RUNS) -> list[Run]:
-    return [app.engine.submit(work(app, tmp_path)) for _ in range(count)]
+    """Submit all at once: one by one, they would be finished as they come."""
+    return list(app.engine.submit_many([work(app, tmp_path) for _ in range(count)]))
 
 
 def finished(cluster: Cluster) -> int:
