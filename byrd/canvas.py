@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 
 from celery import Celery
 from celery.canvas import Signature, _chain, _chord, chunks, group, maybe_signature
-from kombu.utils.json import dumps
+from kombu.utils.json import dumps, loads
 
 from byrd.errors import ArgumentError, CanvasError
+from byrd.items import EACH, Each, each_of, is_each
 from byrd.model import StepKind
 from byrd.sagas import body_of, is_saga
 from byrd.waits import NOT_GIVEN, Wait, is_wait, wait_of
@@ -169,6 +170,31 @@ def compile_canvas(
     return Plan(tuple(builder.steps), output)
 
 
+def item_of(spec: Each, app: Celery) -> tuple[Step, bool]:
+    """Return the step that is made for each item, and whether the item is its first argument: not of ``task.si()``.
+
+    Raises :class:`CanvasError` unless it is one task, with nothing hanging on it.
+    """
+    found = compile_canvas(spec.task, app)
+    step = found.steps[0]
+    if len(found.steps) > 1 or step.kind is not StepKind.TASK or step.task == EACH:
+        what = "each" if step.task == EACH else "callback, chain, group, saga or wait"
+        raise CanvasError(
+            f"{EACH}: an item is a call of one task, without a {what} of its own; let it be a workflow if it takes more"
+        )
+    if str(step.task).startswith("celery."):
+        raise CanvasError(f"{EACH}: {step.task} cannot be called with an item; give it a task of your own")
+    return step, not _Builder(app).signature(spec.task).immutable
+
+
+def enumerator_of(spec: Each, app: Celery) -> Step:
+    """Return the call of an each's enumerator, but for its cursor; raise :class:`CanvasError` unless it is one task."""
+    found = compile_canvas(spec.pages, app)
+    if len(found.steps) > 1 or found.steps[0].kind is not StepKind.TASK or found.steps[0].task == EACH:
+        raise CanvasError(f"{EACH}: an enumerator is one task, that is called for each page with cursor=...")
+    return found.steps[0]
+
+
 _TOO_DEEP = f"the canvas is nested too deeply (more than {_MAX_DEPTH} levels); flatten it, or split it in workflows"
 
 
@@ -232,6 +258,8 @@ class _Builder:
             return self.wait(sig, given)
         if is_saga(sig):
             return self.saga(sig, given)
+        if is_each(sig):
+            return self.each(sig, given)
         return self.task(sig, given)
 
     def task(self, sig: Signature, given: _Given) -> int:
@@ -331,6 +359,26 @@ class _Builder:
         out = self.visit(body_of(sig), inside)
         self.steps[out].into, self.steps[out].position = no, 0
         self.hang(no, given, given.links_of(sig), given.errbacks_of(sig))
+        return no
+
+    def each(self, sig: Signature, given: _Given) -> int:
+        """Add an each: a step of its own task, whose items come into the run once it runs."""
+        if given.kind is StepKind.ERRBACK:
+            raise CanvasError("an errback cannot be an each, nor have one as a part of it; submit a run of its own")
+        if given.kwargs and not sig.immutable:
+            raise ArgumentError(f"{EACH} takes no keyword argument {min(given.kwargs)!r} of the canvas around it")
+        spec = each_of(sig.kwargs)
+        item_of(spec, self.app)
+        no = self.task(sig, given)
+        step = self.steps[no]
+        if spec.items is not None:
+            step.input, step.args = None, "[]"
+        elif spec.pages is None:
+            literal = loads(step.args)
+            if len(literal) + (step.input is not None) != 1 or not all(isinstance(one, list) for one in literal):
+                raise CanvasError(
+                    f"{EACH} goes over one list: that of the step before it, the submit's one argument, or over=..."
+                )
         return no
 
     def chain(self, sig: _chain, given: _Given) -> int:

@@ -254,7 +254,8 @@ SELECT s.no, s.kind, s.task, coalesce(s.queue, '') AS queue, s.status, s.signal,
 
 def failure_of(conn: Connection, run_id: str, *, compensation: bool = False) -> Failure | None:
     """Return the step whose failure came first: it caused the others.  Or the compensation that is stuck."""
-    kind = "kind = 'compensation'" if compensation else "kind NOT IN ('join', 'saga', 'errback', 'compensation')"
+    others = "kind NOT IN ('join', 'saga', 'item', 'errback', 'compensation')"
+    kind = "kind = 'compensation'" if compensation else others
     row = query(
         conn,
         f"""SELECT no, kind, task, attempt, retries, error, finished_at, compensates FROM byrd.steps

@@ -15,11 +15,12 @@ from sqlalchemy import Connection
 
 from byrd.canvas import Plan
 from byrd.errors import IllegalTransitionError, StaleAttempt, StepCancelled
+from byrd.items import EACH
 from byrd.model import Mark, Outcome, RunStatus, StepKind, StepStatus
-from byrd.store import flow, locks, plans, runs
+from byrd.store import flow, items, locks, plans, runs
 from byrd.store.flow import COMPLETED_AT, RESEND_SECONDS, error_json
 from byrd.store.locks import SHARE_RUN_OF_STEP, TRY_SHARE_RUN
-from byrd.store.rows import WAKEUP, Claim, Wakeup, query, wakeups_of
+from byrd.store.rows import UNCLAIMED, WAKEUP, Claim, Wakeup, query, wakeups_of
 
 #: A step that loses its worker more often than this is failed: it is probably what kills the worker.
 MAX_PREEMPTIONS = 5
@@ -34,7 +35,6 @@ _LONGEST_PAUSE_SECONDS = 300.0
 SEND_AGAIN_SECONDS = 0.5
 
 _NOW = "clock_timestamp()"
-_UNCLAIMED = "worker_id = NULL, pid = NULL, claim = NULL, limit_slot = NULL, limit_no = NULL"
 
 #: The run ``r``, and the saga of the step ``s``, if it is a step of one, let it start.
 _MAY_GO_ON = """CASE WHEN s.kind = 'compensation' THEN r.status IN ('compensating','running','cancelling')
@@ -190,7 +190,7 @@ def compensated_call(conn: Connection, step_id: str) -> Undone:
 
 
 _COMPLETE = f"""
-UPDATE byrd.steps s SET status = 'succeeded', result = %(result)s, finished_at = {COMPLETED_AT}, {_UNCLAIMED}
+UPDATE byrd.steps s SET status = 'succeeded', result = %(result)s, finished_at = {COMPLETED_AT}, {UNCLAIMED}
   FROM {SHARE_RUN_OF_STEP}
  WHERE s.id = %(id)s AND s.attempt = %(attempt)s AND s.status = 'running'
 RETURNING s.run_id, s.no, s.join_no, s.kind, s.saga, s.mark
@@ -203,13 +203,24 @@ def complete(conn: Connection, step_id: str, attempt: int, result: str) -> list[
     Raises :class:`StaleAttempt` unless this attempt owns the step, or had completed it already.
     """
     row = query(conn, _COMPLETE, {"id": step_id, "attempt": attempt, "result": result}).first()
+    return after_success(conn, step_id, attempt, row)
+
+
+def after_success(conn: Connection, step_id: str, attempt: int, row: Any) -> list[Wakeup]:
+    """Do all that follows from the success of a step, whose ``row`` was just written.
+
+    Without a row, raises :class:`StaleAttempt` unless this very attempt had completed it.
+    """
     if row is None:
         _refuse_unless_completed(conn, step_id, attempt)
         return []
     run_id = str(row.run_id)
     if row.kind == StepKind.COMPENSATION:
         return runs.go_on_undoing(conn, run_id, row.saga)
-    wakeups = runs.advance(conn, run_id, row.no, row.join_no, succeeded=True, pivot=row.mark == Mark.PIVOT)
+    if row.kind == StepKind.ITEM:
+        wakeups = items.ended(conn, run_id, row.join_no, succeeded=True)
+    else:
+        wakeups = runs.advance(conn, run_id, row.no, row.join_no, succeeded=True, pivot=row.mark == Mark.PIVOT)
     if row.saga is not None:
         flow.look_at_sagas(conn, run_id)
     return wakeups
@@ -322,7 +333,7 @@ def put_back(conn: Connection, step_id: str, attempt: int, *, worker_id: str, pi
     """
     row = query(
         conn,
-        f"""UPDATE byrd.steps s SET status = 'ready', attempt = s.attempt - 1, started_at = NULL, {_UNCLAIMED},
+        f"""UPDATE byrd.steps s SET status = 'ready', attempt = s.attempt - 1, started_at = NULL, {UNCLAIMED},
                    sends = 0, wake_at = {_NOW}
               FROM {SHARE_RUN_OF_STEP}
              WHERE s.id = %(id)s AND s.attempt = %(attempt)s AND s.status = 'running' AND s.worker_id = %(worker)s
@@ -486,7 +497,7 @@ def replace(conn: Connection, step_id: str, attempt: int, plan: Plan) -> list[Wa
 
     ``plan`` may be numbered as it likes.  Raises :class:`StepCancelled` when the run is being cancelled.
     """
-    run_id, first_no = _open_plan(conn, step_id)
+    run_id, first_no = open_plan(conn, step_id)
     row = _end(
         conn, step_id, attempt, "pending", Outcome.REPLACED, None,
         extra="replaced = true, waiting = 1, started_at = NULL, ready_at = NULL, run_at = NULL, wake_at = NULL",
@@ -510,7 +521,7 @@ def extend_join(conn: Connection, step_id: str, attempt: int, plan: Plan) -> lis
     A step that took a replaced one's place is a member of that one's group.  Raises :class:`StepCancelled` when the
     run is being cancelled, and ``ValueError`` when there is no group.
     """
-    run_id, first_no = _open_plan(conn, step_id)
+    run_id, first_no = open_plan(conn, step_id)
     check_owner(conn, step_id, attempt)
     output_id = next(step.id for step in plan.steps if step.no == plan.output)
     if query(conn, "SELECT 1 FROM byrd.steps WHERE id = %(id)s", {"id": output_id}).first():
@@ -564,15 +575,14 @@ def _join_of(conn: Connection, step_id: str) -> int | None:
     return found
 
 
-def _open_plan(conn: Connection, step_id: str) -> tuple[str, int]:
+def open_plan(conn: Connection, step_id: str) -> tuple[str, int]:
     """Have the step's run to oneself, to add steps to it; return its id and the number of its next step."""
     found = query(conn, "SELECT run_id, kind FROM byrd.steps WHERE id = %(id)s", {"id": step_id}).first()
     if found is None:
         raise StaleAttempt(f"step {step_id} does not exist any more")
-    if found.kind == StepKind.COMPENSATION:
-        raise IllegalTransitionError(
-            f"step {step_id} is a compensation, which can neither be replaced nor grow a chord"
-        )
+    if found.kind in (StepKind.COMPENSATION, StepKind.ITEM):
+        what = "a compensation" if found.kind == StepKind.COMPENSATION else "an item of an each"
+        raise IllegalTransitionError(f"step {step_id} is {what}, which can neither be replaced nor grow a chord")
     run_id = str(found.run_id)
     locks.own_run(conn, run_id)
     row = query(
@@ -603,7 +613,7 @@ def check_owner(conn: Connection, step_id: str, attempt: int) -> None:
 
 # -- the end of an attempt -------------------------------------------------------------------------
 
-_ENDED = "s.id, s.run_id, s.no, s.kind, s.join_no, s.status, s.saga"
+_ENDED = "s.id, s.run_id, s.no, s.kind, s.task, s.join_no, s.status, s.saga"
 
 
 def _end(
@@ -621,7 +631,7 @@ def _end(
 ) -> Any:
     """Move a running step to ``status`` under the fence, and record how the attempt ended."""
     final = status in ("failed", "cancelled", "skipped")
-    sets = [f"status = '{status}'", _UNCLAIMED, *([extra] if extra else [])]
+    sets = [f"status = '{status}'", UNCLAIMED, *([extra] if extra else [])]
     if final:
         sets += [f"finished_at = {_NOW}", "error = %(error)s"]
     return query(
@@ -696,7 +706,12 @@ def _after_failure(conn: Connection, row: Any) -> list[Wakeup]:
     if row.kind == "compensation":
         runs.stick(conn, str(row.run_id), row.no)
         return []
-    wakeups = runs.advance(conn, str(row.run_id), row.no, row.join_no, succeeded=False)
+    if row.kind == StepKind.ITEM:
+        wakeups = items.ended(conn, str(row.run_id), row.join_no, succeeded=False)
+    else:
+        if row.task == EACH:
+            items.drop(conn, str(row.run_id), row.no)
+        wakeups = runs.advance(conn, str(row.run_id), row.no, row.join_no, succeeded=False)
     if row.saga is not None:
         flow.look_at_sagas(conn, str(row.run_id))
     return wakeups
