@@ -27,7 +27,7 @@ from byrd.engine.why_schedule import explain_schedule
 from byrd.engine.words import error_text, moment, shortened, span
 from byrd.errors import ArgumentError, RunNotFoundError, UnknownWorkflowError
 from byrd.model import RunStatus
-from byrd.store import runs as run_store
+from byrd.store import reading
 from byrd.store.insight import Items, Snapshot, Tally, items_of, snapshot, tallies
 
 #: How often `--watch` and `--wait` look.
@@ -121,7 +121,7 @@ def _finish(engine: Byrd, run: Run, *, as_json: bool) -> None:
     except KeyboardInterrupt:
         say("The run goes on without you: ", (f"byrd show {run.id[:8]} --watch", "bold"))
         raise click.exceptions.Exit(130) from None
-    _, status, result, error, run_status, _ = engine.runtime.store.run(run_store.outcome, run.id)
+    _, status, result, error, run_status, _ = engine.runtime.store.run(reading.outcome, run.id)
     succeeded = run_status == RunStatus.SUCCEEDED
     if as_json:
         shape = _run_with_tally(engine, run.id)
@@ -166,7 +166,7 @@ def _add_list(group: click.Group) -> None:
         engine = session.engine(of_app=False)
         engine.check_live()
         store = engine.runtime.store
-        found = store.run(run_store.list_runs, workflow=workflow, statuses=statuses or None, limit=limit)
+        found = store.run(reading.list_runs, workflow=workflow, statuses=statuses or None, limit=limit)
         counts = store.run(tallies, [run.id for run in found])
         items = store.run(items_of, [run.id for run in found])
         now = datetime.now(UTC)
@@ -270,7 +270,7 @@ def _show_json(engine: Byrd, run: Run, *, watch: bool) -> None:
 
 def _run_with_tally(engine: Byrd, run_id: str) -> dict[str, Any]:
     store = engine.runtime.store
-    return run_shape(store.run(run_store.get, run_id), store.run(tallies, [run_id]).get(run_id))
+    return run_shape(store.run(reading.get, run_id), store.run(tallies, [run_id]).get(run_id))
 
 
 def _add_why(group: click.Group) -> None:

@@ -258,7 +258,7 @@ def _settings(app: Any) -> Iterator[Check]:
 def _unsafe(app: Any) -> Iterator[Check]:
     conf = app.conf
     try:
-        settings.refuse_unsafe(app)
+        settings.refuse_unsafe(app.conf)
         settings_of(app)
         hooks_of(app)
     except ConfigurationError as exc:

@@ -32,7 +32,7 @@ from byrd.errors import (
 from byrd.model import RunStatus
 from byrd.policies import Retry
 from byrd.sagas import add_task as add_saga
-from byrd.store import WorkerRow, plans, runs, sweeps, waits
+from byrd.store import WorkerRow, plans, reading, sweeps, waits
 from byrd.store.bulk import BULK
 from byrd.store.waits import Awaited
 from byrd.task import Runtime, adopt_app
@@ -136,7 +136,7 @@ class Byrd:
 
     def _check_may_submit(self) -> None:
         self.check_live()
-        settings.refuse_unsafe(self.app)
+        self.runtime.setting("refuse_unsafe", settings.refuse_unsafe)
 
     def new_run(
         self,
@@ -250,12 +250,14 @@ class Byrd:
         try:
             full = str(uuid.UUID(text))
         except ValueError:
-            found = self.runtime.store.run(runs.find, text.lower()) if re.fullmatch(r"[0-9a-fA-F-]{4,36}", text) else []
+            found = (
+                self.runtime.store.run(reading.find, text.lower()) if re.fullmatch(r"[0-9a-fA-F-]{4,36}", text) else []
+            )
             if len(found) != 1:
                 why = "no run has the id" if not found else f"{len(found)} runs or more have ids that begin with"
                 raise RunNotFoundError(f"{why} {text}") from None
             full = found[0]
-        self.runtime.store.run(runs.get, full)
+        self.runtime.store.run(reading.get, full)
         return Run(self, full)
 
     def list(
@@ -267,7 +269,7 @@ class Byrd:
         for wanted in statuses or []:
             if wanted not in set(RunStatus):
                 raise ArgumentError(f"{wanted!r} is no status of a run; the statuses are {', '.join(RunStatus)}")
-        rows = self.runtime.store.run(runs.list_runs, workflow=workflow, statuses=statuses, limit=limit)
+        rows = self.runtime.store.run(reading.list_runs, workflow=workflow, statuses=statuses, limit=limit)
         return [Run(self, row.id, row) for row in rows]
 
     def bulk(

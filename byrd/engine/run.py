@@ -9,12 +9,12 @@ from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from celery.exceptions import TimeoutError as CeleryTimeoutError
-from kombu.utils.json import loads
 
 from byrd.errors import ArgumentError
 from byrd.model import FINAL_STEP, RunStatus
-from byrd.store import RunRow, StepRow, Store, Wakeup, runs, sagas, termination, waits
+from byrd.store import RunRow, StepRow, Store, Wakeup, reading, runs, sagas, termination, waits
 from byrd.task.attempt import text_of, to_json
+from byrd.task.values import loads
 from byrd.waits import checked_name
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Run:
     @property
     def info(self) -> RunRow:
         """Everything that the run's row says, read now."""
-        self._row = self._store.run(runs.get, self.id)
+        self._row = self._store.run(reading.get, self.id)
         return self._row
 
     @property
@@ -63,7 +63,7 @@ class Run:
         deadline = None if timeout is None else time.monotonic() + timeout
         pauses = _pauses()
         while True:
-            no, status, result, error, run_status, ignored = self._store.run_alone(runs.outcome, self.id)
+            no, status, result, error, run_status, ignored = self._store.run_alone(reading.outcome, self.id)
             if status in FINAL_STEP:
                 break
             if deadline is not None and time.monotonic() >= deadline:
@@ -74,7 +74,7 @@ class Run:
             time.sleep(pause if deadline is None else max(0.0, min(pause, deadline - time.monotonic())))
         if status == "succeeded":
             return None if ignored or result is None else loads(result)
-        error = self._store.run(runs.root_error, self.id, no) or error
+        error = self._store.run(reading.root_error, self.id, no) or error
         exc, _ = self.engine.app.backend.decoded_error(error)
         if not isinstance(exc, BaseException):
             exc = RuntimeError(f"run {self.id} ended as {run_status} without an error on record")
@@ -99,11 +99,11 @@ class Run:
 
     def steps(self) -> list[StepRow]:
         """Return the run's steps, in the plan's order, as they stand now."""
-        return self._store.run(runs.list_steps, self.id)
+        return self._store.run(reading.list_steps, self.id)
 
     def history(self) -> list[dict[str, Any]]:
         """Return what happened to the run, in order: its own events, and each attempt at each step."""
-        return self._store.run(runs.history, self.id)
+        return self._store.run(reading.history, self.id)
 
     def why(self) -> list[str]:
         """Return one sentence for each thing that the run waits for, or one that says how it ended."""
@@ -214,7 +214,7 @@ def checked_grace(grace: float | None) -> float:
 def _pauses() -> Iterator[float]:
     """Yield how long to wait before each question: quick at first, for most runs are short, then slower and slower."""
     yield 0.004  # before that there is nothing to see
-    yield from repeat(0.0015, 16)
+    yield from repeat(0.001, 20)
     pause = 0.002
     while True:
         yield pause

@@ -51,7 +51,7 @@ def apply(app: Celery, database_url: str | URL | None) -> URL:
     if broker_url:
         app.conf.broker_url = broker_url
     url = _database_url(app, database_url)
-    refuse_unsafe(app)
+    refuse_unsafe(app.conf)
     for name, value in _DEFAULTS.items():
         if not _is_set(app, name):
             app.conf[name] = value
@@ -64,9 +64,8 @@ def apply(app: Celery, database_url: str | URL | None) -> URL:
     return url
 
 
-def refuse_unsafe(app: Celery) -> None:
+def refuse_unsafe(conf: Any) -> None:
     """Raise :class:`UnsafeSettingError` for settings under which steps would be lost or could not be run."""
-    conf = app.conf
     if conf.task_protocol != 2:
         _refuse("task_protocol", conf.task_protocol, "its messages have no headers to name a step; use 2")
     for name in ("task_serializer", "result_serializer"):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection
 
 from byrd.errors import IllegalTransitionError, RunNotFoundError
-from byrd.store import locks, progress, runs, steps
+from byrd.store import locks, progress, reading, steps
 from byrd.store.rows import Counts, Wakeup, query
 
 #: The workflow of the jobs themselves, on which none of them acts.
@@ -93,7 +93,7 @@ def next_batch(
 
 def submitted_at(conn: Connection, run_id: str) -> datetime:
     """Return when a job was submitted, by Postgres's clock: its filter's times go by that."""
-    return runs.get(conn, run_id).created_at
+    return reading.get(conn, run_id).created_at
 
 
 def now(conn: Connection) -> datetime:

@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 
 from byrd.canvas import Step
 from byrd.model import Outcome, StepKind
-from byrd.store import items, locks, plans, runs, steps
+from byrd.store import growth, items, locks, plans, runs, steps
 from byrd.store.flow import COMPLETED_AT
 from byrd.store.items import Items
 from byrd.store.rows import CHANNEL, UNCLAIMED, Wakeup, query
@@ -160,7 +160,7 @@ def first_failure(conn: Connection, step_id: str) -> tuple[int, str | None]:
 
 def _own(conn: Connection, step_id: str, attempt: int) -> tuple[str, int]:
     """Have the run of an each to oneself, under the fence; return its id, and the number of the each."""
-    run_id, _ = steps.open_plan(conn, step_id)
+    run_id, _ = growth.open_plan(conn, step_id)
     steps.check_owner(conn, step_id, attempt)
     no: int = query(conn, "SELECT no FROM byrd.steps WHERE id = %(id)s", {"id": step_id}).scalar_one()
     return run_id, no

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
 
-from byrd.store import progress, runs, sweeps
+from byrd.store import progress, reading, sweeps
 from byrd.store.rows import Counts, RunRow, StepRow, WorkerRow, query
 
 #: A queue longer than this is as good as endless to those who wait in it.
@@ -192,11 +192,11 @@ def snapshot(conn: Connection, run_id: str) -> Snapshot:
         {"run": run_id},
     )
     return Snapshot(
-        run=runs.get(conn, run_id),
+        run=reading.get(conn, run_id),
         now=_now(conn),
-        steps=runs.list_steps(conn, run_id),
+        steps=reading.list_steps(conn, run_id),
         checkpoints=progress.list_checkpoints(conn, run_id),
-        attempts=runs.attempts(conn, run_id),
+        attempts=reading.attempts(conn, run_id),
         holders={str(row.id): row.hostname for row in rows},
     )
 
@@ -204,7 +204,7 @@ def snapshot(conn: Connection, run_id: str) -> Snapshot:
 def standing(conn: Connection, run_id: str, *, limit: int = 2000) -> Standing:
     """Return what ``byrd why`` needs to know of a run."""
     query(conn, "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-    run = runs.get(conn, run_id)
+    run = reading.get(conn, run_id)
     rows = query(conn, _OPEN_STEPS, {"run": run_id, "limit": limit}).mappings()
     count = query(
         conn,

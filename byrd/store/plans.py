@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 from byrd.canvas import Plan, Step
 from byrd.model import StepKind
 from byrd.store import flow, runs
-from byrd.store.rows import CHANNEL, Wakeup, query
+from byrd.store.rows import CHANNEL, Wakeup, query, rows_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,8 @@ def submit_many(conn: Connection, new: Sequence[NewRun], *, told: bool = True) -
     steps = [(run, step) for run in new for step in run.plan.steps]
     columns = zip(*(_row(step) for _, step in steps), strict=True)
     arrays = {name: _array(column, _DEFAULTS.get(name)) for name, column in zip(_COLUMNS, columns, strict=True)}
-    taken = query(
+    run = rows_of if told else query  # the connection is Byrd's own, or the caller's
+    taken = run(
         conn,
         _WRITE_RUNS,
         {

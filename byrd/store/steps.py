@@ -7,17 +7,15 @@ The same outcome of the same attempt is accepted twice, for the answer to the fi
 
 from __future__ import annotations
 
-import dataclasses
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 from sqlalchemy import Connection
 
-from byrd.canvas import Plan
-from byrd.errors import IllegalTransitionError, StaleAttempt, StepCancelled
+from byrd.errors import StaleAttempt
 from byrd.items import EACH
 from byrd.model import Mark, Outcome, RunStatus, StepKind, StepStatus
-from byrd.store import flow, items, locks, plans, runs
+from byrd.store import flow, items, runs
 from byrd.store.flow import COMPLETED_AT, RESEND_SECONDS, error_json
 from byrd.store.locks import SHARE_RUN_OF_STEP, TRY_SHARE_RUN
 from byrd.store.rows import UNCLAIMED, WAKEUP, Claim, Wakeup, query, wakeups_of
@@ -150,45 +148,6 @@ def _may_run_alone(conn: Connection, params: dict[str, Any]) -> bool:
     return False
 
 
-class Undone(NamedTuple):
-    """The step that a compensation undoes, with what it was called with (JSON), and why it is undone."""
-
-    id: str
-    no: int
-    task: str
-    status: str
-    result: str | None
-    input: str | None
-    args: str
-    kwargs: str
-    error: str | None
-    failed_step: int | None
-    failed_task: str | None
-    reason: str | None
-    by: str | None
-
-
-def compensated_call(conn: Connection, step_id: str) -> Undone:
-    """Return what a compensation is called for, and with."""
-    row = query(
-        conn,
-        """SELECT s.id, s.no, s.task, s.status, s.result, i.result AS input, s.args, s.kwargs,
-                  coalesce(x.error, xc.error, r.error) AS error, x.no AS failed_step, x.task AS failed_task,
-                  e.detail->>'reason' AS reason, e.detail->>'by' AS by
-             FROM byrd.steps c JOIN byrd.steps s ON s.run_id = c.run_id AND s.no = c.compensates
-             JOIN byrd.runs r ON r.id = c.run_id
-             LEFT JOIN byrd.steps i ON i.run_id = s.run_id AND i.no = s.input
-             LEFT JOIN LATERAL (SELECT detail::json AS detail FROM byrd.events e WHERE e.run_id = c.run_id
-                 AND e.event = 'rollback_started' AND e.step_no IS NOT DISTINCT FROM c.saga
-                ORDER BY e.id DESC LIMIT 1) e ON true
-             LEFT JOIN byrd.steps x ON x.run_id = c.run_id AND x.no = (e.detail->>'cause')::int
-             LEFT JOIN byrd.steps xc ON xc.run_id = c.run_id AND xc.no = x.cause
-            WHERE c.id = %(id)s""",
-        {"id": step_id},
-    ).one()
-    return Undone._make(row)
-
-
 _COMPLETE = f"""
 UPDATE byrd.steps s SET status = 'succeeded', result = %(result)s, finished_at = {COMPLETED_AT}, {UNCLAIMED}
   FROM {SHARE_RUN_OF_STEP}
@@ -240,12 +199,12 @@ def fail(
     if pause is not None:
         row = _give_back(conn, step_id, attempt, Outcome.FAILED, error, delay=pause, preempted=0, owner=owner, pid=pid)
         if row is None:
-            _refuse_unless_recorded(conn, step_id, attempt, Outcome.FAILED)
+            refuse_unless_recorded(conn, step_id, attempt, Outcome.FAILED)
             return []
         return _settle_returned(conn, row)
-    row = _end(conn, step_id, attempt, "failed", Outcome.FAILED, error, owner=owner, pid=pid)
+    row = end_attempt(conn, step_id, attempt, "failed", Outcome.FAILED, error, owner=owner, pid=pid)
     if row is None:
-        _refuse_unless_recorded(conn, step_id, attempt, Outcome.FAILED)
+        refuse_unless_recorded(conn, step_id, attempt, Outcome.FAILED)
         return []
     return _after_failure(conn, row)
 
@@ -287,7 +246,7 @@ def retry(
 
     New arguments replace all the old ones.  ``owner`` and ``pid`` as for :func:`fail`.
     """
-    row = _end(
+    row = end_attempt(
         conn, step_id, attempt, "ready", Outcome.RETRIED, error,
         extra=f"""{TRIED_SINCE}, retries = s.retries + %(counted)s, sends = 0, ready_at = {_NOW}, started_at = NULL,
                   limit_name = CASE WHEN %(args)s IS NULL THEN s.limit_name END,
@@ -304,7 +263,7 @@ def retry(
         owner=owner, pid=pid,
     )  # fmt: skip
     if row is None:
-        _refuse_unless_recorded(conn, step_id, attempt, Outcome.RETRIED)
+        refuse_unless_recorded(conn, step_id, attempt, Outcome.RETRIED)
         return []
     return _settle_returned(conn, row)
 
@@ -321,7 +280,7 @@ def hand_back(
     """running → ready, without blame: the worker shuts down or the run is paused."""
     row = _give_back(conn, step_id, attempt, Outcome.HANDED_BACK, None, delay=delay, preempted=0, owner=owner, pid=pid)
     if row is None:
-        _refuse_unless_recorded(conn, step_id, attempt, Outcome.HANDED_BACK)
+        refuse_unless_recorded(conn, step_id, attempt, Outcome.HANDED_BACK)
         return []
     return _settle_returned(conn, row)
 
@@ -390,7 +349,9 @@ def preempt(
             last = error or error_json(
                 "StepLostError", "byrd.errors", [f"lost its worker {lost} times; the last: {reason}"]
             )
-            ended = _end(conn, step_id, attempt, "failed", Outcome.PREEMPTED, last, extra=f"preemptions = {lost}")
+            ended = end_attempt(
+                conn, step_id, attempt, "failed", Outcome.PREEMPTED, last, extra=f"preemptions = {lost}"
+            )
             if ended is not None:
                 wakeups += _after_failure(conn, ended)
             continue
@@ -414,7 +375,7 @@ def revoke(
     error = error_json("TaskRevokedError", "celery.exceptions", [reason])
     row = None
     if attempt is not None:
-        row = _end(conn, step_id, attempt, "cancelled", Outcome.CANCELLED, error, owner=owner, pid=pid)
+        row = end_attempt(conn, step_id, attempt, "cancelled", Outcome.CANCELLED, error, owner=owner, pid=pid)
     if row is None:
         row = query(
             conn,
@@ -474,9 +435,9 @@ def miss_start(conn: Connection, step_id: str) -> list[Wakeup]:
 
 def ignore(conn: Connection, step_id: str, attempt: int, error: str) -> list[Wakeup]:
     """running → cancelled, without errbacks: the task raised Ignore, so it has no outcome for anyone to act on."""
-    row = _end(conn, step_id, attempt, "cancelled", Outcome.CANCELLED, error)
+    row = end_attempt(conn, step_id, attempt, "cancelled", Outcome.CANCELLED, error)
     if row is None:
-        _refuse_unless_recorded(conn, step_id, attempt, Outcome.CANCELLED)
+        refuse_unless_recorded(conn, step_id, attempt, Outcome.CANCELLED)
         return []
     flow.skip_errbacks(conn, str(row.run_id), row.no)
     return _after_failure(conn, row)
@@ -485,119 +446,11 @@ def ignore(conn: Connection, step_id: str, attempt: int, error: str) -> list[Wak
 def abandon(conn: Connection, step_id: str, attempt: int) -> list[Wakeup]:
     """running → cancelled at a checkpoint, because its run is being cancelled."""
     error = error_json("TaskRevokedError", "celery.exceptions", ["cancelled"])
-    row = _end(conn, step_id, attempt, "cancelled", Outcome.CANCELLED, error)
+    row = end_attempt(conn, step_id, attempt, "cancelled", Outcome.CANCELLED, error)
     if row is None:
-        _refuse_unless_recorded(conn, step_id, attempt, Outcome.CANCELLED)
+        refuse_unless_recorded(conn, step_id, attempt, Outcome.CANCELLED)
         return []
     return _after_failure(conn, row)
-
-
-def replace(conn: Connection, step_id: str, attempt: int, plan: Plan) -> list[Wakeup]:
-    """running → pending: a canvas takes the step's place, and its value becomes the step's.
-
-    ``plan`` may be numbered as it likes.  Raises :class:`StepCancelled` when the run is being cancelled.
-    """
-    run_id, first_no = open_plan(conn, step_id)
-    row = _end(
-        conn, step_id, attempt, "pending", Outcome.REPLACED, None,
-        extra="replaced = true, waiting = 1, started_at = NULL, ready_at = NULL, run_at = NULL, wake_at = NULL",
-    )  # fmt: skip
-    if row is None:
-        _refuse_unless_recorded(conn, step_id, attempt, Outcome.REPLACED)
-        return []
-    plan = _as_part_of(plans.renumbered(plan, first_no), row.saga)
-    plans.insert_steps(conn, run_id, plan.steps)
-    query(
-        conn,
-        "UPDATE byrd.steps SET join_no = %(no)s, join_pos = 0 WHERE run_id = %(run)s AND no = %(output)s",
-        {"run": run_id, "no": row.no, "output": plan.output},
-    )
-    return plans.start(conn, run_id, plan.steps)
-
-
-def extend_join(conn: Connection, step_id: str, attempt: int, plan: Plan) -> list[Wakeup]:
-    """Add a canvas to the group that the running step is a member of; its value comes last in the group's.
-
-    A step that took a replaced one's place is a member of that one's group.  Raises :class:`StepCancelled` when the
-    run is being cancelled, and ``ValueError`` when there is no group.
-    """
-    run_id, first_no = open_plan(conn, step_id)
-    check_owner(conn, step_id, attempt)
-    output_id = next(step.id for step in plan.steps if step.no == plan.output)
-    if query(conn, "SELECT 1 FROM byrd.steps WHERE id = %(id)s", {"id": output_id}).first():
-        return []  # added before: the answer was lost on its way
-    join = _join_of(conn, step_id)
-    if join is None:
-        raise ValueError("Current task is not member of any chord")  # Celery's own words
-    around = query(
-        conn, "SELECT saga FROM byrd.steps WHERE run_id = %(run)s AND no = %(no)s", {"run": run_id, "no": join}
-    ).scalar()
-    plan = _as_part_of(plans.renumbered(plan, first_no), around)
-    plans.insert_steps(conn, run_id, plan.steps)
-    query(
-        conn,
-        """WITH joined AS (
-             UPDATE byrd.steps SET waiting = waiting + 1 WHERE run_id = %(run)s AND no = %(join)s)
-           UPDATE byrd.steps SET join_no = %(join)s, join_pos =
-             (SELECT max(join_pos) + 1 FROM byrd.steps WHERE run_id = %(run)s AND join_no = %(join)s)
-            WHERE run_id = %(run)s AND no = %(output)s""",
-        {"run": run_id, "join": join, "output": plan.output},
-    )
-    return plans.start(conn, run_id, plan.steps)
-
-
-def _as_part_of(plan: Plan, saga: int | None) -> Plan:
-    """Return the plan as a part of a saga; errbacks are none."""
-    if saga is None:
-        return plan
-    moved = (
-        step
-        if step.kind is StepKind.ERRBACK or step.saga is not None
-        else dataclasses.replace(step, saga=saga, solo=True)
-        for step in plan.steps
-    )
-    return Plan(tuple(moved), plan.output)
-
-
-def _join_of(conn: Connection, step_id: str) -> int | None:
-    """Return the join of the group that a step is a member of, itself or through the replaced steps above it."""
-    found: int | None = query(
-        conn,
-        """WITH RECURSIVE up AS (
-             SELECT j.run_id, j.no, j.kind, j.join_no FROM byrd.steps m
-               JOIN byrd.steps j ON j.run_id = m.run_id AND j.no = m.join_no WHERE m.id = %(id)s
-             UNION ALL
-             SELECT j.run_id, j.no, j.kind, j.join_no FROM up
-               JOIN byrd.steps j ON j.run_id = up.run_id AND j.no = up.join_no WHERE up.kind <> 'join')
-           SELECT no FROM up WHERE kind = 'join'""",
-        {"id": step_id},
-    ).scalar()
-    return found
-
-
-def open_plan(conn: Connection, step_id: str) -> tuple[str, int]:
-    """Have the step's run to oneself, to add steps to it; return its id and the number of its next step."""
-    found = query(conn, "SELECT run_id, kind FROM byrd.steps WHERE id = %(id)s", {"id": step_id}).first()
-    if found is None:
-        raise StaleAttempt(f"step {step_id} does not exist any more")
-    if found.kind in (StepKind.COMPENSATION, StepKind.ITEM):
-        what = "a compensation" if found.kind == StepKind.COMPENSATION else "an item of an each"
-        raise IllegalTransitionError(f"step {step_id} is {what}, which can neither be replaced nor grow a chord")
-    run_id = str(found.run_id)
-    locks.own_run(conn, run_id)
-    row = query(
-        conn,
-        """SELECT r.status, (SELECT max(no) + 1 FROM byrd.steps s WHERE s.run_id = r.id) AS next_no,
-                  (SELECT g.status NOT IN ('pending','succeeded') FROM byrd.steps s
-                     JOIN byrd.steps g ON g.run_id = s.run_id AND g.no = s.saga WHERE s.id = %(id)s) AS saga_failed
-           FROM byrd.runs r WHERE r.id = %(run)s""",
-        {"run": run_id, "id": step_id},
-    ).one()
-    if row.status == RunStatus.CANCELLING or row.saga_failed:
-        # The new steps would never start, and the run would wait for them for ever.
-        why = "its saga has failed" if row.saga_failed else "its run is being cancelled"
-        raise StepCancelled(f"step {step_id}: {why}")
-    return run_id, row.next_no
 
 
 def check_owner(conn: Connection, step_id: str, attempt: int) -> None:
@@ -616,7 +469,7 @@ def check_owner(conn: Connection, step_id: str, attempt: int) -> None:
 _ENDED = "s.id, s.run_id, s.no, s.kind, s.task, s.join_no, s.status, s.saga"
 
 
-def _end(
+def end_attempt(
     conn: Connection,
     step_id: str,
     attempt: int,
@@ -671,7 +524,7 @@ def _give_back(
     owner: str | None = None,
     pid: int | None = None,
 ) -> Any:
-    return _end(
+    return end_attempt(
         conn, step_id, attempt, "ready", outcome, error, owner=owner, pid=pid,
         # Solo once it has lost a worker: it is no longer taken along with others, which it may pull down.
         extra=f"""preemptions = s.preemptions + %(preempted)s, solo = s.solo OR %(preempted)s > 0,
@@ -724,7 +577,7 @@ def _refuse_unless_completed(conn: Connection, step_id: str, attempt: int) -> No
         raise _stale(step_id, attempt, row)
 
 
-def _refuse_unless_recorded(conn: Connection, step_id: str, attempt: int, outcome: Outcome) -> None:
+def refuse_unless_recorded(conn: Connection, step_id: str, attempt: int, outcome: Outcome) -> None:
     """Raise :class:`StaleAttempt`, unless this very attempt is on record as having ended so."""
     row = query(
         conn,

@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 
 from byrd.errors import IllegalTransitionError
 from byrd.model import RunStatus
-from byrd.store import runs, steps
+from byrd.store import reading, runs, steps
 from byrd.store.locks import SHARE_RUN_OF_STEP
 from byrd.store.rows import Wakeup, query
 from byrd.waits import SUBWORKFLOW
@@ -61,7 +61,7 @@ def cancel(
     wakeups: list[Wakeup] = []
     if before != RunStatus.CANCELLING:
         wakeups = runs.cancel(conn, run_id, compensate=compensate, by=by, token=token)
-    elif compensate and not runs.get(conn, run_id).compensate:
+    elif compensate and not reading.get(conn, run_id).compensate:
         raise IllegalTransitionError(
             f"run {run_id} is being cancelled already, without compensation; ask for terminate alone"
         )

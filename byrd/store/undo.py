@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from graphlib import TopologicalSorter
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
 
@@ -165,3 +165,42 @@ def release_next(conn: Connection, run_id: str, saga: int | None) -> tuple[list[
     )
     numbers = [row.no for row in rows]
     return (flow.release(conn, run_id, numbers) if numbers else []), False
+
+
+class Undone(NamedTuple):
+    """The step that a compensation undoes, with what it was called with (JSON), and why it is undone."""
+
+    id: str
+    no: int
+    task: str
+    status: str
+    result: str | None
+    input: str | None
+    args: str
+    kwargs: str
+    error: str | None
+    failed_step: int | None
+    failed_task: str | None
+    reason: str | None
+    by: str | None
+
+
+def compensated_call(conn: Connection, step_id: str) -> Undone:
+    """Return what a compensation is called for, and with."""
+    row = query(
+        conn,
+        """SELECT s.id, s.no, s.task, s.status, s.result, i.result AS input, s.args, s.kwargs,
+                  coalesce(x.error, xc.error, r.error) AS error, x.no AS failed_step, x.task AS failed_task,
+                  e.detail->>'reason' AS reason, e.detail->>'by' AS by
+             FROM byrd.steps c JOIN byrd.steps s ON s.run_id = c.run_id AND s.no = c.compensates
+             JOIN byrd.runs r ON r.id = c.run_id
+             LEFT JOIN byrd.steps i ON i.run_id = s.run_id AND i.no = s.input
+             LEFT JOIN LATERAL (SELECT detail::json AS detail FROM byrd.events e WHERE e.run_id = c.run_id
+                 AND e.event = 'rollback_started' AND e.step_no IS NOT DISTINCT FROM c.saga
+                ORDER BY e.id DESC LIMIT 1) e ON true
+             LEFT JOIN byrd.steps x ON x.run_id = c.run_id AND x.no = (e.detail->>'cause')::int
+             LEFT JOIN byrd.steps xc ON xc.run_id = c.run_id AND xc.no = x.cause
+            WHERE c.id = %(id)s""",
+        {"id": step_id},
+    ).one()
+    return Undone._make(row)

@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 
 from byrd.errors import StaleAttempt
 from byrd.store.migrations.work import UNUSUAL
-from byrd.store.rows import Claim, Wakeup, query
+from byrd.store.rows import Claim, Wakeup, rows_of
 
 
 class Done(NamedTuple):
@@ -68,7 +68,7 @@ def work(
     of this worker, for others to be woken.  Right when it is run twice with the same ``token``: what was recorded stays
     so, and what was claimed is found.
     """
-    rows = query(
+    rows = rows_of(
         conn,
         _WORK,
         {

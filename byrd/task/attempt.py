@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 from billiard.exceptions import SoftTimeLimitExceeded
 from celery import current_task
 from celery.app.task import Context
-from kombu.utils.json import dumps, loads
+from kombu.utils.json import dumps
 
 from byrd.canvas import Plan
 from byrd.errors import CheckpointError, StaleAttempt
 from byrd.policies import default_of, timeouts_of
-from byrd.store import Claim, Wakeup, flow, limits, progress, steps
+from byrd.store import Claim, Wakeup, flow, growth, limits, progress, steps
 from byrd.store.limits import Place
 from byrd.task.runtime import Runtime
+from byrd.task.values import loads
 
 if TYPE_CHECKING:
     from byrd.task.slices import Slice
@@ -171,12 +172,12 @@ class Attempt:
 
     def replace(self, canvas: Any) -> None:
         """Put a canvas in the step's place; its value will be the step's."""
-        self._close(steps.replace, self._inner_plan(canvas))
+        self._close(growth.replace, self._inner_plan(canvas))
 
     def extend_chord(self, canvas: Any) -> str:
         """Add a canvas to the group that the step is a member of; return the id of the step that has its value."""
         plan = self._inner_plan(canvas)
-        wakeups = self.runtime.patient_store.run(steps.extend_join, self.step_id, self.number, plan)
+        wakeups = self.runtime.patient_store.run(growth.extend_join, self.step_id, self.number, plan)
         self.runtime.publisher.publish(wakeups)
         return next(step.id for step in plan.steps if step.no == plan.output)
 

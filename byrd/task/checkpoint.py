@@ -22,7 +22,6 @@ from typing import Any, Self, TypeVar
 from billiard.exceptions import SoftTimeLimitExceeded
 from celery._state import _task_stack
 from celery.exceptions import Ignore, Reject, Retry
-from kombu.utils.json import loads
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -34,6 +33,7 @@ from byrd.store.database import MOST_EXCESSES, exceeds_limit, is_outage, is_race
 from byrd.store.progress import FailedItem
 from byrd.task.attempt import Attempt, attempt_of, encoded, text_of, to_json
 from byrd.task.compound import CompoundTask
+from byrd.task.values import loads
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

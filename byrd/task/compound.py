@@ -7,12 +7,12 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
 
 from celery.exceptions import Ignore, Reject, Retry
-from kombu.utils.json import loads
 
 from byrd.errors import CheckpointError, CompoundError
 from byrd.store import progress
 from byrd.task.attempt import Attempt, encoded, text_of
 from byrd.task.durable import DurableTask
+from byrd.task.values import loads
 
 T = TypeVar("T")
 

@@ -26,13 +26,12 @@ from celery.canvas import _chain
 from celery.exceptions import Ignore, ImproperlyConfigured, Reject
 from celery.exceptions import Retry as CeleryRetry
 from celery.result import AsyncResult
-from kombu.utils.json import loads
 
 from byrd.errors import ArgumentError, ControlFlow, StepCancelled, StepHandedBack, TaskOverrideError
 from byrd.limits import limit_of
 from byrd.model import PROTOCOL_VERSION, StepKind, StepStatus
 from byrd.policies import check_declaration
-from byrd.store import steps, sweeps
+from byrd.store import steps, sweeps, undo
 from byrd.store.work import Own
 from byrd.task import control, limited, results, retries, slices
 from byrd.task.attempt import (
@@ -48,6 +47,7 @@ from byrd.task.attempt import (
 from byrd.task.publisher import SHARED
 from byrd.task.reports import Report, report_of, with_reports
 from byrd.task.runtime import runtime_of
+from byrd.task.values import loads
 
 log = logging.getLogger(__name__)
 Tracer = Callable[[str, Any, Any, Mapping[str, Any]], Any]
@@ -256,7 +256,7 @@ def _arguments(task: Task, attempt: Attempt) -> tuple[list[Any], dict[str, Any]]
     claim = attempt.claim
     args, kwargs = loads(claim.args), loads(claim.kwargs)
     if claim.kind == StepKind.COMPENSATION and claim.compensates is not None:
-        undone = attempt.runtime.patient_store.run(steps.compensated_call, claim.id)
+        undone = attempt.runtime.patient_store.run(undo.compensated_call, claim.id)
         attempt.undoes = Compensation(
             key=claim.id,
             run_id=claim.run_id,
@@ -275,7 +275,7 @@ def _arguments(task: Task, attempt: Attempt) -> tuple[list[Any], dict[str, Any]]
         return args, kwargs
     if claim.on_failure:
         return [*_failure(task, attempt, args, kwargs), *args], kwargs
-    return [loads(claim.input), *args], kwargs
+    return [loads(claim.input or "null"), *args], kwargs
 
 
 def _line_of(error: str | None) -> str:

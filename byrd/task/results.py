@@ -14,15 +14,16 @@ from billiard.exceptions import TimeLimitExceeded
 from celery import Celery, states
 from celery.exceptions import TimeoutError as CeleryTimeoutError
 from kombu.exceptions import EncodeError
-from kombu.utils.json import dumps, loads
+from kombu.utils.json import dumps
 from sqlalchemy.exc import DBAPIError
 
 from byrd.errors import NotLiveError
 from byrd.policies import names_of
-from byrd.store import StepRow, Store, runs, steps, timeouts
+from byrd.store import StepRow, Store, reading, steps, timeouts
 from byrd.store.database import first_line
 from byrd.task.attempt import attempt_of, header_of, text_of
 from byrd.task.runtime import runtime_of
+from byrd.task.values import loads
 
 _STATES = {
     "pending": states.PENDING,
@@ -168,7 +169,7 @@ class DurableResults:
     def _step(self, task_id: str) -> StepRow | None:
         store: Store = runtime_of(self.app).store
         try:
-            return store.run(runs.get_step, str(task_id))
+            return store.run(reading.get_step, str(task_id))
         except NotLiveError:
             return None  # the backend may know, and says so if it does not
 
@@ -182,9 +183,9 @@ class DurableResults:
             "group_id": None,
         }  # fmt: skip
         if step.status == "succeeded":
-            meta["result"] = loads(step.result)
+            meta["result"] = loads(step.result or "null")
         elif status in states.PROPAGATE_STATES:
-            _, _, _, error, _, _ = runtime_of(self.app).store.run(runs.outcome, step.run_id, step.no)
+            _, _, _, error, _, _ = runtime_of(self.app).store.run(reading.outcome, step.run_id, step.no)
             meta["result"], meta["traceback"] = self.decoded_error(error)
         elif status in (states.STARTED, states.PENDING):
             own: dict[str, Any] = super().get_task_meta(step.id, cache=cache)  # type: ignore[misc]

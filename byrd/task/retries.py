@@ -8,11 +8,11 @@ from celery import Task, states
 from celery.app.trace import TraceInfo, build_tracer
 from celery.exceptions import Retry as CeleryRetry
 from kombu.exceptions import EncodeError
-from kombu.utils.json import loads
 
 from byrd import policies
 from byrd.store import timeouts
 from byrd.task.attempt import Attempt, RetryRequest, attempt_of
+from byrd.task.values import loads
 
 #: No attempt makes these better: the result of the task cannot be recorded.
 _FOR_GOOD = (EncodeError,)

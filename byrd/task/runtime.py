@@ -12,11 +12,11 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from celery import Celery
 from celery.app.routes import MapRoute
-from kombu.utils.json import dumps, loads
+from kombu.utils.json import dumps
 from sqlalchemy.engine import URL
 
 from byrd import policies
@@ -28,6 +28,9 @@ from byrd.model import Mark, StepKind
 from byrd.policies import Retry
 from byrd.store import Store, Wakeup, limits, steps, sweeps
 from byrd.task.publisher import Publisher
+from byrd.task.values import loads
+
+T = TypeVar("T")
 
 #: Children of a pool that is spawned rather than forked learn their worker's id from here.
 _WORKER_ID = "BYRD_WORKER_ID"
@@ -80,6 +83,8 @@ class Runtime:
         self._flags: mmap.mmap | None = None
         self._running: mmap.mmap | None = None
         self._natures: dict[str, tuple[tuple[Any, ...], _Nature]] = {}
+        #: The settings when they were read, and what was read of them.
+        self._settings: tuple[Any, int, dict[str, Any], dict[str, Any]] | None = None
         self._worker_id: str | None = None
         self._main_pid: int | None = None
         setattr(app, _RUNTIME, self)
@@ -94,6 +99,19 @@ class Runtime:
             )
         return found
 
+    def setting(self, name: str, read: Callable[[Any], T]) -> T:
+        """Return ``read(app.conf)``, read anew when a setting has changed: Celery looks through four layers for each.
+
+        ``name``: one for each ``read``.
+        """
+        conf, known = self.app.conf, self._settings
+        if known is None or conf is not known[0] or (len(conf.maps), conf.changes) != known[1:3]:
+            known = self._settings = (conf, len(conf.maps), dict(conf.changes), {})
+        if name not in known[3]:
+            known[3][name] = read(conf)
+        found: T = known[3][name]
+        return found
+
     @property
     def max_preemptions(self) -> int:
         """How often a step may lose its worker before it is failed."""
@@ -102,7 +120,7 @@ class Runtime:
     @property
     def max_value_bytes(self) -> int:
         """How large the JSON of one result, cursor or memoised value may be, and that of all arguments of one plan."""
-        found = int(self.app.conf.get("byrd_max_value_bytes", MAX_VALUE_BYTES))
+        found = self.setting("byrd_max_value_bytes", _most_value_bytes)
         if not 0 < found <= MOST_VALUE_BYTES:
             raise ConfigurationError(f"byrd_max_value_bytes={found} must be more than 0, at most {MOST_VALUE_BYTES}")
         return found
@@ -305,6 +323,10 @@ class Runtime:
         options.update({k: v for k, v in routed.items() if v is not None and k not in options})
         queue_name = getattr(queue, "name", queue) or self.app.conf.task_default_queue
         return str(queue_name), options
+
+
+def _most_value_bytes(conf: Any) -> int:
+    return int(conf.get("byrd_max_value_bytes", MAX_VALUE_BYTES))
 
 
 def _digest(step_id: str) -> bytes:

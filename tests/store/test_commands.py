@@ -12,7 +12,7 @@ from celery import chain, group
 from sqlalchemy import event
 
 from byrd.errors import IllegalTransitionError
-from byrd.store import runs
+from byrd.store import reading, runs
 from tests.store.world import World, sig
 
 # ------------------------------------------------------------------------------------------------- an answer is lost
@@ -95,7 +95,7 @@ def explain(world: World, **wanted: Any) -> list[dict[str, Any]]:
 
     event.listen(world.store.engine, "before_cursor_execute", note)
     try:
-        world.do(runs.list_runs, **wanted)
+        world.do(reading.list_runs, **wanted)
     finally:
         event.remove(world.store.engine, "before_cursor_execute", note)
     [(statement, parameters)] = seen
@@ -143,7 +143,7 @@ def test_the_newest_runs_come_first_whatever_their_status(world: World) -> None:
     newest = list(reversed(made))
 
     def ids(**wanted: Any) -> list[str]:
-        return [row.id for row in world.do(runs.list_runs, **wanted)]
+        return [row.id for row in world.do(reading.list_runs, **wanted)]
 
     assert ids() == newest
     assert ids(limit=2) == newest[:2]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from celery import chain, chord, group
 
-from byrd.store import runs, steps
+from byrd.store import growth, runs, steps
 from byrd.store.rows import query
 from tests.store.world import ERROR, World, plan_of, sig
 
@@ -58,13 +58,13 @@ def replace(world: World, run: str, task: str, canvas: Any) -> None:
     """Have the ready step of that task replace itself."""
     claim = world.claim(run, task)
     world.ran.append(task)
-    world.do(steps.replace, claim.id, claim.attempt, plan_of(canvas))
+    world.do(growth.replace, claim.id, claim.attempt, plan_of(canvas))
 
 
 def grow(world: World, run: str, task: str, canvas: Any) -> None:
     """Have the ready step of that task add to its group, and complete."""
     claim = world.claim(run, task)
-    world.do(steps.extend_join, claim.id, claim.attempt, plan_of(canvas))
+    world.do(growth.extend_join, claim.id, claim.attempt, plan_of(canvas))
     world.settle(claim)
 
 

@@ -39,6 +39,7 @@ from byrd.store import (
     Claim,
     Counts,
     Store,
+    growth,
     progress,
     runs,
     sagas,
@@ -683,7 +684,7 @@ class InterleavingMachine(RuleBasedStateMachine):
             return
         plan = plan_of(sig("added") if grow else chain(group(sig("r1"), sig("r2")), sig(claim.task)), shared=True)
         name = "extend_join" if grow else "replace"
-        function = steps.extend_join if grow else steps.replace
+        function = growth.extend_join if grow else growth.replace
 
         def committed(result: Any, changes: list[Change]) -> None:
             if grow:

@@ -16,7 +16,7 @@ from celery import chain, group
 
 from byrd.errors import IllegalTransitionError, LimitNotFoundError, StaleAttempt
 from byrd.limits import Limit
-from byrd.store import Claim, Store, Wakeup, limits, runs, steps, sweeps
+from byrd.store import Claim, Store, Wakeup, limits, reading, runs, steps, sweeps
 from byrd.store.limits import Admission, LimitRow, Place
 from tests.store.world import ERROR, World, plan_of, sig, submit
 
@@ -110,7 +110,7 @@ def test_a_step_that_waits_has_no_attempt_no_blame_and_no_history(world: World) 
     assert (step.attempt, step.retries, step.preemptions, step.sends, step.status) == (0, 0, 0, 0, "ready")
     assert step.worker_id is None
     assert seconds(step.run_at) > 0
-    assert world.do(runs.attempts, run.run_id) == []
+    assert world.do(reading.attempts, run.run_id) == []
     assert world.do(sweeps.take_due) == []  # no message either
     assert run.ask(1) is Admission.NOTHING  # a message that came twice
 
@@ -484,7 +484,7 @@ def test_a_parked_key_lets_nobody_start_until_then(world: World) -> None:
     step = run.step(0)
     assert (step.status, step.attempt, step.retries) == ("ready", 1, 0)
     assert 29 < seconds(step.run_at) <= 30
-    assert [row["outcome"] for row in world.do(runs.attempts, run.run_id)] == ["retried"]
+    assert [row["outcome"] for row in world.do(reading.attempts, run.run_id)] == ["retried"]
     time.sleep(0.15)
     assert [run.ask(i) for i in (1, 2)] == [Admission.WAITS] * 2  # though it had its place
     assert all(29 < seconds(run.step(i).run_at) < 31 for i in (1, 2))

@@ -11,7 +11,7 @@ import pytest
 from celery import chain, chord, group
 
 from byrd.errors import IllegalTransitionError, RunNotFoundError, StaleAttempt, StepCancelled
-from byrd.store import Claim, plans, runs, steps, sweeps
+from byrd.store import Claim, growth, plans, reading, runs, steps, sweeps, undo
 from byrd.store.rows import query
 from tests.store.world import ERROR, World, plan_of, sig, submit
 
@@ -74,7 +74,7 @@ def test_a_failure_skips_what_waited_for_it_and_calls_errbacks(world: World) -> 
     assert (row.status, row.error) == ("failed", ERROR)
     assert world.ran == ["a", "b", "oops", "and_then"]
     assert {name for name, status in world.statuses(run).items() if status == "skipped"} == {"c", "never", "d"}
-    assert world.do(runs.outcome, run)[:4] == (row.output, "skipped", None, ERROR)
+    assert world.do(reading.outcome, run)[:4] == (row.output, "skipped", None, ERROR)
 
 
 def test_an_errback_gets_the_error_and_its_own_failure_changes_nothing(world: World) -> None:
@@ -164,7 +164,7 @@ def test_a_key_makes_one_run_of_a_workflow(world: World) -> None:
 
 
 def test_a_run_that_nobody_knows(world: World) -> None:
-    for statement in (runs.get, runs.pause, runs.resume, runs.cancel, runs.retry):
+    for statement in (reading.get, runs.pause, runs.resume, runs.cancel, runs.retry):
         with pytest.raises(RunNotFoundError):
             world.do(statement, str(uuid.uuid4()))
 
@@ -187,8 +187,8 @@ def test_a_stale_attempt_can_write_nothing(world: World) -> None:
         (steps.hand_back, []),
         (steps.ignore, [ERROR]),
         (steps.abandon, []),
-        (steps.replace, [plan]),
-        (steps.extend_join, [plan]),
+        (growth.replace, [plan]),
+        (growth.extend_join, [plan]),
         (steps.check_owner, []),
     ):
         assert world.stale(statement, old.id, old.attempt, *args), statement
@@ -210,7 +210,7 @@ def test_a_retry_waits_and_may_change_the_call(world: World) -> None:
     assert (claim.args, claim.kwargs, claim.input) == ("[7]", '{"k": 1}', None)
     world.settle(claim)
     assert world.run(run).status == "succeeded"
-    assert [(a["attempt"], a["outcome"]) for a in world.do(runs.attempts, run)] == [(1, "retried"), (2, "retried")]
+    assert [(a["attempt"], a["outcome"]) for a in world.do(reading.attempts, run)] == [(1, "retried"), (2, "retried")]
 
 
 def test_a_step_that_keeps_losing_its_worker_is_failed(world: World) -> None:
@@ -260,7 +260,7 @@ def test_a_replaced_steps_value_is_the_canvass(world: World) -> None:
     run = world.submit(chain(group(sig("a"), sig("b")), sig("c")))
     claim = world.claim(run, "a")
     new = chain(sig("x"), group(sig("y"), sig("z")))
-    assert [w.task for w in world.do(steps.replace, claim.id, claim.attempt, plan_of(new))] == ["x"]
+    assert [w.task for w in world.do(growth.replace, claim.id, claim.attempt, plan_of(new))] == ["x"]
     assert world.step(run, "a").status == "pending"
     assert world.drive(run).status == "succeeded"
     assert world.step(run, "a").result == '["y","z"]'
@@ -273,9 +273,9 @@ def test_a_replaced_steps_value_is_the_canvass(world: World) -> None:
 def test_a_replacement_may_be_replaced_and_may_be_empty(world: World) -> None:
     run = world.submit(chain(sig("a"), sig("b")))
     claim = world.claim(run, "a")
-    world.do(steps.replace, claim.id, claim.attempt, plan_of(sig("x")))
+    world.do(growth.replace, claim.id, claim.attempt, plan_of(sig("x")))
     claim = world.claim(run, "x")
-    [wakeup] = world.do(steps.replace, claim.id, claim.attempt, plan_of(group([])))
+    [wakeup] = world.do(growth.replace, claim.id, claim.attempt, plan_of(group([])))
     assert wakeup.task == "b"
     assert world.step(run, "a").result == "[]"
     assert world.drive(run).status == "succeeded"
@@ -285,7 +285,7 @@ def test_a_replacement_that_fails_fails_the_step(world: World) -> None:
     world.failing = {"x"}
     run = world.submit(chain(sig("a", link_error=sig("oops")), sig("b")))
     claim = world.claim(run, "a")
-    world.do(steps.replace, claim.id, claim.attempt, plan_of(sig("x")))
+    world.do(growth.replace, claim.id, claim.attempt, plan_of(sig("x")))
     assert world.drive(run).status == "failed"
     assert (world.step(run, "a").error, world.ran) == (ERROR, ["x", "oops"])
 
@@ -295,7 +295,7 @@ def test_a_chord_grows(world: World) -> None:
     claim = world.claim(run, "a")
     world.settle(world.claim(run, "b"))
     assert [
-        w.task for w in world.do(steps.extend_join, claim.id, claim.attempt, plan_of(chain(sig("x"), sig("y"))))
+        w.task for w in world.do(growth.extend_join, claim.id, claim.attempt, plan_of(chain(sig("x"), sig("y"))))
     ] == ["x"]
     world.settle(claim)
     assert world.statuses(run)["body"] == "pending"
@@ -307,11 +307,11 @@ def test_a_chord_grows_by_a_step_that_took_a_members_place(world: World) -> None
     run = world.submit(chord([sig("t"), sig("u")], sig("body")))
     for task, new in (("t", chain(sig("w"), sig("v"))), ("v", sig("x"))):
         claim = world.claim(run, task)
-        world.do(steps.replace, claim.id, claim.attempt, plan_of(new))
+        world.do(growth.replace, claim.id, claim.attempt, plan_of(new))
         if task == "t":
             world.settle(world.claim(run, "w"))
     claim = world.claim(run, "x")
-    world.do(steps.extend_join, claim.id, claim.attempt, plan_of(sig("y")))
+    world.do(growth.extend_join, claim.id, claim.attempt, plan_of(sig("y")))
     world.check()
     world.settle(claim)
     world.settle(world.claim(run, "y"))
@@ -323,11 +323,11 @@ def test_a_chord_grows_by_a_step_that_took_a_members_place(world: World) -> None
 def test_a_step_outside_of_any_group_has_no_chord_to_grow(world: World) -> None:
     run = world.submit(chain(sig("t"), sig("u")))
     claim = world.claim(run, "t")
-    world.do(steps.replace, claim.id, claim.attempt, plan_of(sig("x")))
+    world.do(growth.replace, claim.id, claim.attempt, plan_of(sig("x")))
     claim = world.claim(run, "x")
     before = world.rows()
     with pytest.raises(ValueError, match="Current task is not member of any chord"):
-        world.do(steps.extend_join, claim.id, claim.attempt, plan_of(sig("y")))
+        world.do(growth.extend_join, claim.id, claim.attempt, plan_of(sig("y")))
     assert world.rows() == before
     world.settle(claim)
     assert world.drive(run).status == "succeeded"
@@ -337,7 +337,7 @@ def test_a_cancelled_run_grows_no_more(world: World) -> None:
     run = world.submit(chord([sig("a"), sig("b")], sig("body")))
     claim = world.claim(run, "a")
     world.do(runs.cancel, run)
-    for statement in (steps.replace, steps.extend_join):
+    for statement in (growth.replace, growth.extend_join):
         with pytest.raises(StepCancelled):
             world.do(statement, claim.id, claim.attempt, plan_of(sig("x")))
     world.do(steps.abandon, claim.id, claim.attempt)
@@ -350,7 +350,7 @@ def test_a_compensation_can_not_be_replaced(world: World) -> None:
     world.drive(run, until=["b"])
     claim = world.claim(run, "undo_saga_a")
     with pytest.raises(IllegalTransitionError, match="compensation"):
-        world.do(steps.replace, claim.id, claim.attempt, plan_of(sig("x")))
+        world.do(growth.replace, claim.id, claim.attempt, plan_of(sig("x")))
 
 
 # ------------------------------------------------------------------------------------------------- cancel, pause
@@ -509,7 +509,7 @@ def test_a_run_with_replaced_steps_is_retried(world: World) -> None:
     world.failing = {"y"}
     run = world.submit(chain(group(sig("a"), sig("b")), sig("c")))
     claim = world.claim(run, "a")
-    world.do(steps.replace, claim.id, claim.attempt, plan_of(chain(sig("x"), group(sig("y"), sig("z")))))
+    world.do(growth.replace, claim.id, claim.attempt, plan_of(chain(sig("x"), group(sig("y"), sig("z")))))
     assert world.drive(run).status == "failed"
     world.failing.clear()
     world.ran.clear()
@@ -582,7 +582,7 @@ def test_a_compensation_is_called_with_the_result_and_the_call(world: World) -> 
     world.drive(run, until=["bad"])
     claim = world.claim(run, "undo_saga_b")
     assert claim.compensates == world.step(run, "saga_b").no
-    undone = world.do(steps.compensated_call, claim.id)
+    undone = world.do(undo.compensated_call, claim.id)
     assert (undone.result, undone.input, undone.args, undone.kwargs) == ('"saga_b"', '"a"', "[7]", "{}")
     assert (undone.status, undone.failed_task, undone.error) == ("succeeded", "bad", ERROR)
 
@@ -695,8 +695,8 @@ REPEATED: dict[str, Callable[[World, Claim], Any]] = {
     "ignore": lambda w, c: w.do(steps.ignore, c.id, c.attempt, ERROR),
     "abandon": lambda w, c: w.do(steps.abandon, c.id, c.attempt),
     "revoke": lambda w, c: w.do(steps.revoke, c.id, "revoked", attempt=c.attempt),
-    "replace": lambda w, c: w.do(steps.replace, c.id, c.attempt, PLAN),
-    "extend_join": lambda w, c: w.do(steps.extend_join, c.id, c.attempt, PLAN),
+    "replace": lambda w, c: w.do(growth.replace, c.id, c.attempt, PLAN),
+    "extend_join": lambda w, c: w.do(growth.extend_join, c.id, c.attempt, PLAN),
     "preempt": lambda w, c: w.do(steps.preempt, w.worker_id, reason="gone"),
     "release_worker": lambda w, c: w.do(sweeps.release_worker, w.worker_id, reason="gone"),
 }

@@ -19,7 +19,7 @@ from sqlalchemy import Connection, event
 
 from byrd import store as byrd_store
 from byrd.errors import IllegalTransitionError, StaleAttempt, StepCancelled
-from byrd.store import Claim, Store, runs, steps, sweeps
+from byrd.store import Claim, Store, growth, runs, steps, sweeps
 from byrd.store.rows import query
 from tests.servers import Server, execute, url_of
 from tests.store.world import ERROR, World, plan_of, sig, submit
@@ -316,21 +316,21 @@ def replace_cancel(world: World) -> tuple[Statement, Statement]:
     run = world.submit(chain(group(sig("a"), sig("b")), sig("c")))
     claim = world.claim(run, "a")
     plan = plan_of(chain(sig("x"), sig("y")))
-    return lambda conn: steps.replace(conn, claim.id, claim.attempt, plan), lambda conn: runs.cancel(conn, run)
+    return lambda conn: growth.replace(conn, claim.id, claim.attempt, plan), lambda conn: runs.cancel(conn, run)
 
 
 def extend_cancel(world: World) -> tuple[Statement, Statement]:
     run = world.submit(chain(group(sig("a"), sig("b")), sig("c")))
     claim = world.claim(run, "a")
     plan = plan_of(chain(sig("x"), sig("y")))
-    return lambda conn: steps.extend_join(conn, claim.id, claim.attempt, plan), lambda conn: runs.cancel(conn, run)
+    return lambda conn: growth.extend_join(conn, claim.id, claim.attempt, plan), lambda conn: runs.cancel(conn, run)
 
 
 def replace_complete(world: World) -> tuple[Statement, Statement]:
     run = world.submit(chain(group(sig("a"), sig("b")), sig("c")))
     claim = world.claim(run, "a")
     plan = plan_of(group(sig("x"), sig("y")))
-    return lambda conn: steps.replace(conn, claim.id, claim.attempt, plan), completion_of(world, run, "b")
+    return lambda conn: growth.replace(conn, claim.id, claim.attempt, plan), completion_of(world, run, "b")
 
 
 def extend_extend(world: World) -> tuple[Statement, Statement]:
@@ -338,7 +338,7 @@ def extend_extend(world: World) -> tuple[Statement, Statement]:
 
     def extension(name: str) -> Statement:
         claim, plan = world.claim(run, name), plan_of(chain(sig(f"{name}1"), sig(f"{name}2")))
-        return lambda conn: steps.extend_join(conn, claim.id, claim.attempt, plan)
+        return lambda conn: growth.extend_join(conn, claim.id, claim.attempt, plan)
 
     return extension("a"), extension("b")
 
@@ -348,7 +348,7 @@ def replace_preempt(world: World) -> tuple[Statement, Statement]:
     claim = world.claim(run, "a")
     plan = plan_of(sig("x"))
     return (
-        lambda conn: steps.replace(conn, claim.id, claim.attempt, plan),
+        lambda conn: growth.replace(conn, claim.id, claim.attempt, plan),
         lambda conn: steps.preempt(conn, world.worker_id, reason="gone"),
     )
 

@@ -13,7 +13,7 @@ import byrd
 from byrd.canvas import Plan, compile_canvas
 from byrd.errors import CanvasError, IllegalTransitionError, StepCancelled
 from byrd.model import StepKind
-from byrd.store import Store, plans, progress, runs, sagas, steps, sweeps, undo
+from byrd.store import Store, growth, plans, progress, reading, runs, sagas, steps, sweeps, undo
 from tests.store.world import ERROR, World, app, plan_of, sig
 
 
@@ -194,7 +194,7 @@ def test_a_step_replaced_in_a_saga_leaves_its_canvas_there(world: World) -> None
     run = world.submit(chain(byrd.saga(sig("saga_a"), sig("x"), sig("bad")), sig("d")))
     world.settle(world.claim(run, "saga_a"))
     claim = world.claim(run, "x")
-    world.do(steps.replace, claim.id, claim.attempt, plan_of(chain(sig("saga_new"), sig("more"))))
+    world.do(growth.replace, claim.id, claim.attempt, plan_of(chain(sig("saga_new"), sig("more"))))
     assert world.step(run, "saga_new").saga == world.step(run, "saga_a").saga
     assert world.drive(run).status == "failed"
     assert undone(world) == ["undo_saga_new", "undo_saga_a"]
@@ -206,7 +206,7 @@ def test_nothing_is_put_in_the_place_of_a_step_whose_saga_has_failed(world: Worl
     claim = world.claim(run, "x")
     world.settle(world.claim(run, "bad"))
     with pytest.raises(StepCancelled, match="its saga has failed"):
-        world.do(steps.replace, claim.id, claim.attempt, plan_of(sig("new")))
+        world.do(growth.replace, claim.id, claim.attempt, plan_of(sig("new")))
     world.settle(claim)
     assert world.drive(run).status == "failed"
 
@@ -298,7 +298,7 @@ def test_what_took_a_steps_place_is_undone_before_what_came_before_it(world: Wor
     run = world.submit(chain(sig("saga_a"), sig("x"), sig("bad")))
     world.settle(world.claim(run, "saga_a"))
     claim = world.claim(run, "x")
-    world.do(steps.replace, claim.id, claim.attempt, plan_of(group(sig("saga_n1"), chain(sig("p"), sig("saga_n2")))))
+    world.do(growth.replace, claim.id, claim.attempt, plan_of(group(sig("saga_n1"), chain(sig("p"), sig("saga_n2")))))
     world.drive(run, until=["bad"])
     assert ranks(world, run) == {"undo_saga_n1": 1, "undo_saga_n2": 1, "undo_saga_a": 2}
     world.drive(run)
@@ -515,7 +515,7 @@ def test_an_operator_ends_a_rollback_that_is_stuck(world: World, canvas: Any, ho
     assert world.step(run, no).status == status
     assert undone(world)[-1] == ("undo_saga_a" if canvas is whole_run else "undo_saga_x")
     event = {"retry": "rollback_retried", "skip": "compensation_skipped", "by hand": "done_by_hand"}[how]
-    [found] = [h for h in world.do(runs.history, run) if h["event"] == event]
+    [found] = [h for h in world.do(reading.history, run) if h["event"] == event]
     assert found["detail"]["by"] == "ann"
     if how != "retry":
         assert found["step_no"] == no
@@ -601,7 +601,7 @@ def test_a_run_that_has_succeeded_is_rolled_back_on_purpose(world: World) -> Non
     world.check()
     assert world.drive(run).status == "cancelled"
     assert undone(world) == ["undo_saga_b", "undo_saga_a"]
-    [asked] = [h for h in world.do(runs.history, run) if h["event"] == "rollback_requested"]
+    [asked] = [h for h in world.do(reading.history, run) if h["event"] == "rollback_requested"]
     assert asked["detail"] == {"by": "ann", "reason": "wrong customer"}
     with pytest.raises(IllegalTransitionError, match="nothing to undo"):
         world.do(runs.roll_back, run)
@@ -616,7 +616,7 @@ def test_a_run_that_is_paused_is_rolled_back_on_purpose(world: World) -> None:
     world.do(runs.roll_back, run, reason="wrong", by="ann")
     assert world.drive(run).status == "cancelled"
     assert undone(world) == ["undo_saga_a"]
-    [started] = [h for h in world.do(runs.history, run) if h["event"] == "rollback_started"]
+    [started] = [h for h in world.do(reading.history, run) if h["event"] == "rollback_started"]
     assert started["detail"]["reason"] == "wrong"
 
 

@@ -11,7 +11,7 @@ import pytest
 from celery import chain, chord, group
 from sqlalchemy import Connection, event
 
-from byrd.store import Store, runs, steps, sweeps
+from byrd.store import Store, reading, runs, steps, sweeps
 from byrd.store.flow import RESEND_SECONDS
 from byrd.store.rows import query
 from tests.store.world import ERROR, World, sig
@@ -188,7 +188,7 @@ def test_recovery_gives_the_steps_of_a_lost_worker_to_others(world: World) -> No
     assert world.stale(steps.complete, old.id, old.attempt, '"late"')
     world.settle(mine)
     assert world.drive(run).status == "succeeded"
-    [first, _] = world.do(runs.attempts, run)
+    [first, _] = world.do(reading.attempts, run)
     assert (first["outcome"], first["worker"], first["attempt"]) == ("preempted", "w@host", 1)
     assert "the lease of worker w@host ran out" in first["error"]
 
@@ -327,7 +327,7 @@ def test_no_sweep_reads_what_is_finished(old_store: Store) -> None:
         "fail": lambda conn: steps.fail(conn, x.id, x.attempt, ERROR),
         "end_overdue_runs": lambda conn: sweeps.end_overdue_runs(conn, ERROR),
         "complete": lambda conn: steps.complete(conn, a.id, a.attempt, "1"),
-        "list_runs": lambda conn: runs.list_runs(conn, limit=10),
+        "list_runs": lambda conn: reading.list_runs(conn, limit=10),
         "recover": sweeps.recover,
     }
     found = []

@@ -11,7 +11,7 @@ from celery import chain, group
 import byrd
 from byrd.limits import Limit
 from byrd.policies import freeze, names_of
-from byrd.store import Counts, Store, limits, progress, runs, steps, sweeps, timeouts, waits
+from byrd.store import Counts, Store, limits, progress, reading, runs, steps, sweeps, timeouts, waits
 from byrd.store.rows import query
 from byrd.store.timeouts import CeleryLimit
 from tests.store.world import ERROR, World, sig
@@ -197,7 +197,7 @@ def test_an_attempt_that_runs_for_too_long_fails_its_step(world: World) -> None:
     assert world.stale(steps.complete, claim.id, claim.attempt, "1")
     assert world.stale(progress.save, claim.id, claim.attempt, "x", Counts(None, 1, 0, False))
     assert world.run(run).status == "failed"
-    [attempt] = world.do(runs.attempts, run)
+    [attempt] = world.do(reading.attempts, run)
     assert (attempt["outcome"], attempt["attempt"]) == ("failed", 1)
     assert overdue(world) == []
 
@@ -219,7 +219,7 @@ def test_under_a_policy_it_is_tried_again_and_counted(world: World) -> None:
     assert world.step(run, "a").status == "running"
     world.do(timeouts.time_out, claim.id, 2)
     assert error_of(world, run, "a") == ("StartToCloseTimeoutError", "attempt 2 ran for longer than 60 s")
-    assert [a["outcome"] for a in world.do(runs.attempts, run)] == ["retried", "failed"]
+    assert [a["outcome"] for a in world.do(reading.attempts, run)] == ["retried", "failed"]
 
 
 @pytest.mark.parametrize("never", ["byrd.errors.StepTimeoutError", "byrd.errors.StartToCloseTimeoutError", "Exception"])
@@ -281,7 +281,7 @@ def test_a_silent_attempt_is_given_to_another_and_counted(world: World) -> None:
         step = world.step(run, "a")
         assert (step.status, step.preemptions) == (("ready" if attempt < 6 else "failed"), attempt)
     assert error_of(world, run, "a") == ("HeartbeatTimeoutError", "attempt 6 gave no sign of life for 30 s")
-    history = world.do(runs.attempts, run)
+    history = world.do(reading.attempts, run)
     assert [a["outcome"] for a in history] == ["preempted"] * 6
     assert all("HeartbeatTimeoutError" in a["error"] for a in history)
 

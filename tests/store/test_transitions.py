@@ -28,7 +28,21 @@ from byrd.model import (
     StepStatus,
     Transition,
 )
-from byrd.store import Store, flow, limits, plans, runs, sagas, steps, sweeps, termination, timeouts, waits
+from byrd.store import (
+    Store,
+    flow,
+    growth,
+    limits,
+    plans,
+    reading,
+    runs,
+    sagas,
+    steps,
+    sweeps,
+    termination,
+    timeouts,
+    waits,
+)
 from byrd.store.migrations.rules import RUN_RULES, STEP_RULES
 from byrd.store.rows import query
 from tests.store.world import ERROR, World, plan_of, sig
@@ -133,7 +147,7 @@ def as_replaced(world: World) -> Case:
     """A step whose replacement is done."""
     run = world.submit(sig("x"))
     claim = world.claim(run, "x")
-    world.do(steps.replace, claim.id, claim.attempt, plan_of(sig("new")))
+    world.do(growth.replace, claim.id, claim.attempt, plan_of(sig("new")))
     put_step(world, world.step(run, "new").id, "succeeded")
     return Case(world, run, claim.id, claim.no)
 
@@ -342,7 +356,7 @@ STEP_DRIVERS: dict[str, list[StepDriver]] = {
     ],
     "put_back": [(in_chain, put_back)],
     "hand_back": [(in_chain, lambda c: c.do(steps.hand_back))],
-    "replace": [(in_chain, lambda c: c.do(steps.replace, new_plan()))],
+    "replace": [(in_chain, lambda c: c.do(growth.replace, new_plan()))],
     "begin_wait": [(as_wait, lambda c: c.world.do(flow.release, c.run_id, [c.no]))],
     "end_wait": [
         (as_wait, lambda c: c.world.do(waits.end_due)),
@@ -474,7 +488,7 @@ def saga_rolled_back(outcome: str | None) -> Callable[..., str]:
 
 def roll_back_what_has_ended(conn: Any, run_id: str) -> None:
     """Roll back, unless the run is paused: then it is cancelled first, which has drivers of its own."""
-    if runs.get(conn, run_id).status == "paused":
+    if reading.get(conn, run_id).status == "paused":
         raise IllegalTransitionError("that is another transition")
     runs.roll_back(conn, run_id)
 

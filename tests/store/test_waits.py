@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 
 import byrd
 from byrd.errors import IllegalTransitionError, RunNotFoundError
-from byrd.store import locks, runs, steps, sweeps, waits
+from byrd.store import growth, locks, reading, runs, steps, sweeps, waits
 from byrd.store.rows import query
 from tests.store.test_races import race
 from tests.store.world import World, nodes, plan_of, sig
@@ -30,7 +30,7 @@ def settle(world: World, run: str, *tasks: str) -> None:
 
 
 def events(world: World, run: str) -> list[tuple[str, Any]]:
-    return [(row["event"], row["step_no"]) for row in world.do(runs.history, run)]
+    return [(row["event"], row["step_no"]) for row in world.do(reading.history, run)]
 
 
 # -- sleeps ----------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def test_a_signal_ends_its_wait_in_its_own_transaction(world: World) -> None:
     [ready] = send(world, run, "ok", {"by": "ann"}, by="ann@desk")
     assert ready.task == "b"
     assert json.loads(world.claim(run, "b").input or "") == {"by": "ann"}
-    history = world.do(runs.history, run)
+    history = world.do(reading.history, run)
     [sent] = [row for row in history if row["event"] == "signalled"]
     assert sent["detail"] == {"signal": "ok", "id": sent["detail"]["id"], "by": "ann@desk", "payload": {"by": "ann"}}
     [delivered] = [row for row in history if row["event"] == "signal_delivered"]
@@ -229,7 +229,7 @@ def test_signals_by_sql(world: World) -> None:
     world.sql("""SELECT byrd.signal(%(run)s, 'ok', '{"n": 1}')""", run=run)
     assert [w.task for w in world.end_waits()] == ["b"]
     assert json.loads(world.claim(run, "b").input or "") == {"n": 1}
-    [sent] = [row for row in world.do(runs.history, run) if row["event"] == "signalled"]
+    [sent] = [row for row in world.do(reading.history, run) if row["event"] == "signalled"]
     assert sent["detail"]["by"] == world.sql("SELECT session_user::text AS who")[0].who
     world.sql("SELECT byrd.signal(%(run)s, 'later')", run=run)
     assert world.sql("SELECT payload FROM byrd.signals WHERE name = 'later'")[0].payload == "null"
@@ -374,7 +374,7 @@ def test_a_wait_that_begins_too_late_expires(world: World) -> None:
 def test_a_task_may_replace_itself_by_a_canvas_that_waits(world: World) -> None:
     run = world.submit(chain(sig("a"), sig("b")))
     claim = world.claim(run, "a")
-    assert world.do(steps.replace, claim.id, claim.attempt, plan_of(chain(byrd.sleep(60), byrd.wait_for("ok")))) == []
+    assert world.do(growth.replace, claim.id, claim.attempt, plan_of(chain(byrd.sleep(60), byrd.wait_for("ok")))) == []
     world.wake(run, "byrd.sleep")
     world.end_waits()
     world.check()

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy.exc import DBAPIError
 
-from byrd.store import Claim, Store, Wakeup, steps
+from byrd.store import Claim, Store, Wakeup, growth, steps
 from byrd.store.rows import WAKEUP, query, wakeups_of
 from byrd.store.work import Done, is_unusual
 from byrd.task.slices import _apart
@@ -171,7 +171,7 @@ class Driver:
         if claim.task.startswith("bad"):
             world.do(steps.fail, claim.id, claim.attempt, ERROR)
         elif claim.task in GROWN:
-            world.do(steps.replace, claim.id, claim.attempt, plan_of(GROWN[claim.task](), shared=True))
+            world.do(growth.replace, claim.id, claim.attempt, plan_of(GROWN[claim.task](), shared=True))
             world.share_all()
         else:
             world.do(steps.complete, claim.id, claim.attempt, json.dumps(claim.task))

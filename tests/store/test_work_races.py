@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from byrd.errors import StaleAttempt
-from byrd.store import Claim, runs, steps, sweeps, work
+from byrd.store import Claim, growth, runs, steps, sweeps, work
 from byrd.store.rows import query
 from byrd.store.work import Done, Own, Work
 from tests.store.test_races import Statement, close_all, interleave, race
@@ -172,7 +172,7 @@ def batch_poison_and_join(world: World) -> tuple[Statement, Statement]:
 def batch_replace(world: World) -> tuple[Statement, Statement]:
     one, _ = chords(world)
     b, plan = one["b"], plan_of(group(sig("x"), sig("y")), shared=True)
-    return batch(world, [one["a"], one["c"]], most=2), lambda conn: steps.replace(conn, b.id, b.attempt, plan)
+    return batch(world, [one["a"], one["c"]], most=2), lambda conn: growth.replace(conn, b.id, b.attempt, plan)
 
 
 def batch_revoke(world: World) -> tuple[Statement, Statement]:

@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 from byrd.canvas import Plan, compile_canvas
 from byrd.errors import StaleAttempt
 from byrd.model import StepKind
-from byrd.store import Claim, RunRow, StepRow, Store, Wakeup, plans, runs, steps, sweeps, waits, work
+from byrd.store import Claim, RunRow, StepRow, Store, Wakeup, plans, reading, steps, sweeps, waits, work
 from byrd.store.rows import query
 from byrd.store.work import Done, Own, Work
 from tests.invariants import check_invariants
@@ -137,7 +137,7 @@ class World:
 
     def try_claim(self, step_id: str, attempt: int, *, worker_id: str | None = None, pid: int = 1) -> Claim | None:
         """Claim a step; None when there is nothing to claim."""
-        step: StepRow | None = self.do(runs.get_step, step_id)
+        step: StepRow | None = self.do(reading.get_step, step_id)
         found: Claim | None = self.do(
             steps.claim,
             step_id,
@@ -226,12 +226,12 @@ class World:
 
     def run(self, run_id: str) -> RunRow:
         """Return the run as it stands."""
-        row: RunRow = self.do(runs.get, run_id)
+        row: RunRow = self.do(reading.get, run_id)
         return row
 
     def steps(self, run_id: str) -> list[StepRow]:
         """Return the run's steps."""
-        found: list[StepRow] = self.do(runs.list_steps, run_id)
+        found: list[StepRow] = self.do(reading.list_steps, run_id)
         return found
 
     def step(self, run_id: str, no: int | str) -> StepRow:

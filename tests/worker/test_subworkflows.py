@@ -9,7 +9,7 @@ import pytest
 from celery import chain, group
 
 from byrd.errors import SubWorkflowError
-from byrd.store import children, runs
+from byrd.store import children, reading
 from byrd.worker.keeper import Settings, Sweeper
 from tests.cluster import Cluster, wait_until
 
@@ -193,4 +193,4 @@ def test_abandoned_runs_are_found_by_an_index(cluster: Cluster, nested: Any) -> 
         sweeper.stop_abandoned()
     finally:
         sweeper.stop()
-    assert store.run(runs.get, child.id).status == "cancelled"
+    assert store.run(reading.get, child.id).status == "cancelled"
