@@ -139,13 +139,12 @@ def _end(attempt: Attempt, spec: Each, so_far: Items) -> NoReturn:
     store = attempt.runtime.patient_store
     if so_far.over:
         no, error = store.run(each.first_failure, attempt.step_id)
-        total = so_far.total if so_far.total is not None else so_far.inserted
-        more = "" if so_far.total is not None or so_far.done else " so far"
+        so_many = f"{so_far.all:,} items" + ("" if so_far.total is not None or so_far.done else " so far")
         _fail(
             attempt,
             EachToleranceError(
-                f"{so_far.failed:,} of {total:,} items{more} failed, and {so_far.tolerated:,} may; the first is step "
-                f"{no}: {error_text(error)}"
+                f"{so_far.failed:,} of {so_many} failed, and {so_far.tolerated:,} may; the first is step {no}: "
+                f"{error_text(error)}"
             ),
         )
     if spec.results and (too_large := attempt.runtime.too_large(store.run(each.size_of_values, attempt.step_id))):

@@ -65,6 +65,11 @@ class Items:
         return sum(to - first + 1 for first, to in self.waiting)
 
     @property
+    def all(self) -> int:
+        """How many items there are, as far as it is known."""
+        return self.inserted if self.total is None else self.total
+
+    @property
     def hungry(self) -> bool:
         """True when items are to be added: too few wait, and there are more."""
         return not self.over and (not self.done or self.reopen is not None) and self.pending <= self.limit

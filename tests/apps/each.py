@@ -14,6 +14,8 @@ import byrd
 app = Celery("each")
 app.conf.update(byrd_lease_seconds=2.0, byrd_sweep_seconds=0.1)
 engine = byrd.Byrd(app)
+if "MOST_BYTES" in os.environ:
+    app.conf.byrd_max_value_bytes = int(os.environ["MOST_BYTES"])
 NOTES = Path(os.environ.get("NOTES", "/nonexistent"))
 
 
@@ -87,12 +89,6 @@ def flaky(self: Task, x: int) -> int:
 def limited(x: int, key: str = "k") -> int:
     """x, one at a time."""
     return x
-
-
-class Work(byrd.CheckpointTask):
-    """A task that remembers."""
-
-    abstract = True
 
 
 @app.task(base=byrd.CheckpointTask, bind=True)
