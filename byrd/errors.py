@@ -26,7 +26,7 @@
     ├── CompoundError             operations within a task that could not be undone
     ├── SignalTimeoutError        a signal did not come in time
     ├── WaitOutsideRunError       a sleep or a wait that is no step of a run
-    ├── SubWorkflowError          a workflow within a run was cancelled, or called outside one
+    ├── SubWorkflowError          a workflow within a run was cancelled, is not undone, or was called outside one
     ├── SagaOutsideRunError       a saga that is no part of a run
     ├── EachError                 an each cannot go over its items, or hand on their values
     │   └── EachToleranceError    more of its items failed than it tolerates
@@ -150,7 +150,7 @@ class WaitOutsideRunError(ByrdError):
 
 
 class SubWorkflowError(ByrdError):
-    """A workflow that is a step of another was cancelled, or was called where there is no run."""
+    """A workflow that is a step of another was cancelled, is not undone, or was called where there is no run."""
 
 
 class SagaOutsideRunError(ByrdError):

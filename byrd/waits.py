@@ -24,6 +24,8 @@ WAIT_FOR = "byrd.wait_for"
 SUBWORKFLOW = "byrd.workflow"
 #: Among the keyword arguments of that task, which are the workflow's own otherwise.
 WORKFLOW_NAME = "byrd_workflow"
+#: The task that has such a run rolled back: the compensation of the step.
+UNDO_SUBWORKFLOW = "byrd.workflow.compensation"
 #: What a signal may be called; ``byrd.signal`` in the database says the same.
 _NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,200}")
 _MOST_SECONDS = 1e9

@@ -61,7 +61,7 @@ def _seconds(ctx: click.Context, param: click.Parameter, value: str | None) -> f
 
 
 def filtered(function: F) -> F:
-    """Let a command take a filter in place of runs."""
+    """Let a command take runs, or a filter in their place."""
     names = [status.value for status in RunStatus]
     for option in reversed([
         click.option("--workflow", "-w", help="Of this workflow."),
@@ -74,7 +74,7 @@ def filtered(function: F) -> F:
         click.option("--wait", is_flag=True, help="Wait for the end of the job, and print its counts."),
     ]):  # fmt: skip
         function = option(function)
-    return function
+    return click.argument("run_ids", metavar="[RUN]...", nargs=-1)(function)
 
 
 def wish_of(options: dict[str, Any], run_ids: tuple[str, ...], action: str) -> Wish | None:

@@ -302,7 +302,6 @@ def _add_why(group: click.Group) -> None:
 
 def _add_operations(group: click.Group) -> None:
     @command(group, "cancel", short_help="Stop a run, or many.")
-    @click.argument("run_ids", metavar="[RUN]...", nargs=-1)
     @filtered
     @click.option("--compensate", is_flag=True, help="Then undo its completed saga steps.")
     @click.option("--terminate", is_flag=True, help="End what does not stop by itself in the grace time.")
@@ -315,7 +314,6 @@ def _add_operations(group: click.Group) -> None:
         _operate_many(session, "cancel", run_ids, options, _after_cancel, as_json=as_json)
 
     @command(group, "pause", short_help="Let nothing more of a run start, or of many.")
-    @click.argument("run_ids", metavar="[RUN]...", nargs=-1)
     @filtered
     def pause(session: Session, *, run_ids: tuple[str, ...], as_json: bool, **options: Any) -> None:
         """Pause each RUN: nothing more of it starts, checkpointed steps stop at their next checkpoint.
@@ -325,7 +323,6 @@ def _add_operations(group: click.Group) -> None:
         _operate_many(session, "pause", run_ids, options, _after_pause, as_json=as_json)
 
     @command(group, "resume", short_help="Let a paused run go on, or many.")
-    @click.argument("run_ids", metavar="[RUN]...", nargs=-1)
     @filtered
     def resume(session: Session, *, run_ids: tuple[str, ...], as_json: bool, **options: Any) -> None:
         """Let each paused RUN go on.
@@ -337,7 +334,6 @@ def _add_operations(group: click.Group) -> None:
     _add_rollbacks(group)
 
     @command(group, "retry", short_help="Try again what did not succeed.")
-    @click.argument("run_ids", metavar="[RUN]...", nargs=-1)
     @filtered
     def retry(session: Session, *, run_ids: tuple[str, ...], as_json: bool, **options: Any) -> None:
         """Try each failed or cancelled RUN again, keeping what succeeded; or the compensations that are stuck.

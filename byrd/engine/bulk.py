@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from celery import Celery
 from sqlalchemy import Connection
@@ -36,6 +36,21 @@ _BATCH_SECONDS = 0.15
 _MOST_AT_ONCE = 50
 _LONGEST_SECONDS = 1e9
 _NUL = "\0"
+
+
+class Wanted(TypedDict, total=False):
+    """What :meth:`Byrd.bulk` is asked for: see there."""
+
+    workflow: str | None
+    status: str | Iterable[str] | None
+    older_than: float | timedelta | None
+    newer_than: float | timedelta | None
+    error: str | None
+    everything: bool
+    compensate: bool
+    terminate: bool
+    grace: float | None
+    by: str | None
 
 
 @dataclass(frozen=True, slots=True)

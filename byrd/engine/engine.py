@@ -7,9 +7,8 @@ import re
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from datetime import timedelta
 from functools import partial
-from typing import Any, ParamSpec, TypeVar, overload
+from typing import Any, ParamSpec, TypeVar, Unpack, overload
 
 from celery import Celery
 from celery.canvas import Signature
@@ -18,6 +17,7 @@ from sqlalchemy import Connection
 from sqlalchemy.engine import URL
 
 from byrd.engine import bulk, each, settings, subworkflow
+from byrd.engine.bulk import Wanted
 from byrd.engine.limits import Limits
 from byrd.engine.run import Run
 from byrd.engine.workflow import Workflow
@@ -272,59 +272,25 @@ class Byrd:
         rows = self.runtime.store.run(reading.list_runs, workflow=workflow, statuses=statuses, limit=limit)
         return [Run(self, row.id, row) for row in rows]
 
-    def bulk(
-        self,
-        action: str,
-        *,
-        workflow: str | None = None,
-        status: str | Iterable[str] | None = None,
-        older_than: float | timedelta | None = None,
-        newer_than: float | timedelta | None = None,
-        error: str | None = None,
-        everything: bool = False,
-        compensate: bool = False,
-        terminate: bool = False,
-        grace: float | None = None,
-        by: str | None = None,
-        key: str | None = None,
-    ) -> Run:
+    def bulk(self, action: str, *, key: str | None = None, **wanted: Unpack[Wanted]) -> Run:
         """Submit a job that does ``action`` ("cancel", "retry", "pause" or "resume") to all runs that match.
 
         ``workflow``, ``status``: as for :meth:`list`; without a status, the runs that the action is for: those that can
         be cancelled, paused or resumed, and those that have failed.  ``older_than``, ``newer_than``: submitted before,
         or within, so many seconds.  ``error``: a text in the run's error, its type for one.  Without any of these,
-        ``everything`` has to be said.  ``compensate``, ``terminate``, ``grace``: as for :meth:`Run.cancel`.
+        ``everything`` has to be said.  ``compensate``, ``terminate``, ``grace``, ``by``: as for :meth:`Run.cancel`.
 
         Returns the job, a run of the workflow ``byrd.bulk``; its value is
         ``{"action": "cancel", "matched": 9, "done": 8, "skipped": 1}``.  Runs that have changed meanwhile, or refuse,
         are skipped.  Bulk jobs are never acted on.
         Raises :class:`ArgumentError` for what cannot be done.
         """
-        wanted = bulk.order(
-            action, workflow=workflow, status=status, older_than=older_than, newer_than=newer_than, error=error,
-            everything=everything, compensate=compensate, terminate=terminate, grace=grace, by=by,
-        )  # fmt: skip
-        return self.submit(BULK, key=key, everything=True, **asdict(wanted))
+        return self.submit(BULK, key=key, everything=True, **asdict(bulk.order(action, **wanted)))
 
-    def bulk_matches(
-        self,
-        action: str,
-        *,
-        workflow: str | None = None,
-        status: str | Iterable[str] | None = None,
-        older_than: float | timedelta | None = None,
-        newer_than: float | timedelta | None = None,
-        error: str | None = None,
-        everything: bool = False,
-        terminate: bool = False,
-    ) -> int:
-        """Return how many runs :meth:`bulk` would act on now."""
+    def bulk_matches(self, action: str, **wanted: Unpack[Wanted]) -> int:
+        """Return how many runs :meth:`bulk` would act on now; the arguments are the same."""
         self.check_live()
-        wanted = bulk.order(
-            action, workflow=workflow, status=status, older_than=older_than, newer_than=newer_than, error=error,
-            everything=everything, terminate=terminate,
-        )  # fmt: skip
-        return bulk.matches(self, wanted)
+        return bulk.matches(self, bulk.order(action, **wanted))
 
     def waiting(self, *, signal: str | None = None, workflow: str | None = None, limit: int = 50) -> Sequence[Awaited]:
         """Return the steps that wait for a signal, those that have waited longest first: what awaits whom."""

@@ -1,4 +1,7 @@
-"""A workflow as a step of another: the step begins a run of its own, waits for its end, and has its value."""
+"""A workflow as a step of another: the step begins a run of its own, waits for its end, and has its value.
+
+Its compensation has that run rolled back, and waits for that.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,17 @@ from byrd.engine.run import Run
 from byrd.errors import StepHandedBack, SubWorkflowError
 from byrd.model import RunStatus
 from byrd.store import children
-from byrd.task.attempt import Attempt, attempt_of
+from byrd.task.attempt import Attempt, Compensation, attempt_of
 from byrd.task.durable import adopt_task
-from byrd.waits import SUBWORKFLOW, WORKFLOW_NAME
+from byrd.task.saga import PATIENCE
+from byrd.waits import SUBWORKFLOW, UNDO_SUBWORKFLOW, WORKFLOW_NAME
 
 if TYPE_CHECKING:
     from byrd.engine.engine import Byrd
 
 
 def add_task(engine: Byrd) -> None:
-    """Register the task that stands for each workflow in a canvas."""
+    """Register the task that stands for each workflow in a canvas, and the one that undoes it."""
 
     @engine.app.task(name=SUBWORKFLOW, bind=True, shared=False, typing=False)
     def run_workflow(self: Task, *args: Any, **kwargs: Any) -> Any:
@@ -31,8 +35,19 @@ def add_task(engine: Byrd) -> None:
             raise SubWorkflowError(f"workflow {name!r} is a step of a run here: submit the canvas with engine.submit")
         return _step(engine, attempt, str(name), args, kwargs)
 
+    options = {**PATIENCE, "dont_autoretry_for": (SubWorkflowError,)}
+
+    @engine.app.task(name=UNDO_SUBWORKFLOW, bind=True, shared=False, typing=False, **options)
+    def undo_workflow(self: Task, *_args: Any, **_kwargs: Any) -> None:
+        """Have the run of a workflow rolled back."""
+        attempt = attempt_of(self.request)
+        if attempt is None or attempt.undoes is None:
+            raise SubWorkflowError(f"{UNDO_SUBWORKFLOW} is a step of a rollback: it cannot be called")
+        _undo(engine, attempt, attempt.undoes)
+
     if engine.app.finalized:
-        adopt_task(engine.app.tasks[SUBWORKFLOW])
+        for name in (SUBWORKFLOW, UNDO_SUBWORKFLOW):
+            adopt_task(engine.app.tasks[name])
 
 
 def _step(engine: Byrd, attempt: Attempt, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -51,3 +66,20 @@ def _step(engine: Byrd, attempt: Attempt, name: str, args: tuple[Any, ...], kwar
         return Run(engine, child.id).get(timeout=0)
     attempt.give_way(children.await_end)
     raise StepHandedBack(f"step {attempt.step_id}: waits for its run of workflow {name!r}")
+
+
+def _undo(engine: Byrd, attempt: Attempt, undoes: Compensation) -> None:
+    child, wakeups = engine.runtime.patient_store.run(
+        children.undo, attempt.step_id, attempt.number, reason=undoes.reason
+    )
+    engine.runtime.publisher.publish(wakeups)
+    if child is None or RunStatus(child.status).final:
+        return
+    if child.status == RunStatus.ROLLBACK_STUCK:
+        short = child.id[:8]
+        raise SubWorkflowError(
+            f"the rollback of run {short} of workflow {child.workflow!r} is stuck: see `byrd why {short}`; "
+            "this one goes on when that one is done"
+        )
+    attempt.give_way(children.await_end)
+    raise StepHandedBack(f"step {attempt.step_id}: waits for the rollback of run {child.id}")

@@ -15,7 +15,7 @@ from byrd.policies import retry_of, timeouts_of
 from byrd.store import Store, children, insight, items, limits, termination
 from byrd.store.insight import OpenStep, Standing
 from byrd.store.limits import Place, Turn
-from byrd.waits import SUBWORKFLOW
+from byrd.waits import SUBWORKFLOW, UNDO_SUBWORKFLOW
 from byrd.worker.bootstep import settings_of
 
 if TYPE_CHECKING:
@@ -252,7 +252,7 @@ def _reason(case: _Case, step: OpenStep) -> _Reason:
     if step.limit_no is not None and (step.limit_slot is None or not step.due):
         return _limited(case, step)
     if not step.due:
-        special = {SUBWORKFLOW: _delegated, EACH: _over_items}
+        special = {SUBWORKFLOW: _delegated, UNDO_SUBWORKFLOW: _delegated, EACH: _over_items}
         return special.get(step.task or "", _delayed)(case, step)
     return _due(case, step)
 

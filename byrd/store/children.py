@@ -1,16 +1,20 @@
 """Sub-workflows: runs that are a step of another run, which waits for their end without a worker.
 
+When the outer run is rolled back, a compensation of that step has the inner one rolled back, and waits for it.
+
 Locks are taken from the outside in: whatever belongs to the outer run first, then the inner run's.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from sqlalchemy import Connection
 
-from byrd.model import RUN_TRANSITIONS, Outcome, sources
+from byrd.model import RUN_TRANSITIONS, Outcome, RunStatus, sources
 from byrd.store import locks, plans, runs, steps
+from byrd.store import undo as undoing
 from byrd.store.rows import CHANNEL, Wakeup, query
 
 _NOW = "clock_timestamp()"
@@ -46,14 +50,22 @@ def of_step(conn: Connection, step_id: str) -> Child | None:
 
 
 def of_number(conn: Connection, run_id: str, no: int) -> Child | None:
-    """Return the run that step ``no`` of a run has begun."""
-    step = query(conn, "SELECT id FROM byrd.steps WHERE run_id = %(run)s AND no = %(no)s", {"run": run_id, "no": no})
-    step_id = step.scalar()
+    """Return the run that step ``no`` of a run has begun, or undoes."""
+    step_id = query(
+        conn,
+        """SELECT coalesce(u.id, s.id) FROM byrd.steps s
+             LEFT JOIN byrd.steps u ON u.run_id = s.run_id AND u.no = s.compensates
+            WHERE s.run_id = %(run)s AND s.no = %(no)s""",
+        {"run": run_id, "no": no},
+    ).scalar()
     return of_step(conn, step_id) if step_id is not None else None
 
 
 def await_end(conn: Connection, step_id: str, attempt: int) -> list[Wakeup]:
-    """running → ready when the step's run has ended, of which it is told."""
+    """running → ready when the step's run has ended, of which it is told.
+
+    For its compensation: when it is undone, or its rollback is stuck.
+    """
     locks.own_run(
         conn, str(query(conn, "SELECT run_id FROM byrd.steps WHERE id = %(id)s", {"id": step_id}).scalar_one())
     )
@@ -63,9 +75,12 @@ def await_end(conn: Connection, step_id: str, attempt: int) -> list[Wakeup]:
         conn,
         f"""UPDATE byrd.steps s SET run_at = at.time,
                    wake_at = CASE WHEN s.wake_at = 'infinity' THEN s.wake_at ELSE at.time END
-              FROM (SELECT CASE WHEN EXISTS (SELECT 1 FROM byrd.runs c WHERE c.parent_step = %(id)s
-                                              AND c.finished_at IS NULL)
-                             THEN 'infinity'::timestamptz ELSE {_NOW} END AS time) at
+              FROM (SELECT CASE WHEN EXISTS (
+                        SELECT 1 FROM byrd.steps o
+                          LEFT JOIN byrd.steps u ON u.run_id = o.run_id AND u.no = o.compensates
+                          JOIN byrd.runs c ON c.parent_step = coalesce(u.id, o.id) AND c.finished_at IS NULL
+                         WHERE o.id = %(id)s AND (u.id IS NULL OR c.status <> 'rollback_stuck'))
+                      THEN 'infinity'::timestamptz ELSE {_NOW} END AS time) at
              WHERE s.id = %(id)s AND s.status = 'ready' AND s.attempt = %(attempt)s AND s.sends = 0
             RETURNING s.run_at <= {_NOW} AS due""",
         {"id": step_id, "attempt": attempt},
@@ -75,33 +90,110 @@ def await_end(conn: Connection, step_id: str, attempt: int) -> list[Wakeup]:
     return wakeups
 
 
-def tell_parents(conn: Connection) -> int:
-    """Make due the steps whose runs have ended; return how many runs were told of."""
-    ended = query(
+#: The runs ``c`` whose step ``s``, or its compensation ``u``, is to hear that they have ended, or that their rollback
+#: is stuck.  One that runs just now might not hear of it, so it is told when it has seen for itself.
+_UNTOLD = """byrd.runs c
+  LEFT JOIN byrd.steps s ON s.id = c.parent_step LEFT JOIN byrd.steps u ON u.run_id = s.run_id AND u.compensates = s.no
+ WHERE c.parent_step IS NOT NULL AND NOT c.parent_told AND (c.finished_at IS NOT NULL OR c.status = 'rollback_stuck')
+   AND s.status IS DISTINCT FROM 'running' AND u.status IS DISTINCT FROM 'running'"""
+#: The compensation had failed because the run's rollback was stuck, which now is over.
+_UNSTUCK = "coalesce(u.status IN ('failed','cancelled') AND c.finished_at IS NOT NULL, false)"
+
+
+class Unstuck(NamedTuple):
+    """A run that has ended after all, and the compensation that failed meanwhile: its run, its number."""
+
+    child: str
+    outer: str
+    no: int
+
+
+def tell_parents(conn: Connection) -> tuple[int, list[Unstuck]]:
+    """Make due the steps whose runs have ended.
+
+    Returns of how many runs they were, and those of them for which :func:`go_on` is to be called.
+    """
+    rows = query(
         conn,
-        """SELECT c.id, c.parent_step FROM byrd.runs c
-            WHERE c.parent_step IS NOT NULL AND c.finished_at IS NOT NULL AND NOT c.parent_told
-            ORDER BY c.finished_at LIMIT %(limit)s""",
+        f"""SELECT c.id::text, c.parent_step, u.id AS undo, u.run_id::text AS outer_run, u.no,
+                   c.finished_at IS NOT NULL AS over, {_UNSTUCK} AS unstuck
+              FROM {_UNTOLD} ORDER BY c.finished_at LIMIT %(limit)s""",
         {"limit": BATCH},
     ).all()
-    if not ended:
-        return 0
+    ended = [row for row in rows if not row.unstuck]
+    told = [row.parent_step for row in ended if row.over] + [row.undo for row in ended if row.undo is not None]
+    if told:
+        query(
+            conn,
+            f"""UPDATE byrd.steps s SET run_at = {_NOW}, sends = 0,
+                       wake_at = CASE WHEN r.status IN ('running','cancelling','compensating') THEN {_NOW}
+                                      ELSE s.wake_at END
+                  FROM byrd.runs r
+                 WHERE s.id IN (SELECT w.id FROM byrd.steps w WHERE w.id = ANY(%(steps)s) AND w.status = 'ready'
+                                   AND w.run_at = 'infinity' ORDER BY w.id FOR NO KEY UPDATE)
+                   AND r.id = s.run_id AND s.status = 'ready' AND s.run_at = 'infinity'""",
+            {"steps": told},
+        )
+    if ended:
+        query(
+            conn,
+            """UPDATE byrd.runs SET parent_told = true
+                WHERE id = ANY(%(runs)s::uuid[]) AND (finished_at IS NOT NULL OR status = 'rollback_stuck')""",
+            {"runs": [row.id for row in ended]},
+        )
+    return len(rows), [Unstuck(row.id, row.outer_run, row.no) for row in rows if row.unstuck]
+
+
+def go_on(conn: Connection, one: Unstuck) -> list[Wakeup]:
+    """Have a rollback go on that was stuck because a run within it was."""
+    wakeups = runs.retry_undo(conn, one.outer, one.no, by=f"run {one.child}")
     query(
         conn,
-        f"""UPDATE byrd.steps s SET run_at = {_NOW}, sends = 0,
-                   wake_at = CASE WHEN r.status = 'running' THEN {_NOW} ELSE s.wake_at END
-              FROM byrd.runs r
-             WHERE s.id IN (SELECT w.id FROM byrd.steps w WHERE w.id = ANY(%(steps)s) AND w.status = 'ready'
-                               AND w.run_at = 'infinity' ORDER BY w.id FOR NO KEY UPDATE)
-               AND r.id = s.run_id AND s.status = 'ready' AND s.run_at = 'infinity'""",
-        {"steps": [row.parent_step for row in ended]},
+        "UPDATE byrd.runs SET parent_told = true WHERE id = %(run)s::uuid AND finished_at IS NOT NULL",
+        {"run": one.child},
     )
-    query(
+    return wakeups
+
+
+def undo(conn: Connection, step_id: str, attempt: int, *, reason: str) -> tuple[Child | None, list[Wakeup]]:
+    """Have the run rolled back that a compensation undoes: stopped first, if it goes on, or tried again if it is stuck.
+
+    Returns it, None when there is nothing to undo in it, and what to publish.  One that passed its pivot keeps all.
+    A rollback that is stuck is tried again once this compensation has failed because of it, and is tried again itself.
+    """
+    found = query(
         conn,
-        "UPDATE byrd.runs SET parent_told = true WHERE id = ANY(%(runs)s::uuid[]) AND finished_at IS NOT NULL",
-        {"runs": [str(row.id) for row in ended]},
-    )
-    return len(ended)
+        """SELECT c.id::text, u.run_id::text AS outer_run, s.id AS undone FROM byrd.steps u
+             JOIN byrd.steps s ON s.run_id = u.run_id AND s.no = u.compensates
+             JOIN byrd.runs c ON c.parent_step = s.id WHERE u.id = %(step)s""",
+        {"step": step_id},
+    ).first()
+    if found is None:
+        return None, []
+    locks.own_run(conn, found.outer_run)
+    steps.check_owner(conn, step_id, attempt)
+    run = runs.locked(conn, found.id)
+    by = f"run {found.outer_run}"
+    if run.pivot is not None:
+        return None, []
+    wakeups: list[Wakeup] = []
+    if run.status in sources(RUN_TRANSITIONS, "cancel"):
+        wakeups = runs.cancel(conn, found.id, compensate=True, by=by, reason=reason)
+    elif run.status == RunStatus.ROLLBACK_STUCK and _failed_of_it(conn, step_id, found.id):
+        wakeups = runs.retry(conn, found.id, by=by)
+    elif run.status in sources(RUN_TRANSITIONS, "roll_back"):
+        if not undoing.compensable(conn, found.id):
+            return None, []
+        wakeups = runs.roll_back(conn, found.id, reason=reason, by=by)
+    return of_step(conn, found.undone), wakeups
+
+
+def _failed_of_it(conn: Connection, step_id: str, child: str) -> bool:
+    """Tell whether a compensation has failed since the rollback of its run is stuck."""
+    sql = """SELECT 1 FROM byrd.attempts a WHERE a.step_id = %(step)s AND a.outcome = 'failed' AND a.ended_at >=
+              (SELECT max(e.at) FROM byrd.events e WHERE e.run_id = %(run)s::uuid AND e.event = 'rollback_stuck')
+              LIMIT 1"""
+    return query(conn, sql, {"step": step_id, "run": child}).first() is not None
 
 
 def abandoned(conn: Connection) -> list[tuple[str, str]]:

@@ -122,8 +122,11 @@ RULES = {
         SELECT s.run_id, s.no, s.wake_at::text FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
          WHERE s.status = 'ready' AND s.wake_at = 'infinity' AND r.status IN ('running','compensating')
            AND NOT (s.run_at = 'infinity' AND (s.signal IS NOT NULL OR EXISTS
-                    (SELECT 1 FROM byrd.steps m WHERE m.run_id = s.run_id AND m.join_no = s.no AND m.kind = 'item'
-                        AND m.status IN ('ready','running'))))""",
+             (SELECT 1 FROM byrd.steps o JOIN byrd.runs c ON c.parent_step = o.id
+               WHERE o.run_id = s.run_id AND o.no = coalesce(s.compensates, s.no)
+                 AND (c.finished_at IS NULL OR NOT c.parent_told)) OR EXISTS
+             (SELECT 1 FROM byrd.steps m WHERE m.run_id = s.run_id AND m.join_no = s.no AND m.kind = 'item'
+                 AND m.status IN ('ready','running'))))""",
     "an each counts its items": """
         SELECT s.run_id, s.no, c.counted || ' counted, ' || m.found FROM byrd.steps s, LATERAL
            (SELECT concat_ws(' ', completed, failed, cursor::json ->> 'active', cursor::json ->> 'waiting') AS counted,
@@ -181,7 +184,8 @@ RULES = {
     "a compensation undoes a step that has, or may have, taken effect": """
         SELECT c.run_id, c.no, s.status FROM byrd.steps c
           JOIN byrd.steps s ON s.run_id = c.run_id AND s.no = c.compensates
-         WHERE s.compensation IS NULL OR s.status IN ('pending','ready','running','waiting')
+         WHERE s.compensation IS NULL AND s.task <> 'byrd.workflow'
+            OR s.status IN ('pending','ready','running','waiting')
             OR s.status <> 'succeeded' AND NOT EXISTS (SELECT 1 FROM byrd.attempts a WHERE a.step_id = s.id)""",
     "a compensation waits for all that is undone before": """
         SELECT c.run_id, c.no, b.no || ' is ' || b.status FROM byrd.steps c

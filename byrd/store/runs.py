@@ -153,12 +153,14 @@ def cancel(
         if error is None:
             raise _past_pivot(run_id, run.pivot)
         compensate = False
-    _move(conn, run_id, "cancel", "cancelling")
-    query(
+    stopped = query(
         conn,
-        "UPDATE byrd.runs SET compensate = %(compensate)s, outcome = %(outcome)s, error = %(error)s WHERE id = %(run)s",
-        {"run": run_id, "compensate": compensate, "outcome": outcome, "error": error},
-    )
+        """UPDATE byrd.runs SET status = 'cancelling', compensate = %(compensate)s, outcome = %(outcome)s,
+                  error = %(error)s WHERE id = %(run)s AND status = ANY(%(sources)s) RETURNING id""",
+        {"run": run_id, "compensate": compensate, "outcome": outcome, "error": error, "sources": _sources("cancel")},
+    ).first()
+    if stopped is None:
+        raise _illegal(run_id, run.status, "cancel")
     query(
         conn,
         f"""UPDATE byrd.steps SET status = 'cancelled', finished_at = {_NOW}, error = %(error)s, limit_slot = NULL
@@ -168,12 +170,14 @@ def cancel(
     )
     detail = {"compensate": compensate, "outcome": outcome, **_by(by), **({"reason": reason} if reason else {})}
     record(conn, run_id, "cancel_requested", detail, token=token)
-    # A saga that had failed before undoes what it had done, whatever else is to become of the run.
-    wakeups = _wake(conn, run_id) or finish_if_done(conn, run_id)
+    wakeups: list[Wakeup] = []
     for child in query(conn, _CHILDREN, {"run": run_id, "task": SUBWORKFLOW, "sources": _sources("cancel")}).all():
         undo_child = compensate and child.pivot is None  # else it goes forward only, and keeps what it has done
         wakeups += cancel(conn, str(child.id), compensate=undo_child, by=f"run {run_id}")
-    return wakeups
+    # A saga that had failed before undoes what it had done, whatever else is to become of the run.
+    undoing = "SELECT 1 FROM byrd.steps WHERE run_id = %(run)s AND status IN ('ready','waiting') LIMIT 1"
+    woken = _wake(conn, run_id) if query(conn, undoing, {"run": run_id}).first() else []
+    return wakeups + (woken or finish_if_done(conn, run_id))
 
 
 #: The open runs of a run's sub-workflows, which end with it.
@@ -206,24 +210,32 @@ def roll_back(
         raise IllegalTransitionError(f"run {run_id} has nothing to undo: no step with a compensation has completed")
     detail = {**_by(by), **({"reason": reason} if reason else {})}
     record(conn, run_id, "rollback_requested", detail, token=token)
-    query(conn, "UPDATE byrd.runs SET finished_at = NULL, status = 'compensating' WHERE id = %(run)s", {"run": run_id})
+    query(
+        conn,
+        """UPDATE byrd.runs SET finished_at = NULL, status = 'compensating', parent_told = false
+            WHERE id = %(run)s AND status = ANY(%(sources)s)""",
+        {"run": run_id, "sources": _sources("roll_back")},
+    )
     return _compensate(conn, run_id, "finish_rollback", "cancelled", detail)
 
 
 def stick(conn: Connection, run_id: str, step_no: int) -> None:
     """running, paused, cancelling or compensating → rollback_stuck: a compensation used up its retries.
 
-    Somebody outside is told of each, if the deployment says whom.
+    Somebody outside is told of each, if the deployment says whom; so is the rollback that this one is a part of.
     """
     params = {"run": run_id, "no": step_no, "sources": _sources("stick")}
     moved = query(
         conn,
-        "UPDATE byrd.runs SET status = 'rollback_stuck' WHERE id = %(run)s AND status = ANY(%(sources)s) RETURNING id",
+        """UPDATE byrd.runs SET status = 'rollback_stuck', parent_told = false
+            WHERE id = %(run)s AND status = ANY(%(sources)s) RETURNING parent_step""",
         params,
-    )
-    if moved.first():
+    ).first()
+    if moved is not None:
         record(conn, run_id, "rollback_stuck", step_no=step_no)
         query(conn, "INSERT INTO byrd.notices (run_id, step_no) VALUES (%(run)s, %(no)s)", params)
+        if moved.parent_step is not None:
+            query(conn, f"NOTIFY {CHANNEL}")
 
 
 def go_on_undoing(conn: Connection, run_id: str, saga: int | None) -> list[Wakeup]:
@@ -253,6 +265,7 @@ def unstick(conn: Connection, run_id: str) -> list[Wakeup]:
         params,
     ).scalar_one()
     _move(conn, run_id, "retry_rollback", was)
+    query(conn, "UPDATE byrd.runs SET parent_told = false WHERE id = %(run)s AND parent_told", params)
     wakeups = _wake(conn, run_id)
     open_rollbacks = query(
         conn,
@@ -263,6 +276,17 @@ def unstick(conn: Connection, run_id: str) -> list[Wakeup]:
     for row in open_rollbacks:
         wakeups += undo.release_next(conn, run_id, row.saga)[0]
     return wakeups or finish_if_done(conn, run_id)
+
+
+def retry_undo(conn: Connection, run_id: str, no: int, *, by: str) -> list[Wakeup]:
+    """rollback_stuck → what it was before: one compensation that failed is tried again, if it has; else nothing."""
+    if locked(conn, run_id).status != "rollback_stuck":
+        return []
+    which = "no = %(no)s AND kind = 'compensation' AND status IN ('failed','cancelled')"
+    if not reopen(conn, run_id, which, {"no": no}):
+        return []
+    record(conn, run_id, "rollback_retried", _by(by), step_no=no)
+    return unstick(conn, run_id)
 
 
 def retry(conn: Connection, run_id: str, *, by: str | None = None, token: str | None = None) -> list[Wakeup]:

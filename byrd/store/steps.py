@@ -195,7 +195,7 @@ def fail(
     ``owner``: the worker that must hold the step, and ``pid`` its process, where a message's attempt number alone is
     known.
     """
-    pause = _pause_of_persistence(conn, step_id)
+    pause = pause_of_persistence(conn, step_id)
     if pause is not None:
         row = _give_back(conn, step_id, attempt, Outcome.FAILED, error, delay=pause, preempted=0, owner=owner, pid=pid)
         if row is None:
@@ -209,7 +209,7 @@ def fail(
     return _after_failure(conn, row)
 
 
-def _pause_of_persistence(conn: Connection, step_id: str) -> float | None:
+def pause_of_persistence(conn: Connection, step_id: str) -> float | None:
     """Return after how many seconds a step that fails now is tried again nonetheless; None when it is not."""
     row = query(
         conn,

@@ -105,12 +105,13 @@ def time_out(
     """running → ready or failed for an attempt that takes too long, or that Celery has ended for it.
 
     Its retry policy says which.  Without one a step that ran for too long has failed, and one that was silent is given
-    to another attempt, as often as a step may lose its worker.  Nothing happens when the attempt does not own the step
-    any more, or its time is not over.
+    to another attempt, as often as a step may lose its worker.  Where nothing may be rolled back because of it, it is
+    tried again after that too, as one that raises is (:func:`byrd.store.steps.fail`).  Nothing happens when the attempt
+    does not own the step any more, or its time is not over.
     """
     row = query(
         conn,
-        f"""SELECT s.options, s.retries, s.worker_id::text,
+        f"""SELECT s.options, s.retries, s.preemptions, s.worker_id::text,
                    extract(epoch FROM {_NOW} - {_TRIED_SINCE})::float8 AS tried,
                    extract(epoch FROM {_NOW} - s.started_at)::float8 AS ran,
                    extract(epoch FROM {_NOW} - {_SIGN})::float8 AS silent
@@ -122,7 +123,8 @@ def time_out(
     error, names, silent = found
     options = json.loads(row.options)
     policy = retry_of(options)
-    if policy is None and silent:
+    worn_out = row.preemptions >= max_preemptions
+    if policy is None and silent and not (worn_out and steps.pause_of_persistence(conn, step_id) is not None):
         reason = str(json.loads(error)["exc_message"][0])
         return steps.preempt(
             conn, row.worker_id, step=(step_id, attempt), pid=pid, reason=reason, error=error,

@@ -5,6 +5,7 @@ plan, members of a group say, and may run side by side; those of a higher rank w
 two steps that followed one another the later is always undone first.
 
 A rollback is that of the run, or of a saga in it (``saga``: the number of its step), and covers all sagas inside it.
+A workflow within the run is undone by the rollback of its own run, which a compensation of its step sees to.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from sqlalchemy import Connection
 
 from byrd.store import flow
 from byrd.store.rows import Wakeup, query
+from byrd.waits import SUBWORKFLOW, UNDO_SUBWORKFLOW
 
 #: The end ``a`` of an attempt leaves open whether it took effect: its worker was lost, or it was told to stop, or its
 #: time was over.
@@ -46,7 +48,33 @@ _ROOT = """s.status IN ('failed','cancelled') AND s.kind IN ('task','wait','call
 def compensable(conn: Connection, run_id: str) -> bool:
     """Tell whether something of the run can be undone."""
     sql = f"SELECT 1 FROM byrd.steps s WHERE {_COMPENSABLE} LIMIT 1"
-    return query(conn, sql, {"run": run_id}).first() is not None
+    return query(conn, sql, {"run": run_id}).first() is not None or bool(_children_to_undo(conn, run_id))
+
+
+def _children_to_undo(conn: Connection, run_id: str, saga: int | None = None) -> set[int]:
+    """Return the steps of a run whose own runs, past no pivot, have something to undo, or may have once they end."""
+    inside = f"{INSIDE} " if saga is not None else ""
+    where = "AND s.no IN (SELECT no FROM inside)" if saga is not None else ""
+    rows = query(
+        conn,
+        f"""{inside}SELECT s.no, c.id::text, c.finished_at IS NOT NULL AS ended FROM byrd.steps s
+              JOIN byrd.runs c ON c.parent_step = s.id AND c.pivot IS NULL
+             WHERE s.run_id = %(run)s AND s.task = '{SUBWORKFLOW}'
+               AND s.status IN ('succeeded','failed','skipped','cancelled')
+               AND NOT EXISTS (SELECT 1 FROM byrd.steps u WHERE u.run_id = s.run_id AND u.compensates = s.no)
+               {where}""",
+        {"run": run_id, "saga": saga},
+    ).all()
+    return {row.no for row in rows if compensable(conn, row.id) or not (row.ended or _undoes_nothing(conn, row.id))}
+
+
+def _undoes_nothing(conn: Connection, run_id: str) -> bool:
+    """Tell whether a run that has not ended will have done so without anything to undo."""
+    sql = f"""SELECT 1 FROM byrd.steps WHERE run_id = %(run)s AND
+                CASE WHEN kind = 'compensation' THEN status NOT IN ('succeeded','skipped')
+                     ELSE status IN ('pending','ready','running','waiting')
+                          AND (compensation IS NOT NULL OR task = '{SUBWORKFLOW}') END LIMIT 1"""
+    return query(conn, sql, {"run": run_id}).first() is None
 
 
 def cause_of(conn: Connection, run_id: str, saga: int | None = None) -> int | None:
@@ -73,6 +101,7 @@ def plan(conn: Connection, run_id: str, saga: int | None = None) -> int:
     undone = {
         row.no for row in query(conn, f"{inside}SELECT s.no FROM byrd.steps s WHERE {_COMPENSABLE} {where}", params)
     }
+    undone |= _children_to_undo(conn, run_id, saga)
     if not undone:
         return 0
     edges = query(
@@ -83,15 +112,16 @@ def plan(conn: Connection, run_id: str, saga: int | None = None) -> int:
     ranks = _ranks([(row.no, row.after, row.join_no) for row in edges], undone)
     query(
         conn,
-        """WITH undo AS (
-              SELECT s.no, s.compensation::json AS how, u.rank,
+        f"""WITH undo AS (
+              SELECT s.no, s.queue, s.compensation::json AS how, u.rank,
                      row_number() OVER (ORDER BY u.rank, s.finished_at DESC, s.no DESC) AS place,
                      (SELECT max(no) FROM byrd.steps WHERE run_id = %(run)s) AS top
                 FROM unnest(%(numbers)s::int[], %(ranks)s::int[]) AS u (no, rank)
                 JOIN byrd.steps s ON s.run_id = %(run)s AND s.no = u.no)
             INSERT INTO byrd.steps (id, run_id, no, kind, task, queue, options, compensates, rank, saga)
-            SELECT gen_random_uuid()::text, %(run)s, top + place, 'compensation', how->>'task', how->>'queue',
-                   coalesce(how->>'options', '{}'), no, rank, %(saga)s FROM undo""",
+            SELECT gen_random_uuid()::text, %(run)s, top + place, 'compensation',
+                   coalesce(how->>'task', '{UNDO_SUBWORKFLOW}'), coalesce(how->>'queue', queue),
+                   coalesce(how->>'options', '{{}}'), no, rank, %(saga)s FROM undo""",
         {**params, "numbers": list(ranks), "ranks": list(ranks.values())},
     )
     return len(undone)

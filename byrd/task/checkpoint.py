@@ -31,7 +31,7 @@ from byrd.errors import CheckpointError, SignalTimeoutError, StaleAttempt, StepH
 from byrd.store import Counts, progress, steps, waits
 from byrd.store.database import MOST_EXCESSES, exceeds_limit, is_outage, is_race
 from byrd.store.progress import FailedItem
-from byrd.task.attempt import Attempt, attempt_of, encoded, text_of, to_json
+from byrd.task.attempt import Attempt, encoded, text_of, to_json
 from byrd.task.compound import CompoundTask
 from byrd.task.values import loads
 
@@ -278,14 +278,6 @@ class CheckpointTask(CompoundTask):
             _stop_if_asked(attempt)
 
     # -- batches ---------------------------------------------------------------------------------
-
-    def _attempt(self) -> Attempt:
-        attempt = attempt_of(self.request)
-        if attempt is None:
-            raise CheckpointError(
-                f"{self.name} saves its progress as a step of a run: submit it with engine.submit({self.name}.s(...))"
-            )
-        return attempt
 
     def _idle_attempt(self) -> Attempt:
         attempt = self._attempt()

@@ -10,7 +10,7 @@ from celery.exceptions import Ignore, Reject, Retry
 
 from byrd.errors import CheckpointError, CompoundError
 from byrd.store import progress
-from byrd.task.attempt import Attempt, encoded, text_of
+from byrd.task.attempt import Attempt, attempt_of, encoded, text_of
 from byrd.task.durable import DurableTask
 from byrd.task.values import loads
 
@@ -133,4 +133,9 @@ class CompoundTask(DurableTask):
         return Compound(self, attempt, name)
 
     def _attempt(self) -> Attempt:
-        raise NotImplementedError
+        attempt = attempt_of(self.request)
+        if attempt is None:
+            raise CheckpointError(
+                f"{self.name} saves its progress as a step of a run: submit it with engine.submit({self.name}.s(...))"
+            )
+        return attempt

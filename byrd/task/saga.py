@@ -16,7 +16,7 @@ from byrd.task.attempt import Attempt, Compensation, attempt_of, current_attempt
 from byrd.task.durable import DurableTask
 
 #: A compensation is more patient than the step that it undoes: the world should end up whole.
-_PATIENCE = {"max_retries": 10, "retry_backoff": True, "retry_backoff_max": 300, "autoretry_for": (Exception,)}
+PATIENCE = {"max_retries": 10, "retry_backoff": True, "retry_backoff_max": 300, "autoretry_for": (Exception,)}
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -70,7 +70,7 @@ class SagaTask(DurableTask):
         if self.compensation_task is not None:
             raise ConfigurationError(f"{self.name} has a compensation already: {self.compensation_task.name}")
         known = fun if isinstance(fun, Task) else None
-        patience = {} if options.get(RETRY) is not None else _PATIENCE
+        patience = {} if options.get(RETRY) is not None else PATIENCE
         settings = {**patience, "name": f"{self.name}.compensation", **options}
         # Retries come from autoretry_for, which takes its limit from retry_kwargs or the task's max_retries.
         task = known if known is not None else self.app.task(fun, shared=False, **settings)

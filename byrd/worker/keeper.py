@@ -400,9 +400,12 @@ class Sweeper(Loop):
                 return
 
     def follow_children(self) -> None:
-        """Tell steps that wait for a run of their own when that has ended."""
+        """Tell steps that wait for a run of their own when that has ended, or is undone."""
         for _ in range(_ROUNDS):
-            if self.store.run(children.tell_parents) < children.BATCH:
+            told, unstuck = self.store.run(children.tell_parents)
+            for one in unstuck:
+                self.runtime.publisher.publish(self.store.run(children.go_on, one))
+            if told < children.BATCH:
                 return
 
     def stop_abandoned(self) -> None:

@@ -160,6 +160,18 @@ def release(reservation: str, what: str) -> None:
     note(reservation, what)
 
 
+@engine.workflow("crash.stay")
+def stay(what: str) -> Any:
+    """Do what can be undone, in a run of its own."""
+    return reserve.s(what)
+
+
+@engine.workflow("crash.asleep")
+def asleep(number: int) -> Any:
+    """Sleep, as somebody who is forgotten does."""
+    return byrd.sleep(3600) | add.si(number, 1)
+
+
 @app.task(base=byrd.SagaTask)
 def buy(what: str) -> str:
     """Do what cannot be done twice: the table refuses it."""

@@ -64,6 +64,64 @@ def unbook(booked: str, path: str) -> None:
         file.write(f"{booked}\n")
 
 
+@app.task(base=byrd.SagaTask)
+def make(path: str, name: str, *, undo_needs: str = "") -> str:
+    """Make something, on record in a file."""
+    _line(path, name)
+    return name
+
+
+@make.compensation(max_retries=0)
+def unmake(made: str | None, path: str, name: str, *, undo_needs: str = "") -> None:
+    """Undo it, unless a file that is needed for that is missing."""
+    if undo_needs and not Path(undo_needs).exists():
+        raise ValueError(f"{undo_needs} is missing")
+    while Path(f"{path}.hold").exists():
+        time.sleep(0.02)
+    _line(path, f"-{name}")
+
+
+@app.task(base=byrd.SagaTask, pivot=True, compensation=None)
+def pay(path: str) -> None:
+    """Pay, for good."""
+    _line(path, "paid")
+
+
+def _line(path: str, text: str) -> None:
+    with Path(path).open("a") as file:
+        file.write(f"{text}\n")
+
+
+@engine.workflow("nested.trip")
+def trip(path: str, name: str, undo_needs: str = "") -> Any:
+    """Two things, one after the other."""
+    return chain(make.si(path, f"{name}1", undo_needs=undo_needs), make.si(path, f"{name}2"))
+
+
+@engine.workflow("nested.tour")
+def tour(path: str, name: str) -> Any:
+    """A thing, and a workflow with two."""
+    return chain(make.si(path, f"{name}0"), trip.si(path, name))
+
+
+@engine.workflow("nested.paid")
+def paid(path: str, name: str) -> Any:
+    """A thing, and the point of no return."""
+    return chain(make.si(path, name), pay.si(path))
+
+
+@engine.workflow("nested.holding")
+def holding(go: str) -> Any:
+    """A step that takes until a file is there."""
+    return hold.si(go)
+
+
+@engine.workflow("nested.stay")
+def stay(path: str, go: str) -> Any:
+    """A thing, and a step that takes until a file is there."""
+    return chain(make.si(path, "stay"), hold.si(go))
+
+
 @engine.workflow("nested.inner")
 def inner(x: int, y: int) -> Any:
     """x + y + 1."""

@@ -286,6 +286,38 @@ def test_a_silent_attempt_is_given_to_another_and_counted(world: World) -> None:
     assert all("HeartbeatTimeoutError" in a["error"] for a in history)
 
 
+@pytest.mark.parametrize("where", ["after the pivot", "in a retriable step"])
+@pytest.mark.parametrize("limit", ["start_to_close", "heartbeat"])
+def test_where_nothing_may_be_rolled_back_it_is_tried_again(world: World, where: str, limit: str) -> None:
+    """Ten times, as a step that raises is; a silent one when it has been given to as many others as it may be."""
+    name = "a" if where == "after the pivot" else "a_retriable"
+    given: dict[str, Any] = {limit: 30}
+    run = world.submit(timed(name, **given))
+    if where == "after the pivot":
+        world.sql("UPDATE byrd.runs SET pivot = 7 WHERE id = %(id)s RETURNING 1", id=run)
+    given_away = 1 if limit == "heartbeat" else 0
+    for attempt in range(1, given_away + steps.PATIENCE + 2):
+        claim = world.claim(run, name)
+        later(world, run, 31)
+        for _ in range(2):
+            world.do(timeouts.time_out, claim.id, attempt, max_preemptions=1)
+        last = attempt == given_away + steps.PATIENCE + 1
+        assert world.step(run, name).status == ("failed" if last else "ready")
+        if not last:
+            pause = min(300, 2 ** max(0, attempt - given_away - 1)) if attempt > given_away else 0
+            assert pause - 2 <= column(world, run, name, "run_at") <= pause
+        world.sql("UPDATE byrd.steps SET run_at = now(), wake_at = now() WHERE status = 'ready'")
+    outcomes = [attempt["outcome"] for attempt in world.do(reading.attempts, run)]
+    assert outcomes[:-1] == ["preempted"] * given_away + ["failed"] * steps.PATIENCE
+    assert world.run(run).status == "failed"
+    assert error_of(world, run, name)[0] in ("StartToCloseTimeoutError", "HeartbeatTimeoutError")
+    world.do(runs.retry, run)
+    claim = world.claim(run, name)
+    later(world, run, 31)
+    world.do(timeouts.time_out, claim.id, claim.attempt, max_preemptions=0)
+    assert world.step(run, name).status == "ready", "a retry brings new patience"
+
+
 def test_under_a_policy_silence_counts_as_a_failure(world: World) -> None:
     run = world.submit(timed("a", heartbeat=30, retry=byrd.Retry(max_attempts=2, first=0)))
     for attempt, status in ((1, "ready"), (2, "failed")):

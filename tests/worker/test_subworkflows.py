@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 from celery import chain, group
 
-from byrd.errors import SubWorkflowError
+import byrd
+from byrd.errors import IllegalTransitionError, SubWorkflowError
 from byrd.store import children, reading
 from byrd.worker.keeper import Settings, Sweeper
 from tests.cluster import Cluster, wait_until
+from tests.invariants import check_database
 
 APP = "tests.apps.nested"
 
@@ -86,9 +88,12 @@ def test_a_cancel_is_passed_on(cluster: Cluster, nested: Any, tmp_path: Path, *,
     child = child_of(cluster, nested, run)
     wait_until(lambda: cluster.rows("SELECT 1 FROM byrd.steps WHERE task LIKE '%hold' AND status = 'running'"))
     run.cancel(compensate=compensate, by="ann")
-    assert run.wait(timeout=10) == "cancelled"
+    if not compensate:
+        assert run.wait(timeout=10) == "cancelled"
     assert child.status == "cancelling"
+    assert run.status == ("compensating" if compensate else "cancelled")  # it undoes the inner run first
     go.touch()
+    assert run.wait(timeout=30) == "cancelled"
     assert child.wait(timeout=30) == "cancelled"
     assert lines(noted) == int(compensate)
     assert f"run {run.id}" in str(child.history())
@@ -127,6 +132,20 @@ def test_a_step_that_is_revoked_leaves_no_run_behind(cluster: Cluster, nested: A
     [step] = run.steps()
     wait_until(lambda: run.steps()[0].status == "ready")
     nested.app.control.revoke(step.id)
+    wait_until(lambda: child.status == "cancelling")
+    assert run.status == "compensating"
+    (tmp_path / "go").touch()
+    assert run.wait(timeout=30) == "failed"
+    assert child.status == "cancelled"
+    assert lines(tmp_path / "noted") == 1, "what it had done is undone"
+
+
+def test_one_with_nothing_to_undo_is_not_waited_for(cluster: Cluster, nested: Any, tmp_path: Path) -> None:
+    cluster.worker(APP)
+    run = nested.engine.submit(nested.holding.si(str(tmp_path / "go")))
+    child = child_of(cluster, nested, run)
+    wait_until(lambda: run.steps()[0].status == "ready")
+    nested.app.control.revoke(run.steps()[0].id)
     assert run.wait(timeout=30) == "failed"
     wait_until(lambda: child.status == "cancelling")
     (tmp_path / "go").touch()
@@ -169,8 +188,8 @@ def test_the_end_of_a_run_is_told_twice(cluster: Cluster, nested: Any) -> None:
     assert run.get(timeout=30) == 4
     before = cluster.rows("SELECT * FROM byrd.steps ORDER BY id")
     cluster.rows("UPDATE byrd.runs SET parent_told = false WHERE parent_step IS NOT NULL RETURNING 1")
-    assert store.run(children.tell_parents) == 1
-    assert store.run(children.tell_parents) == 0
+    assert store.run(children.tell_parents) == (1, [])
+    assert store.run(children.tell_parents) == (0, [])
     assert cluster.rows("SELECT * FROM byrd.steps ORDER BY id") == before
 
 
@@ -194,3 +213,134 @@ def test_abandoned_runs_are_found_by_an_index(cluster: Cluster, nested: Any) -> 
     finally:
         sweeper.stop()
     assert store.run(reading.get, child.id).status == "cancelled"
+
+
+# -- undone as a part of the run around it ---------------------------------------------------------
+
+
+def made(path: Path) -> list[str]:
+    """What was made, and undone, in order."""
+    return path.read_text().split() if path.exists() else []
+
+
+def test_a_rollback_undoes_workflows_within_that_had_succeeded(cluster: Cluster, nested: Any, tmp_path: Path) -> None:
+    cluster.worker(APP, concurrency=1)
+    path = str(tmp_path / "made")
+    canvas = chain(
+        nested.make.si(path, "first"), nested.tour.si(path, "t"), nested.inner.si(1, 2), nested.paid.si(path, "kept"),
+        nested.make.si(path, "last"), nested.need.si(str(tmp_path / "nothing")),
+    )  # fmt: skip
+    run = nested.engine.submit(canvas)
+    assert run.wait(timeout=60) == "failed"
+    # The inner run that passed its pivot keeps what it has done; what undoes the others waits for their rollbacks.
+    assert made(tmp_path / "made") == [
+        "first", "t0", "t1", "t2", "kept", "paid", "last", "-last", "-t2", "-t1", "-t0", "-first",
+    ]  # fmt: skip
+    assert {step.compensates for step in run.steps() if step.kind == "compensation"} == {0, 1, 4}
+    assert {name: status for _, name, status in children_of(cluster, run)} == {
+        "nested.tour": "cancelled", "nested.inner": "succeeded", "nested.paid": "succeeded",
+    }  # fmt: skip
+    [asked] = [e for e in child_of_workflow(nested, "nested.tour").history() if e["event"] == "rollback_requested"]
+    assert asked["detail"]["by"] == f"run {run.id}"
+    assert "is missing" in asked["detail"]["reason"]
+    check_database(cluster.database_url)
+
+
+def child_of_workflow(nested: Any, workflow: str) -> Any:
+    [found] = nested.engine.list(workflow=workflow)
+    return nested.engine.get(found.id)
+
+
+def test_a_run_that_only_has_workflows_within_is_rolled_back_on_purpose(
+    cluster: Cluster, nested: Any, tmp_path: Path
+) -> None:
+    cluster.worker(APP)
+    path = str(tmp_path / "made")
+    run = nested.engine.submit(group(nested.trip.si(path, "a"), nested.inner.si(1, 2)))
+    assert run.wait(timeout=30) == "succeeded"
+    with pytest.raises(IllegalTransitionError, match="nothing to undo"):
+        child_of_workflow(nested, "nested.inner").rollback()
+    run.rollback(reason="no more wanted", by="ann")
+    assert run.wait(timeout=30) == "cancelled"
+    assert made(tmp_path / "made") == ["a1", "a2", "-a2", "-a1"]
+    with pytest.raises(IllegalTransitionError, match="nothing to undo"):
+        child_of_workflow(nested, "nested.trip").rollback()
+
+
+def test_a_saga_that_fails_stops_and_undoes_the_workflows_in_it(cluster: Cluster, nested: Any, tmp_path: Path) -> None:
+    cluster.worker(APP, concurrency=2)
+    path, go, needed = str(tmp_path / "made"), tmp_path / "go", tmp_path / "needed"
+    inside = group(nested.stay.si(path, str(go)), chain(nested.hold.si(str(needed)), nested.need.si("/nowhere/at/all")))
+    run = nested.engine.submit(chain(nested.make.si(path, "kept"), byrd.saga(inside).on_error(nested.note.si(path))))
+    wait_until(lambda: "stay" in made(tmp_path / "made"))
+    needed.touch()
+    child = child_of_workflow(nested, "nested.stay")
+    wait_until(lambda: child.status == "cancelling")
+    assert run.status == "running"
+    go.touch()
+    assert run.wait(timeout=30) == "failed"
+    assert child.status == "cancelled"
+    assert [line for line in made(tmp_path / "made") if "-" not in line[1:]] == ["kept", "stay", "-stay", "-kept"]
+
+
+def test_workers_die_while_a_workflow_within_is_undone(cluster: Cluster, nested: Any, tmp_path: Path) -> None:
+    path = tmp_path / "made"
+    hold = tmp_path / "made.hold"
+    hold.touch()
+    worker = cluster.worker(APP, concurrency=1)
+    run = nested.engine.submit(chain(nested.trip.si(str(path), "a"), nested.need.si(str(tmp_path / "nothing"))))
+    child = child_of(cluster, nested, run)
+    wait_until(lambda: child.status == "compensating")
+    wait_until(lambda: any("waits for run" in said and "is compensating" in said for said in run.why()))
+    running = "SELECT 1 FROM byrd.steps WHERE kind = 'compensation' AND status = 'running'"
+    wait_until(lambda: cluster.rows(running), what="the compensation in the inner run")
+    worker.kill()
+    hold.unlink()
+    cluster.worker(APP, concurrency=1)
+    assert run.wait(timeout=60) == "failed"
+    assert child.status == "cancelled"
+    assert made(path) == ["a1", "a2", "-a2", "-a1"]
+    check_database(cluster.database_url)
+
+
+@pytest.mark.parametrize("who", ["outer", "inner"])
+def test_a_rollback_is_stuck_where_one_within_it_is(cluster: Cluster, nested: Any, tmp_path: Path, who: str) -> None:
+    cluster.worker(APP, concurrency=1)
+    path, needed = str(tmp_path / "made"), tmp_path / "needed"
+    run = nested.engine.submit(
+        chain(nested.make.si(path, "first"), nested.trip.si(path, "a", str(needed)), nested.need.si("/nowhere/at/all"))
+    )
+    child = child_of(cluster, nested, run)
+    wait_until(lambda: run.status == "rollback_stuck")
+    assert child.status == "rollback_stuck"
+    assert made(tmp_path / "made") == ["first", "a1", "a2", "-a2"]
+    assert f"see `byrd why {child.id[:8]}`" in run.why()[0]
+    run.retry()  # it is stuck there as before
+    wait_until(lambda: len([e for e in run.history() if e["event"] == "rollback_stuck"]) == 2)
+    assert len([e for e in child.history() if e["event"] == "rollback_stuck"]) == 2
+    needed.touch()
+    (run if who == "outer" else child).retry()
+    wait_until(lambda: run.status == "failed", what="the outer run to go on")
+    assert child.status == "cancelled"
+    assert made(tmp_path / "made") == ["first", "a1", "a2", "-a2", "-a1", "-first"]
+    check_database(cluster.database_url)
+
+
+def test_one_that_is_let_be_is_let_be(cluster: Cluster, nested: Any, tmp_path: Path) -> None:
+    cluster.worker(APP, concurrency=1)
+    path = str(tmp_path / "made")
+    run = nested.engine.submit(
+        chain(nested.make.si(path, "first"), nested.trip.si(path, "a", "/nowhere"), nested.need.si("/nowhere/at/all"))
+    )
+    wait_until(lambda: run.status == "rollback_stuck")
+    [stuck] = [step for step in run.steps() if step.kind == "compensation" and step.status == "failed"]
+    run.skip(stuck.no, reason="a1 may stay")
+    assert run.wait(timeout=30) == "failed"
+    assert made(tmp_path / "made") == ["first", "a1", "a2", "-a2", "-first"]
+    child = child_of(cluster, nested, run)
+    assert child.status == "rollback_stuck"
+    [stuck] = [step for step in child.steps() if step.kind == "compensation" and step.status == "failed"]
+    child.done_by_hand(stuck.no, note="done")
+    assert child.wait(timeout=30) == "cancelled"
+    assert run.status == "failed"
+    check_database(cluster.database_url)

@@ -59,7 +59,7 @@ def _runs() -> None:
         _time("created_at", nullable=False),
         _time("finished_at"),
         _time("deadline"),
-        # Of a sub-workflow: the step that it is the work of, and whether that was told of its end.
+        # Of a sub-workflow: the step that it is the work of, and whether that, or what undoes it, was told of its end.
         sa.Column("parent_step", sa.Text),
         sa.Column("parent_told", sa.Boolean, nullable=False, server_default=sa.false()),
         schema=SCHEMA,
@@ -80,7 +80,7 @@ def _runs() -> None:
     )
     op.execute(
         "CREATE INDEX runs_untold ON byrd.runs (finished_at)"
-        " WHERE parent_step IS NOT NULL AND finished_at IS NOT NULL AND NOT parent_told"
+        " WHERE parent_step IS NOT NULL AND NOT parent_told AND (finished_at IS NOT NULL OR status = 'rollback_stuck')"
     )
     op.execute("CREATE INDEX runs_deadline ON byrd.runs (deadline) WHERE finished_at IS NULL AND deadline IS NOT NULL")
 
