@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from byrd import errors
 from byrd.engine import Byrd, Run, Workflow
 from byrd.errors import LimitedError, RetryLater
+from byrd.items import each
 from byrd.limits import Limit
 from byrd.model import RunStatus, StepStatus
 from byrd.policies import Retry, Timeouts
@@ -42,6 +43,7 @@ __all__ = [
     "Workflow",
     "__version__",
     "current_compensation",
+    "each",
     "errors",
     "saga",
     "sleep",

@@ -15,17 +15,19 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from celery import Celery
 from celery.canvas import Signature, _chain, _chord, chunks, group, maybe_signature
-from kombu.utils.json import dumps
+from kombu.utils.json import loads
 
+from byrd.arguments import json_of, time_of_wait, times_of
 from byrd.errors import ArgumentError, CanvasError
+from byrd.items import EACH, Each, each_of, is_each
 from byrd.model import StepKind
 from byrd.sagas import body_of, is_saga
-from byrd.waits import NOT_GIVEN, Wait, is_wait, wait_of
+from byrd.waits import NOT_GIVEN, is_wait, wait_of
 
 #: Options that Celery writes while it freezes or sends a canvas; the plan has its own words for them.
 _FROZEN_OPTIONS = frozenset({
@@ -169,6 +171,34 @@ def compile_canvas(
     return Plan(tuple(builder.steps), output)
 
 
+def item_of(spec: Each, app: Celery) -> tuple[Step, bool]:
+    """Return the step that is made for each item, and whether the item is its first argument: not of ``task.si()``.
+
+    Raises :class:`CanvasError` unless it is one task, with nothing hanging on it.
+    """
+    sig = _Builder(app).signature(spec.task)
+    if is_each(sig):
+        raise CanvasError(f"{EACH}: an item is no each of its own; let it be a workflow that has one")
+    found = compile_canvas(sig, app)
+    step = found.steps[0]
+    if len(found.steps) > 1 or step.kind is not StepKind.TASK:
+        raise CanvasError(
+            f"{EACH}: an item is a call of one task, without a callback, chain, group, saga or wait of its own; let it "
+            "be a workflow if it takes more"
+        )
+    if str(step.task).startswith("celery."):
+        raise CanvasError(f"{EACH}: {step.task} cannot be called with an item; give it a task of your own")
+    return step, not sig.immutable
+
+
+def enumerator_of(spec: Each, app: Celery) -> Step:
+    """Return the call of an each's enumerator, but for its cursor; raise :class:`CanvasError` unless it is one task."""
+    found = compile_canvas(spec.pages, app)
+    if len(found.steps) > 1 or found.steps[0].kind is not StepKind.TASK or found.steps[0].task == EACH:
+        raise CanvasError(f"{EACH}: an enumerator is one task, that is called for each page with cursor=...")
+    return found.steps[0]
+
+
 _TOO_DEEP = f"the canvas is nested too deeply (more than {_MAX_DEPTH} levels); flatten it, or split it in workflows"
 
 
@@ -232,6 +262,8 @@ class _Builder:
             return self.wait(sig, given)
         if is_saga(sig):
             return self.saga(sig, given)
+        if is_each(sig):
+            return self.each(sig, given)
         return self.task(sig, given)
 
     def task(self, sig: Signature, given: _Given) -> int:
@@ -255,15 +287,15 @@ class _Builder:
                 id=str(own.get("task_id") or uuid.uuid4()),
                 kind=given.kind,
                 task=task,
-                args=_json(list(literal), task, "arguments") if literal else "[]",
-                kwargs=_json(kwargs, task, "keyword arguments") if kwargs else "{}",
+                args=json_of(list(literal), task, "arguments") if literal else "[]",
+                kwargs=json_of(kwargs, task, "keyword arguments") if kwargs else "{}",
                 options={k: v for k, v in options.items() if k not in _FROZEN_OPTIONS and k not in _TIMES},
                 after=given.after,
                 on_failure=given.on_failure,
                 input=source,
                 group_id=options.get("group_id"),
                 saga=given.saga,
-                **_times(options, task),
+                **times_of(options, task),
             )
         )
         links, errbacks = given.links_of(sig), given.errbacks_of(sig)
@@ -283,11 +315,11 @@ class _Builder:
         fallback = None
         if wait.signal is not None:
             source = None
-            fallback = None if wait.default is NOT_GIVEN else _json(wait.default, sig.task, "default")
+            fallback = None if wait.default is NOT_GIVEN else json_of(wait.default, sig.task, "default")
         elif len(literal) + (source is not None) > 1:
             raise ArgumentError(f"{sig.task} hands on one value, and is given {len(literal) + (source is not None)}")
         elif source is None:
-            fallback = _json(literal[0] if literal else None, sig.task, "argument")
+            fallback = json_of(literal[0] if literal else None, sig.task, "argument")
         no = self.add(
             Step(
                 no=len(self.steps),
@@ -300,7 +332,7 @@ class _Builder:
                 signal=wait.signal,
                 fallback=fallback,
                 saga=given.saga,
-                **_time_of(wait, _times(options, sig.task)),
+                **time_of_wait(wait, times_of(options, sig.task)),
             )
         )
         self.hang(no, given, given.links_of(sig), given.errbacks_of(sig))
@@ -331,6 +363,26 @@ class _Builder:
         out = self.visit(body_of(sig), inside)
         self.steps[out].into, self.steps[out].position = no, 0
         self.hang(no, given, given.links_of(sig), given.errbacks_of(sig))
+        return no
+
+    def each(self, sig: Signature, given: _Given) -> int:
+        """Add an each: a step of its own task, whose items come into the run once it runs."""
+        if given.kind is StepKind.ERRBACK:
+            raise CanvasError("an errback cannot be an each, nor have one as a part of it; submit a run of its own")
+        if given.kwargs and not sig.immutable:
+            raise ArgumentError(f"{EACH} takes no keyword argument {min(given.kwargs)!r} of the canvas around it")
+        spec = each_of(sig.kwargs)
+        item_of(spec, self.app)
+        no = self.task(sig, given)
+        step = self.steps[no]
+        if spec.items is not None:
+            step.input, step.args = None, "[]"
+        elif spec.pages is None:
+            literal = loads(step.args)
+            if len(literal) + (step.input is not None) != 1 or not all(isinstance(one, list) for one in literal):
+                raise CanvasError(
+                    f"{EACH} goes over one list: that of the step before it, the submit's one argument, or over=..."
+                )
         return no
 
     def chain(self, sig: _chain, given: _Given) -> int:
@@ -520,72 +572,3 @@ def _merged(own: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, An
 
 def _task_name(task: Any) -> str | None:
     return task.get("task") if isinstance(task, Mapping) else getattr(task, "name", None)
-
-
-def _times(options: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """Return when the step may start and until when, in the plan's words."""
-    times: dict[str, Any] = {}
-    countdown, eta, expires = options.get("countdown"), options.get("eta"), options.get("expires")
-    if countdown is not None:
-        times["countdown"] = _seconds(countdown, "countdown", task)
-    elif eta is not None:
-        times["eta"] = _moment(eta, "eta", task)
-    if expires is not None:
-        if isinstance(expires, int | float) and not isinstance(expires, bool):
-            times["expires_in"] = _seconds(expires, "expires", task)
-        else:
-            times["expires_at"] = _moment(expires, "expires", task)
-    return times
-
-
-def _time_of(wait: Wait, times: dict[str, Any]) -> dict[str, Any]:
-    """Return when a wait is over, in the plan's words; a delay that its options ask for comes before it."""
-    start, delay = times.pop("eta", None), times.pop("countdown", 0.0)
-    if wait.until is not None:
-        times["eta"] = wait.until if start is None else max(wait.until, start)
-    elif wait.seconds is not None and start is not None:
-        times["eta"] = start + timedelta(seconds=wait.seconds)
-    elif wait.seconds is not None:
-        times["countdown"] = max(0.0, delay) + wait.seconds
-    return times
-
-
-def _seconds(value: Any, name: str, task: str) -> float:
-    try:
-        seconds = float(value)
-    except (TypeError, ValueError):
-        raise ArgumentError(f"{task}: {name}={value!r} is not a number of seconds") from None
-    if not -1e9 < seconds < 1e9:
-        raise ArgumentError(f"{task}: {name}={value!r} is out of range")
-    return seconds
-
-
-def _moment(value: Any, name: str, task: str) -> datetime:
-    if isinstance(value, str):
-        try:
-            value = datetime.fromisoformat(value)
-        except ValueError:
-            raise ArgumentError(f"{task}: {name}={value!r} is not an ISO 8601 date and time") from None
-    if not isinstance(value, datetime):
-        raise ArgumentError(f"{task}: {name}={value!r} is neither a datetime nor a number of seconds")
-    # A naive moment is UTC, as Celery's workers take it.
-    return value.replace(tzinfo=UTC) if value.tzinfo is None else value
-
-
-def _json(value: Any, task: str, what: str) -> str:
-    """Return ``value`` as JSON text in Celery's own dialect (kombu's), or raise :class:`ArgumentError`."""
-    try:
-        text: str = dumps(value)
-    except (TypeError, ValueError, OverflowError, RecursionError) as exc:
-        raise ArgumentError(f"{task}: its {what} cannot be held by JSON: {exc}") from None
-    if "\\u0000" in text and _has_nul(value):
-        raise ArgumentError(f"{task}: its {what} contain a NUL character, which Postgres cannot hold; remove it")
-    return text
-
-
-def _has_nul(value: Any) -> bool:
-    if isinstance(value, str):
-        return "\0" in value
-    if isinstance(value, Mapping):
-        return any(_has_nul(k) or _has_nul(v) for k, v in value.items())
-    return isinstance(value, list | tuple | set) and any(_has_nul(item) for item in value)

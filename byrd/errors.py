@@ -28,6 +28,8 @@
     ├── WaitOutsideRunError       a sleep or a wait that is no step of a run
     ├── SubWorkflowError          a workflow within a run was cancelled, is not undone, or was called outside one
     ├── SagaOutsideRunError       a saga that is no part of a run
+    ├── EachError                 an each cannot go over its items, or hand on their values
+    │   └── EachToleranceError    more of its items failed than it tolerates
     ├── LimitKeyError             a call has no key for the limit of its task
     ├── LimitNotFoundError        no limit has this name
     ├── LimitedError              raised by a task: the other side wants a pause
@@ -153,6 +155,14 @@ class SubWorkflowError(ByrdError):
 
 class SagaOutsideRunError(ByrdError):
     """``byrd.saga`` was called as a task, outside a run."""
+
+
+class EachError(ByrdError):
+    """``byrd.each`` cannot go over its items, or cannot hand on their values, or was called outside a run."""
+
+
+class EachToleranceError(EachError):
+    """More items of a ``byrd.each`` have failed than it tolerates."""
 
 
 class LimitKeyError(ByrdError):

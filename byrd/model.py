@@ -55,10 +55,12 @@ class StepKind(StrEnum):
     """What a step is for.
 
     Three kinds call no task: a join gathers the values of a group, a wait lets time pass, or a signal come, and a saga
-    has the value of the canvas inside it, or fails once that is undone.
+    has the value of the canvas inside it, or fails once that is undone.  An item is one call of an each's task: what
+    its failure means is for the each to say.
     """
 
     TASK = "task"
+    ITEM = "item"
     JOIN = "join"
     WAIT = "wait"
     SAGA = "saga"
@@ -156,8 +158,8 @@ STEP_TRANSITIONS: tuple[Transition, ...] = (
     _step("fail_saga", "pending", "waiting", "a step of the saga failed: what it had done is about to be undone"),
     _step("end_saga", "waiting", "failed", "what the saga had done is undone, or must not be"),
     _step("fail_body", "pending", "failed", "a member of the group that it waits for failed (ChordError)"),
-    _step("skip", "pending", "skipped", "what it waits for failed"),
-    _step("cancel_step", "pending ready waiting", "cancelled", "its run is being cancelled, or its saga has failed"),
+    _step("skip", "pending", "skipped", "what it waits for failed, or too many other items of its each"),
+    _step("cancel_step", "pending ready waiting", "cancelled", "its run is cancelled, or its saga or each has failed"),
     _step("skip_undo", "ready failed cancelled", "skipped", "an operator lets a compensation be, for a reason"),
     _step("done_by_hand", "ready failed cancelled", "succeeded", "an operator has done what a compensation should do"),
     _step("reopen", "failed skipped cancelled", "pending", "its run is retried"),

@@ -15,6 +15,7 @@ from rich.tree import Tree
 
 from byrd.cli.forest import Forest
 from byrd.engine.words import ago, count, error_text, moment, shortened, span
+from byrd.items import EACH
 from byrd.model import RunStatus, StepKind, StepStatus
 from byrd.store import Counts, StepRow
 from byrd.store.insight import Snapshot
@@ -84,10 +85,14 @@ def _head(snapshot: Snapshot) -> list[RenderableType]:
 
 
 def _progress(snapshot: Snapshot) -> RenderableType:
-    steps = [step for step in snapshot.steps if step.kind not in _AROUND and not _uncalled(step)]
+    # Not each item of an each may be at hand, but they are counted.
+    steps = [s for s in snapshot.steps if s.kind not in (*_AROUND, StepKind.ITEM) and not _uncalled(s)]
     states = Counter(step.status for step in steps)
+    for found in snapshot.items.values():
+        states.update(found)
+    total = states.total()
     done = sum(number for status, number in states.items() if StepStatus(status).final)
-    words = Text(f"{done:,} of {len(steps):,} done")
+    words = Text(f"{done:,} of {total:,} done")
     for status in (
         StepStatus.RUNNING, StepStatus.READY, StepStatus.WAITING, StepStatus.FAILED, StepStatus.SKIPPED,
         StepStatus.CANCELLED,
@@ -96,7 +101,7 @@ def _progress(snapshot: Snapshot) -> RenderableType:
             words.append(", ").append(f"{states[status]:,} {status}", style=SIGNS[status][1])
     row = Table.grid(padding=(0, 1))
     style = "red" if states[StepStatus.FAILED] else "green"
-    bar = ProgressBar(total=max(1, len(steps)), completed=done, width=20, complete_style=style, finished_style=style)
+    bar = ProgressBar(total=max(1, total), completed=done, width=20, complete_style=style, finished_style=style)
     row.add_row(bar, words)
     return row
 
@@ -186,12 +191,14 @@ class _Tree:
 
     def _members(self, node: Tree, step: StepRow) -> None:
         members = self.forest.members(step)
-        if self.every or len(members) <= _MANY_MEMBERS:
+        items = self.snapshot.items.get(step.no)
+        number = sum(items.values()) if items else len(members)
+        if self.every or number <= _MANY_MEMBERS:
             for member in members:
                 self._member(node, member)
             return
         states = [self.forest.state_of_member(member) for member in members]
-        node.add(_tally(states))
+        node.add(_tally(items or Counter(states)))
         shown: Counter[StepStatus] = Counter()
         for member, state in zip(members, states, strict=True):
             shown[state] += 1
@@ -258,7 +265,9 @@ class _Tree:
             words.append((step.mark, "magenta"))
         if state in (StepStatus.SKIPPED, StepStatus.CANCELLED):
             words.append((str(state), SIGNS[state][1]))
-        if step.status == StepStatus.READY:
+        if step.status == StepStatus.READY and step.no in self.snapshot.items:
+            words.append(("its items are under way", "cyan"))
+        elif step.status == StepStatus.READY:
             words.append((self._waiting(step), "cyan"))
         if step.status == StepStatus.WAITING:
             words.append((self._until(step), "cyan"))
@@ -266,7 +275,7 @@ class _Tree:
             words.append((f"on {self.snapshot.holders.get(step.worker_id or '', 'a worker that is gone')}", "blue"))
         if (took := self._took(step)) is not None:
             words.append((took, ""))
-        if step.attempt > 1:
+        if step.attempt > 1 and step.task != EACH:  # which has one for each page
             words.append((f"attempt {step.attempt}", "yellow"))
         if step.retries:
             words.append((count(step.retries, "retry", "retries"), "yellow"))
@@ -307,6 +316,8 @@ class _Tree:
 
     def _checkpoints(self, step: StepRow) -> list[Text]:
         found = self.snapshot.checkpoints.get(step.no, [])
+        if step.task == EACH:
+            return []  # its items are drawn
         lines = [
             _checkpoint(name, counts) for name, counts in found if not name.startswith(("step:", "wait:", "beat:"))
         ]
@@ -330,12 +341,11 @@ def _checkpoint(name: str, counts: Counts) -> Text:
     return line.append(f", at {shortened(counts.cursor, 40)}" if counts.cursor is not None else "")
 
 
-def _tally(states: Sequence[StepStatus]) -> Text:
+def _tally(counts: Mapping[str, int]) -> Text:
     """Return how many members are in which state: ``✔ 980 succeeded  ● 3 running``."""
-    counts = Counter(states)
     line = Text(no_wrap=True, overflow="ellipsis")
     for status in StepStatus:
-        if counts[status]:
+        if counts.get(status):
             line.append("  " if line else "").append(sign(status)).append(f" {counts[status]:,} {status}")
     return line
 

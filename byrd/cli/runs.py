@@ -230,7 +230,7 @@ def _add_show(group: click.Group) -> None:
         if as_json:
             _show_json(engine, run, watch=watch)
             return
-        found = engine.runtime.store.run(snapshot, run.id)
+        found = engine.runtime.store.run(snapshot, run.id, every=every)
         if watch and not _at_rest(RunStatus(found.run.status)):
             found = _watch(engine, found, every=every)
         console().print(drawing(found, every=every))
@@ -241,13 +241,13 @@ def _watch(engine: Byrd, found: Snapshot, *, every: bool) -> Snapshot:
     out = console()
     if not out.is_terminal:
         engine.get(found.run.id).wait()
-        return engine.runtime.store.run(snapshot, found.run.id)
+        return engine.runtime.store.run(snapshot, found.run.id, every=every)
     try:
         with Live(console=out, auto_refresh=False, transient=True) as live:
             while not _at_rest(RunStatus(found.run.status)):
                 live.update(drawing(found, every=every), refresh=True)
                 time.sleep(_LOOK_SECONDS)
-                found = engine.runtime.store.run(snapshot, found.run.id)
+                found = engine.runtime.store.run(snapshot, found.run.id, every=every)
     except KeyboardInterrupt:
         pass  # what was seen last stays on the screen
     return found

@@ -16,7 +16,7 @@ from kombu.utils.json import dumps
 from sqlalchemy import Connection
 from sqlalchemy.engine import URL
 
-from byrd.engine import bulk, settings, subworkflow
+from byrd.engine import bulk, each, settings, subworkflow
 from byrd.engine.bulk import Wanted
 from byrd.engine.limits import Limits
 from byrd.engine.run import Run
@@ -76,6 +76,7 @@ class Byrd:
         bulk.add_task(app)
         self._workflows[BULK] = Workflow(self, BULK, partial(bulk.signature, app), None)
         subworkflow.add_task(self)
+        each.add_task(self)
         add_saga(app)
 
     # -- submitting ------------------------------------------------------------------------------

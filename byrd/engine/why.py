@@ -9,9 +9,10 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from byrd.engine.words import ago, count, error_text, moment, shortened, since, span
+from byrd.items import EACH
 from byrd.model import RunStatus, StepKind, StepStatus
 from byrd.policies import retry_of, timeouts_of
-from byrd.store import Store, children, insight, limits, termination
+from byrd.store import Store, children, insight, items, limits, termination
 from byrd.store.insight import OpenStep, Standing
 from byrd.store.limits import Place, Turn
 from byrd.waits import SUBWORKFLOW, UNDO_SUBWORKFLOW
@@ -251,7 +252,8 @@ def _reason(case: _Case, step: OpenStep) -> _Reason:
     if step.limit_no is not None and (step.limit_slot is None or not step.due):
         return _limited(case, step)
     if not step.due:
-        return _delegated(case, step) if step.task in (SUBWORKFLOW, UNDO_SUBWORKFLOW) else _delayed(case, step)
+        special = {SUBWORKFLOW: _delegated, UNDO_SUBWORKFLOW: _delegated, EACH: _over_items}
+        return special.get(step.task or "", _delayed)(case, step)
     return _due(case, step)
 
 
@@ -346,6 +348,21 @@ def _delegated(case: _Case, step: OpenStep) -> _Reason:
         step,
         ("delegated", child.id),
         lambda _: f"waits for run {short} of workflow {child.workflow!r}, which is {how}: see `byrd why {short}`",
+    )
+
+
+def _over_items(case: _Case, step: OpenStep) -> _Reason:
+    """An each whose items are under way."""
+    found = case.store.run(items.of_number, case.standing.run.id, step.no)
+    if found is None:
+        return _delayed(case, step)
+    total = f"{found.inserted:,} items so far" if found.total is None and not found.done else f"{found.all:,} items"
+    failed = f", {found.failed:,} failed" if found.failed else ""
+    over = f": more than the {found.tolerated:,} that may, so no other starts" if found.over else ""
+    return _Reason(
+        step,
+        ("items", step.no),
+        lambda _: f"waits for its items: {found.completed:,} of {total} done, {found.active:,} under way{failed}{over}",
     )
 
 

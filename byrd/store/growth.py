@@ -18,7 +18,7 @@ def replace(conn: Connection, step_id: str, attempt: int, plan: Plan) -> list[Wa
 
     ``plan`` may be numbered as it likes.  Raises :class:`StepCancelled` when the run is being cancelled.
     """
-    run_id, first_no = _open_plan(conn, step_id)
+    run_id, first_no = open_plan(conn, step_id)
     row = steps.end_attempt(
         conn, step_id, attempt, "pending", Outcome.REPLACED, None,
         extra="replaced = true, waiting = 1, started_at = NULL, ready_at = NULL, run_at = NULL, wake_at = NULL",
@@ -42,7 +42,7 @@ def extend_join(conn: Connection, step_id: str, attempt: int, plan: Plan) -> lis
     A step that took a replaced one's place is a member of that one's group.  Raises :class:`StepCancelled` when the
     run is being cancelled, and ``ValueError`` when there is no group.
     """
-    run_id, first_no = _open_plan(conn, step_id)
+    run_id, first_no = open_plan(conn, step_id)
     steps.check_owner(conn, step_id, attempt)
     output_id = next(step.id for step in plan.steps if step.no == plan.output)
     if query(conn, "SELECT 1 FROM byrd.steps WHERE id = %(id)s", {"id": output_id}).first():
@@ -96,15 +96,14 @@ def _join_of(conn: Connection, step_id: str) -> int | None:
     return found
 
 
-def _open_plan(conn: Connection, step_id: str) -> tuple[str, int]:
+def open_plan(conn: Connection, step_id: str) -> tuple[str, int]:
     """Have the step's run to oneself, to add steps to it; return its id and the number of its next step."""
     found = query(conn, "SELECT run_id, kind FROM byrd.steps WHERE id = %(id)s", {"id": step_id}).first()
     if found is None:
         raise StaleAttempt(f"step {step_id} does not exist any more")
-    if found.kind == StepKind.COMPENSATION:
-        raise IllegalTransitionError(
-            f"step {step_id} is a compensation, which can neither be replaced nor grow a chord"
-        )
+    if found.kind in (StepKind.COMPENSATION, StepKind.ITEM):
+        what = "a compensation" if found.kind == StepKind.COMPENSATION else "an item of an each"
+        raise IllegalTransitionError(f"step {step_id} is {what}, which can neither be replaced nor grow a chord")
     run_id = str(found.run_id)
     locks.own_run(conn, run_id)
     row = query(

@@ -13,6 +13,8 @@ from byrd.store import progress, reading, sweeps
 from byrd.store.rows import Counts, RunRow, StepRow, WorkerRow, query
 
 #: A queue longer than this is as good as endless to those who wait in it.
+#: Of the items of an each, so many in each state are at hand for a drawing.
+MOST_ITEMS = 20
 _FAR = 10_000
 
 
@@ -23,6 +25,8 @@ class Snapshot:
     run: RunRow
     now: datetime
     steps: list[StepRow]
+    #: Of each each, by its number, how many items are in which state; ``steps`` may hold some of them only.
+    items: Mapping[int, Mapping[str, int]]
     checkpoints: Mapping[int, list[tuple[str, Counts]]]
     attempts: list[dict[str, Any]]
     #: The node names of the workers that hold its steps, by worker id.
@@ -181,8 +185,8 @@ class ServerFacts(NamedTuple):
 # -- one run ---------------------------------------------------------------------------------------
 
 
-def snapshot(conn: Connection, run_id: str) -> Snapshot:
-    """Return a run with everything that ``byrd show`` draws."""
+def snapshot(conn: Connection, run_id: str, *, every: bool = True) -> Snapshot:
+    """Return a run with everything that ``byrd show`` draws; of an each's many items some, unless ``every`` one."""
     # One moment for all of it: a step must not be running in one query and done in the next.
     query(conn, "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
     rows = query(
@@ -194,11 +198,26 @@ def snapshot(conn: Connection, run_id: str) -> Snapshot:
     return Snapshot(
         run=reading.get(conn, run_id),
         now=_now(conn),
-        steps=reading.list_steps(conn, run_id),
+        steps=reading.list_steps(conn, run_id, most_items=None if every else MOST_ITEMS),
+        items=_count_items(conn, run_id),
         checkpoints=progress.list_checkpoints(conn, run_id),
         attempts=reading.attempts(conn, run_id),
         holders={str(row.id): row.hostname for row in rows},
     )
+
+
+def _count_items(conn: Connection, run_id: str) -> dict[int, dict[str, int]]:
+    """Return how many items of each each of a run are in which state."""
+    rows = query(
+        conn,
+        """SELECT join_no, status, count(*) AS n FROM byrd.steps WHERE run_id = %(run)s AND kind = 'item'
+            GROUP BY join_no, status""",
+        {"run": run_id},
+    )
+    found: dict[int, dict[str, int]] = {}
+    for row in rows:
+        found.setdefault(row.join_no, {})[row.status] = int(row.n)
+    return found
 
 
 def standing(conn: Connection, run_id: str, *, limit: int = 2000) -> Standing:
@@ -254,7 +273,8 @@ SELECT s.no, s.kind, s.task, coalesce(s.queue, '') AS queue, s.status, s.signal,
 
 def failure_of(conn: Connection, run_id: str, *, compensation: bool = False) -> Failure | None:
     """Return the step whose failure came first: it caused the others.  Or the compensation that is stuck."""
-    kind = "kind = 'compensation'" if compensation else "kind NOT IN ('join', 'saga', 'errback', 'compensation')"
+    others = "kind NOT IN ('join', 'saga', 'item', 'errback', 'compensation')"
+    kind = "kind = 'compensation'" if compensation else others
     row = query(
         conn,
         f"""SELECT no, kind, task, attempt, retries, error, finished_at, compensates FROM byrd.steps

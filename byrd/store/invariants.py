@@ -86,11 +86,11 @@ RULES = {
     "a join succeeds with all its members": """
         SELECT j.run_id, j.no, m.no || ' ' || m.status FROM byrd.steps j
           JOIN byrd.steps m ON m.run_id = j.run_id AND m.join_no = j.no
-         WHERE j.status = 'succeeded' AND m.status <> 'succeeded'""",
+         WHERE j.status = 'succeeded' AND m.status <> 'succeeded' AND m.kind <> 'item'""",
     "a step whose predecessor is done does not wait": """
         SELECT s.run_id, s.no, coalesce(p.status, 'first') FROM byrd.steps s
           LEFT JOIN byrd.steps p ON p.run_id = s.run_id AND p.no = s.after
-         WHERE s.status = 'pending' AND s.kind NOT IN ('join','saga','compensation') AND NOT s.replaced
+         WHERE s.status = 'pending' AND s.kind NOT IN ('join','saga','item','compensation') AND NOT s.replaced
            AND (s.after IS NULL OR p.status = CASE WHEN s.on_failure THEN 'failed' ELSE 'succeeded' END)""",
     "a step whose predecessor failed does not wait": """
         SELECT s.run_id, s.no, p.status FROM byrd.steps s
@@ -124,7 +124,33 @@ RULES = {
            AND NOT (s.run_at = 'infinity' AND (s.signal IS NOT NULL OR EXISTS
              (SELECT 1 FROM byrd.steps o JOIN byrd.runs c ON c.parent_step = o.id
                WHERE o.run_id = s.run_id AND o.no = coalesce(s.compensates, s.no)
-                 AND (c.finished_at IS NULL OR NOT c.parent_told))))""",
+                 AND (c.finished_at IS NULL OR NOT c.parent_told)) OR EXISTS
+             (SELECT 1 FROM byrd.steps m WHERE m.run_id = s.run_id AND m.join_no = s.no AND m.kind = 'item'
+                 AND m.status IN ('ready','running'))))""",
+    "an each counts its items": """
+        SELECT s.run_id, s.no, c.counted || ' counted, ' || m.found FROM byrd.steps s, LATERAL
+           (SELECT concat_ws(' ', completed, failed, cursor::json ->> 'active', cursor::json ->> 'waiting') AS counted,
+                   completed, failed, (cursor::json ->> 'active')::int AS active,
+                   (SELECT coalesce(sum((w ->> 1)::int - (w ->> 0)::int + 1), 0)
+                      FROM json_array_elements(cursor::json -> 'waiting') w) AS waiting
+              FROM byrd.checkpoints WHERE step_id = s.id AND name = 'items') c, LATERAL
+           (SELECT count(*) FILTER (WHERE m.status = 'succeeded') AS completed,
+                   count(*) FILTER (WHERE m.status IN ('ready','running')) AS active,
+                   count(*) FILTER (WHERE m.status = 'pending') AS waiting,
+                   string_agg(m.status, ' ' ORDER BY m.no) AS found
+              FROM byrd.steps m WHERE m.run_id = s.run_id AND m.join_no = s.no AND m.kind = 'item') m
+          WHERE s.task = 'byrd.each' AND s.status = 'ready' AND s.run_at = 'infinity'
+            AND (c.completed, c.active, c.waiting) IS DISTINCT FROM (m.completed, m.active, m.waiting)""",
+    "an each has no more items under way than it may": """
+        SELECT s.run_id, s.no, m.active::text FROM byrd.steps s
+          JOIN byrd.checkpoints c ON c.step_id = s.id AND c.name = 'items', LATERAL
+           (SELECT count(*) AS active FROM byrd.steps m WHERE m.run_id = s.run_id AND m.join_no = s.no
+               AND m.kind = 'item' AND m.status IN ('ready','running')) m
+         WHERE s.task = 'byrd.each' AND m.active > (c.cursor::json ->> 'limit')::int""",
+    "an item that has not ended has an each that has not": f"""
+        SELECT m.run_id, m.no, m.status || ' in ' || s.status FROM byrd.steps m
+          JOIN byrd.steps s ON s.run_id = m.run_id AND s.no = m.join_no
+         WHERE m.kind = 'item' AND m.status IN ('pending','ready') AND s.status NOT IN {_OPEN_STEP}""",
     "a task that gave its slot back for a signal that came goes on": """
         SELECT s.run_id, s.no, s.signal FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
          WHERE s.status = 'ready' AND s.signal IS NOT NULL AND r.status = 'running' AND s.run_at > clock_timestamp()

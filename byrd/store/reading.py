@@ -58,10 +58,19 @@ def list_runs(
     return [RunRow.from_row({**row, "id": str(row["id"])}) for row in rows]
 
 
-def list_steps(conn: Connection, run_id: str) -> list[StepRow]:
-    """Return the steps of a run in the plan's order."""
+def list_steps(conn: Connection, run_id: str, *, most_items: int | None = None) -> list[StepRow]:
+    """Return the steps of a run in the plan's order; of an each's items, no more than so many in each state."""
+    which = (
+        ""
+        if most_items is None
+        else """ AND (s.kind <> 'item' OR s.no IN
+        (SELECT no FROM (SELECT no, row_number() OVER (PARTITION BY join_no, status ORDER BY join_pos) AS place
+                           FROM byrd.steps WHERE run_id = %(run)s AND kind = 'item') m WHERE place <= %(most)s))"""
+    )
     rows = query(
-        conn, f"SELECT {StepRow.columns()} FROM byrd.steps s WHERE s.run_id = %(run)s ORDER BY s.no", {"run": run_id}
+        conn,
+        f"SELECT {StepRow.columns()} FROM byrd.steps s WHERE s.run_id = %(run)s{which} ORDER BY s.no",
+        {"run": run_id, "most": most_items},
     )
     return [_step(row) for row in rows.mappings()]
 

@@ -80,6 +80,10 @@ WAKEUP = """s.id, s.run_id, s.no, s.kind, s.task, s.queue, s.attempt, s.retries,
     s.limit_key IS NOT NULL AND s.limit_no IS NULL AND s.limit_slot IS NULL AS limited"""
 
 
+#: How a step is let go of: for the SET of an UPDATE.
+UNCLAIMED = "worker_id = NULL, pid = NULL, claim = NULL, limit_slot = NULL, limit_no = NULL"
+
+
 def wakeups_of(rows: Iterable[Any]) -> list[Wakeup]:
     """Read rows whose first columns are :data:`WAKEUP`."""
     return [Wakeup(row[0], str(row[1]), *row[2 : len(Wakeup._fields)]) for row in rows]

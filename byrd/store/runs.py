@@ -283,7 +283,7 @@ def retry_undo(conn: Connection, run_id: str, no: int, *, by: str) -> list[Wakeu
     if locked(conn, run_id).status != "rollback_stuck":
         return []
     which = "no = %(no)s AND kind = 'compensation' AND status IN ('failed','cancelled')"
-    if not _reopen(conn, run_id, which, {"no": no}):
+    if not reopen(conn, run_id, which, {"no": no}):
         return []
     record(conn, run_id, "rollback_retried", _by(by), step_no=no)
     return unstick(conn, run_id)
@@ -298,7 +298,7 @@ def retry(conn: Connection, run_id: str, *, by: str | None = None, token: str | 
         return []
     run = locked(conn, run_id)
     if run.status == "rollback_stuck":
-        _reopen(conn, run_id, "kind = 'compensation' AND status IN ('failed','cancelled')")
+        reopen(conn, run_id, "kind = 'compensation' AND status IN ('failed','cancelled')")
         record(conn, run_id, "rollback_retried", _by(by), token=token)
         return unstick(conn, run_id)
     if run.status not in sources(RUN_TRANSITIONS, "retry_run"):
@@ -316,7 +316,8 @@ def retry(conn: Connection, run_id: str, *, by: str | None = None, token: str | 
         {"run": run_id, "sources": _sources("retry_run")},
     )
     called = _recall_errbacks(conn, run_id)
-    _reopen(conn, run_id, "status IN ('failed','skipped','cancelled')")
+    # Items are for their each to try again, a page at a time, unless it has succeeded without them.
+    reopen(conn, run_id, "status IN ('failed','skipped','cancelled') AND kind <> 'item'")
     query(  # only now, for nothing is changed in a step that has ended
         conn,
         """UPDATE byrd.steps SET replaced = false, waiting = 0
@@ -340,7 +341,7 @@ def _resume_pending(conn: Connection, run_id: str) -> list[Wakeup]:
     rows = query(
         conn,
         """SELECT s.no FROM byrd.steps s LEFT JOIN byrd.steps p ON p.run_id = s.run_id AND p.no = s.after
-           WHERE s.run_id = %(run)s AND s.status = 'pending' AND s.kind NOT IN ('join','saga') AND NOT s.replaced
+           WHERE s.run_id = %(run)s AND s.status = 'pending' AND s.kind NOT IN ('join','saga','item') AND NOT s.replaced
              AND NOT s.on_failure AND (s.after IS NULL OR p.status = 'succeeded')""",
         params,
     )
@@ -399,11 +400,12 @@ def _recall_errbacks(conn: Connection, run_id: str) -> list[int]:
                 WHERE s.run_id = %(run)s AND s.no = ANY(%(called)s) AND s.status = 'succeeded' AND p.step_id = s.id""",
             called,
         )
-    _reopen(conn, run_id, "status = 'succeeded' AND no = ANY(%(called)s)", called)
+    reopen(conn, run_id, "status = 'succeeded' AND no = ANY(%(called)s)", called)
     return numbers
 
 
-def _reopen(conn: Connection, run_id: str, which: str, params: Mapping[str, Any] | None = None) -> list[int]:
+def reopen(conn: Connection, run_id: str, which: str, params: Mapping[str, Any] | None = None) -> list[int]:
+    """failed, skipped, cancelled or succeeded → pending for those of a run's steps; return their numbers."""
     rows = query(
         conn,
         f"""UPDATE byrd.steps SET status = 'pending', finished_at = NULL, result = NULL, error = NULL, cause = NULL,
@@ -492,7 +494,7 @@ def _finish(conn: Connection, run_id: str, name: str, outcome: str) -> None:
               WHEN %(outcome)s <> 'succeeded' THEN (SELECT coalesce(o.error, c.error, f.error) FROM byrd.steps o
                 LEFT JOIN byrd.steps c ON c.run_id = o.run_id AND c.no = o.cause
                 LEFT JOIN LATERAL (SELECT error FROM byrd.steps x WHERE x.run_id = o.run_id AND x.error IS NOT NULL
-                                   AND x.status IN ('failed','cancelled') AND x.kind <> 'errback'
+                                   AND x.status IN ('failed','cancelled') AND x.kind NOT IN ('errback','item')
                                    ORDER BY x.status <> 'failed', x.finished_at LIMIT 1) f ON true
                 WHERE o.run_id = r.id AND o.no = r.output) END)
             WHERE r.id = %(run)s AND r.status = ANY(%(sources)s) RETURNING r.parent_step""",

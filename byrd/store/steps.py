@@ -13,11 +13,12 @@ from typing import Any
 from sqlalchemy import Connection
 
 from byrd.errors import StaleAttempt
+from byrd.items import EACH
 from byrd.model import Mark, Outcome, RunStatus, StepKind, StepStatus
-from byrd.store import flow, runs
+from byrd.store import flow, items, runs
 from byrd.store.flow import COMPLETED_AT, RESEND_SECONDS, error_json
 from byrd.store.locks import SHARE_RUN_OF_STEP, TRY_SHARE_RUN
-from byrd.store.rows import WAKEUP, Claim, Wakeup, query, wakeups_of
+from byrd.store.rows import UNCLAIMED, WAKEUP, Claim, Wakeup, query, wakeups_of
 
 #: A step that loses its worker more often than this is failed: it is probably what kills the worker.
 MAX_PREEMPTIONS = 5
@@ -32,7 +33,6 @@ _LONGEST_PAUSE_SECONDS = 300.0
 SEND_AGAIN_SECONDS = 0.5
 
 _NOW = "clock_timestamp()"
-_UNCLAIMED = "worker_id = NULL, pid = NULL, claim = NULL, limit_slot = NULL, limit_no = NULL"
 
 #: The run ``r``, and the saga of the step ``s``, if it is a step of one, let it start.
 _MAY_GO_ON = """CASE WHEN s.kind = 'compensation' THEN r.status IN ('compensating','running','cancelling')
@@ -149,7 +149,7 @@ def _may_run_alone(conn: Connection, params: dict[str, Any]) -> bool:
 
 
 _COMPLETE = f"""
-UPDATE byrd.steps s SET status = 'succeeded', result = %(result)s, finished_at = {COMPLETED_AT}, {_UNCLAIMED}
+UPDATE byrd.steps s SET status = 'succeeded', result = %(result)s, finished_at = {COMPLETED_AT}, {UNCLAIMED}
   FROM {SHARE_RUN_OF_STEP}
  WHERE s.id = %(id)s AND s.attempt = %(attempt)s AND s.status = 'running'
 RETURNING s.run_id, s.no, s.join_no, s.kind, s.saga, s.mark
@@ -162,13 +162,24 @@ def complete(conn: Connection, step_id: str, attempt: int, result: str) -> list[
     Raises :class:`StaleAttempt` unless this attempt owns the step, or had completed it already.
     """
     row = query(conn, _COMPLETE, {"id": step_id, "attempt": attempt, "result": result}).first()
+    return after_success(conn, step_id, attempt, row)
+
+
+def after_success(conn: Connection, step_id: str, attempt: int, row: Any) -> list[Wakeup]:
+    """Do all that follows from the success of a step, whose ``row`` was just written.
+
+    Without a row, raises :class:`StaleAttempt` unless this very attempt had completed it.
+    """
     if row is None:
         _refuse_unless_completed(conn, step_id, attempt)
         return []
     run_id = str(row.run_id)
     if row.kind == StepKind.COMPENSATION:
         return runs.go_on_undoing(conn, run_id, row.saga)
-    wakeups = runs.advance(conn, run_id, row.no, row.join_no, succeeded=True, pivot=row.mark == Mark.PIVOT)
+    if row.kind == StepKind.ITEM:
+        wakeups = items.ended(conn, run_id, row.join_no, succeeded=True)
+    else:
+        wakeups = runs.advance(conn, run_id, row.no, row.join_no, succeeded=True, pivot=row.mark == Mark.PIVOT)
     if row.saga is not None:
         flow.look_at_sagas(conn, run_id)
     return wakeups
@@ -281,7 +292,7 @@ def put_back(conn: Connection, step_id: str, attempt: int, *, worker_id: str, pi
     """
     row = query(
         conn,
-        f"""UPDATE byrd.steps s SET status = 'ready', attempt = s.attempt - 1, started_at = NULL, {_UNCLAIMED},
+        f"""UPDATE byrd.steps s SET status = 'ready', attempt = s.attempt - 1, started_at = NULL, {UNCLAIMED},
                    sends = 0, wake_at = {_NOW}
               FROM {SHARE_RUN_OF_STEP}
              WHERE s.id = %(id)s AND s.attempt = %(attempt)s AND s.status = 'running' AND s.worker_id = %(worker)s
@@ -455,7 +466,7 @@ def check_owner(conn: Connection, step_id: str, attempt: int) -> None:
 
 # -- the end of an attempt -------------------------------------------------------------------------
 
-_ENDED = "s.id, s.run_id, s.no, s.kind, s.join_no, s.status, s.saga"
+_ENDED = "s.id, s.run_id, s.no, s.kind, s.task, s.join_no, s.status, s.saga"
 
 
 def end_attempt(
@@ -473,7 +484,7 @@ def end_attempt(
 ) -> Any:
     """Move a running step to ``status`` under the fence, and record how the attempt ended."""
     final = status in ("failed", "cancelled", "skipped")
-    sets = [f"status = '{status}'", _UNCLAIMED, *([extra] if extra else [])]
+    sets = [f"status = '{status}'", UNCLAIMED, *([extra] if extra else [])]
     if final:
         sets += [f"finished_at = {_NOW}", "error = %(error)s"]
     return query(
@@ -548,7 +559,12 @@ def _after_failure(conn: Connection, row: Any) -> list[Wakeup]:
     if row.kind == "compensation":
         runs.stick(conn, str(row.run_id), row.no)
         return []
-    wakeups = runs.advance(conn, str(row.run_id), row.no, row.join_no, succeeded=False)
+    if row.kind == StepKind.ITEM:
+        wakeups = items.ended(conn, str(row.run_id), row.join_no, succeeded=False)
+    else:
+        if row.task == EACH:
+            items.drop(conn, str(row.run_id), row.no)
+        wakeups = runs.advance(conn, str(row.run_id), row.no, row.join_no, succeeded=False)
     if row.saga is not None:
         flow.look_at_sagas(conn, str(row.run_id))
     return wakeups

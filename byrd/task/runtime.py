@@ -7,8 +7,10 @@ import json
 import math
 import mmap
 import os
+import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,8 +20,9 @@ from kombu.utils.json import dumps
 from sqlalchemy.engine import URL
 
 from byrd import policies
-from byrd.canvas import Plan, Step, compile_canvas
-from byrd.errors import ArgumentError, CompensationError, ConfigurationError, UnknownTaskError
+from byrd.canvas import Plan, Step, compile_canvas, enumerator_of, item_of
+from byrd.errors import ArgumentError, CanvasError, CompensationError, ConfigurationError, UnknownTaskError
+from byrd.items import EACH, Each, each_of
 from byrd.limits import key_of, limit_of
 from byrd.model import Mark, StepKind
 from byrd.policies import Retry
@@ -219,12 +222,7 @@ class Runtime:
     def _frozen(self, step: Step, retry: Retry | None) -> Step:
         if step.kind in (StepKind.JOIN, StepKind.WAIT, StepKind.SAGA):
             return step
-        task = self.app.tasks.get(step.task)
-        if task is None:
-            known = ", ".join(sorted(name for name in self.app.tasks if not name.startswith("celery."))[:8])
-            raise UnknownTaskError(
-                f"the task {step.task!r} is not registered in this app; import its module (known: {known})"
-            )
+        task = self.task_named(step.task)
         if step.input is None and not step.on_failure:
             _check_arguments(task, step)
         queue, options, compensation = self._nature(task, step)
@@ -233,11 +231,55 @@ class Runtime:
             policies.freeze(options, retry)
         if compensation is None:
             _check_compensation(task)
+        if step.task == EACH:
+            queue, options = self._nature_of_each(step, queue, options)
         limit_name, limit_key = _place(step, task)
         step.mark = _mark(task)
         step.solo, step.queue, step.options = _is_solo(step, task, options), queue, options
         step.compensation, step.limit_name, step.limit_key = compensation, limit_name, limit_key
         return step
+
+    def item(self, spec: Each, item: Any, retry: Retry | None, *, template: tuple[Step, bool] | None = None) -> Step:
+        """Return the step of one item of an each; ``template``: what :func:`byrd.canvas.item_of` says of its spec."""
+        step, takes_item = template or item_of(spec, self.app)
+        new = replace(step, id=str(uuid.uuid4()))
+        if takes_item:
+            new.args = dumps([item, *loads(step.args)])
+        return replace(self._frozen(new, retry), mark=None)
+
+    def task_named(self, name: str | None) -> Any:
+        """Return a task of the app; raise :class:`UnknownTaskError` when there is none of that name."""
+        task = self.app.tasks.get(name)
+        if task is None:
+            known = ", ".join(sorted(name for name in self.app.tasks if not name.startswith("celery."))[:8])
+            raise UnknownTaskError(
+                f"the task {name!r} is not registered in this app; import its module (known: {known})"
+            )
+        return task
+
+    def _nature_of_each(self, step: Step, queue: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Check what an each calls; it runs where its enumerator would, or else its items do, unless it says where."""
+        spec = each_of(loads(step.kwargs))
+        item, takes_item = item_of(spec, self.app)
+        task = self.task_named(item.task)
+        if _mark(task) == Mark.PIVOT:
+            raise CanvasError(f"{EACH}: {item.task} is a pivot, which cannot be an item: nothing is undone after it")
+        given = [None] if takes_item else []
+        _check_arguments(task, replace(item, args=dumps([*given, *loads(item.args)])))
+        # As if it had an input: what its arguments are is not known yet.
+        item = self._frozen(replace(item, input=0), None)
+        if spec.pages is not None:
+            pages = self._frozen(replace(enumerator_of(spec, self.app), input=0), None)
+            first = [None] if step.input is not None else []
+            kwargs = {**loads(pages.kwargs), "cursor": None}
+            args = [*first, *loads(step.args), *loads(pages.args)]
+            _check_arguments(self.task_named(pages.task), replace(pages, args=dumps(args), kwargs=dumps(kwargs)))
+            policy = pages.options.get(policies.RETRY)
+            options = {**options, **({policies.RETRY: policy} if policy is not None else {})}
+            item = pages
+        if not {"queue", "exchange", "routing_key"} & step.options.keys():
+            queue = item.queue or queue
+        return queue, options
 
     def _nature(self, task: Any, step: Step) -> _Nature:
         """Return what the task and its routes say of a step; looked up once where it depends on nothing else."""

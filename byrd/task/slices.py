@@ -25,7 +25,8 @@ from kombu.exceptions import EncodeError
 from sqlalchemy.exc import DBAPIError
 
 from byrd.errors import StaleAttempt
-from byrd.store import Claim, steps, work
+from byrd.model import StepKind
+from byrd.store import Claim, items, steps, work
 from byrd.store.database import first_line
 from byrd.store.work import Done, Own, Work
 from byrd.task.attempt import Attempt
@@ -223,6 +224,8 @@ class Slice:
     def _call(self, done: Sequence[Done], current: str | None, **wanted: Any) -> Work:
         if not done and not wanted:
             return Work()
+        if any(one.claim.kind == StepKind.ITEM for one in done):
+            return self._with_items(done, current, wanted)
         try:
             return self._work(done=done, **wanted)
         except DBAPIError as exc:
@@ -236,6 +239,35 @@ class Slice:
             recorded.claims, recorded.own_is_ready = found.claims, found.own_is_ready
             recorded.wakeups += found.wakeups
         return recorded
+
+    def _with_items(self, done: Sequence[Done], current: str | None, wanted: dict[str, Any]) -> Work:
+        """Record the items of each each together, which the fast path does not know, and then the rest."""
+        of_each: dict[tuple[str, int], list[Done]] = {}
+        for one in done:
+            if one.claim.kind == StepKind.ITEM:
+                of_each.setdefault((one.claim.run_id, one.claim.join_no or 0), []).append(one)
+        recorded = Work()
+        for (run_id, each_no), together in of_each.items():
+            given = {claim.id: (claim.attempt, result) for claim, result in together}
+            try:
+                kept, wakeups = self.runtime.patient_store.run(items.complete, run_id, each_no, given)
+            except DBAPIError as exc:
+                log.warning("%d results are recorded one by one, for together: %s", len(together), first_line(exc))
+                one_by_one = self._one_by_one(together, current)
+                recorded.wakeups += one_by_one.wakeups
+                recorded.refused |= one_by_one.refused
+                continue
+            recorded.wakeups += wakeups
+            for claim, _ in together:
+                if claim.id not in kept:
+                    recorded.refused[claim.id] = StaleAttempt(
+                        f"step {claim.id}: attempt {claim.attempt} does not own it any more"
+                    )
+        found = self._call([one for one in done if one.claim.kind != StepKind.ITEM], current, **wanted)
+        taken = {claim.id for claim in found.claims}  # of these nobody need be told
+        found.wakeups = [wakeup for wakeup in recorded.wakeups if wakeup.id not in taken] + found.wakeups
+        found.refused |= recorded.refused
+        return found
 
     def _work(self, **wanted: Any) -> Work:
         runtime, token = self.runtime, str(uuid.uuid4())

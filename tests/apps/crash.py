@@ -40,6 +40,20 @@ def inner(x: Any) -> Any:
 
 
 @app.task
+def two_at_a_time(cursor: Any = None) -> Any:
+    """Four items, in two pages."""
+    return ([1, 3], 1) if cursor is None else ([4, 5], None)
+
+
+@app.task
+def odd_only(x: int) -> int:
+    """The item, if it is odd."""
+    if x % 2 == 0:
+        raise ValueError(f"{x} is even")
+    return x
+
+
+@app.task
 def total(values: list[Any]) -> Any:
     """The sum of a list."""
     return sum(values)

@@ -646,6 +646,7 @@ ILLEGAL = {
     "step_finished_if_final": step_with("finished_at = now()"),
     "step_result_if_succeeded": step_with("result = '1'"),
     "ready_is_due": step_with("wake_at = NULL"),
+    "item_has_each": step_with("kind = 'item'", 3),
     "wait_never_runs": step_with("status = 'ready', run_at = now(), wake_at = now()", 4),
     "waiting_is_due": step_with("status = 'waiting', wake_at = NULL", 4),
     "saga_never_runs": step_with("status = 'ready', run_at = now(), wake_at = now()", 6),

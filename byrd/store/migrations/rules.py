@@ -21,12 +21,13 @@ RUN_RULES: Mapping[str, str] = {
 
 STEP_RULES: Mapping[str, str] = {
     "step_status_known": f"NEW.status IN ({STEP_STATUSES})",
-    "step_kind_known": "NEW.kind IN ('task','join','wait','saga','callback','errback','compensation')",
+    "step_kind_known": "NEW.kind IN ('task','item','join','wait','saga','callback','errback','compensation')",
     "step_has_task_unless_join": "(NEW.kind = 'join') = (NEW.task IS NULL)",
     "join_never_runs": "NEW.kind <> 'join' OR NEW.status NOT IN ('ready','running')",
     "wait_never_runs": "NEW.kind <> 'wait' OR NEW.status NOT IN ('ready','running')",
     "saga_never_runs": "NEW.kind <> 'saga' OR NEW.status NOT IN ('ready','running')",
     "waiting_is_due": "NEW.status <> 'waiting' OR (NEW.kind IN ('wait','saga') AND NEW.wake_at IS NOT NULL)",
+    "item_has_each": "NEW.kind <> 'item' OR (NEW.join_no IS NOT NULL AND NEW.join_pos IS NOT NULL)",
     "fallback_of_wait": "NEW.kind = 'wait' OR NEW.fallback IS NULL",
     "step_running_has_worker": "(NEW.status = 'running') = (NEW.worker_id IS NOT NULL)",
     "step_running_has_claim": "(NEW.status = 'running') = (NEW.claim IS NOT NULL)",

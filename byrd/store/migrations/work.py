@@ -61,7 +61,7 @@ BEGIN
                AND s.status || '' = 'running'
             RETURNING s.run_id, s.no, s.join_no, s.kind, s.saga, s.mark)
         SELECT array_agg(run_id), array_agg(no), array_agg(join_no),
-               bool_or(kind = 'compensation' OR saga IS NOT NULL OR mark IS NOT NULL)
+               bool_or(kind IN ('item','compensation') OR saga IS NOT NULL OR mark IS NOT NULL)
           INTO f_runs, f_nos, f_joins, unusual FROM done;
         IF unusual THEN
             RAISE EXCEPTION 'not for the fast path' USING ERRCODE = 'BY001';
