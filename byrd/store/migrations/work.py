@@ -270,7 +270,8 @@ BEGIN
         RETURN QUERY
             SELECT 'left', s.id, NULL::uuid, NULL::int, s.status, NULL, NULL, s.attempt, NULL::int, NULL::int, NULL,
                    NULL, NULL, NULL, NULL::int, NULL::int, NULL, NULL::int, NULL
-              FROM byrd.steps s WHERE s.id = own_id AND s.status = 'ready' AND s.attempt = own_attempt;
+              FROM byrd.steps s
+             WHERE s.id = own_id AND s.status || '' = 'ready' AND s.attempt = own_attempt;
     END IF;
 END $$
 """
