@@ -38,8 +38,8 @@ _ENOUGH = 16
 _CONSUMERS_SECONDS = 3.0
 #: More than that are never wanted at once.
 _MANY = 1_000_000
-#: For so long what a queue had room for is remembered: others may fill it meanwhile, and then these are too many.
-_ROOM_SECONDS = 1.0
+#: For so long what a queue had room for is remembered.
+_ROOM_SECONDS = 0.05
 #: In the header of a wake-up for a step that needs no message of its own: whoever takes it may run others, too.
 SHARED = "byrd_shared"
 _SHARED = f'"{SHARED}": true'.encode()
@@ -122,7 +122,7 @@ class Publisher:
         return wanted
 
     def _remembered(self, producer: Any, queue: str) -> int:
-        """Return how many wake-ups there is room for: that there was some holds until so many were sent."""
+        """Return how many wake-ups there is room for: that there was some is true for a while, for they are taken."""
         room, since = self._room.get(queue, (0, 0.0))
         if room <= 0 or time.monotonic() - since > _ROOM_SECONDS:
             room = self._look(producer.connection.default_channel, queue)

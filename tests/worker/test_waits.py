@@ -25,7 +25,7 @@ from tests.cluster import ROOT, Cluster, wait_until
 
 APP = "tests.apps.waiting"
 #: For how long a thousand runs sleep, in seconds: long enough to be submitted before.
-SLEEP = float(os.environ.get("BYRD_SLEEP_SECONDS", "8"))
+SLEEP = float(os.environ.get("BYRD_SLEEP_SECONDS", "20"))
 
 
 @pytest.fixture(scope="module")
@@ -354,7 +354,7 @@ def test_a_thousand_sleeping_runs_cost_nothing_and_wake_in_time(cluster: Cluster
         assert redis.llen("celery") == 0
     assert cluster.rows("SELECT count(*) FROM byrd.steps WHERE status IN ('ready', 'running')") == [(0,)]
     # The workers are free for others meanwhile.
-    assert shop.engine.submit(shop.echo.s(-1)).get(timeout=5) == -1
+    assert shop.engine.submit(shop.echo.s(-1)).get(timeout=15) == -1
     assert cluster.rows("SELECT count(*) FROM byrd.steps WHERE status = 'waiting'") == [(1000,)]
     done = "SELECT count(*) FROM byrd.runs WHERE status = 'succeeded'"
     wait_until(lambda: cluster.rows(done) == [(1001,)], timeout=SLEEP + 60, what="the last run's end")
