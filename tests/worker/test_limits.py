@@ -18,6 +18,8 @@ from byrd.worker.bootstep import _shares
 from tests.cluster import Cluster, wait_until
 from tests.invariants import check_database
 
+#: Four are for a machine that does nothing else.
+WORKERS = int(os.environ.get("BYRD_LIMIT_WORKERS", "3"))
 APP = "tests.apps.limited"
 
 
@@ -51,8 +53,8 @@ def waiting(run: Any) -> bool:
 # -- what passes -----------------------------------------------------------------------------------
 
 
-def test_20_a_second_over_4_workers_are_20_a_second(cluster: Cluster, limited: Any) -> None:
-    for _ in range(4):
+def test_20_a_second_over_several_workers_are_20_a_second(cluster: Cluster, limited: Any) -> None:
+    for _ in range(WORKERS):
         cluster.worker(APP, concurrency=1)
     for left in reversed(range(6)):  # on a machine that is busy with other things, what may start starts late
         cluster.rows("DELETE FROM witness RETURNING 1")
