@@ -66,9 +66,7 @@ def await_end(conn: Connection, step_id: str, attempt: int) -> list[Wakeup]:
 
     For its compensation: when it is undone, or its rollback is stuck.
     """
-    locks.own_run(
-        conn, str(query(conn, "SELECT run_id FROM byrd.steps WHERE id = %(id)s", {"id": step_id}).scalar_one())
-    )
+    locks.own_run_of(conn, step_id)
     wakeups = steps.hand_back(conn, step_id, attempt, delay=1e9)
     # The step's row is locked now: an end that is not seen here is told after this transaction.
     row = query(

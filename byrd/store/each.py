@@ -95,7 +95,7 @@ def park(conn: Connection, step_id: str, attempt: int) -> list[Wakeup]:
 
     A page that came in costs it neither the retries nor the workers that it had lost before.
     """
-    locks.own_run(conn, _run_of(conn, step_id))
+    locks.own_run_of(conn, step_id)
     wakeups = steps.hand_back(conn, step_id, attempt, delay=1e9)
     found = items.loaded(conn, step_id)
     query(
@@ -164,10 +164,6 @@ def _own(conn: Connection, step_id: str, attempt: int) -> tuple[str, int]:
     steps.check_owner(conn, step_id, attempt)
     no: int = query(conn, "SELECT no FROM byrd.steps WHERE id = %(id)s", {"id": step_id}).scalar_one()
     return run_id, no
-
-
-def _run_of(conn: Connection, step_id: str) -> str:
-    return str(query(conn, "SELECT run_id FROM byrd.steps WHERE id = %(id)s", {"id": step_id}).scalar_one())
 
 
 def _seen(conn: Connection, run_id: str, step_id: str) -> list[int]:

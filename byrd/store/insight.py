@@ -12,9 +12,9 @@ from sqlalchemy import Connection
 from byrd.store import progress, reading, sweeps
 from byrd.store.rows import Counts, RunRow, StepRow, WorkerRow, query
 
-#: A queue longer than this is as good as endless to those who wait in it.
 #: Of the items of an each, so many in each state are at hand for a drawing.
 MOST_ITEMS = 20
+#: A queue longer than this is as good as endless to those who wait in it.
 _FAR = 10_000
 
 

@@ -34,6 +34,11 @@ def own_run(conn: Connection, run_id: str) -> None:
     query(conn, f"SELECT pg_advisory_xact_lock({_RUN.format(run='%(run)s::uuid')})", {"run": run_id})
 
 
+def own_run_of(conn: Connection, step_id: str) -> None:
+    """Have the run of a step to oneself."""
+    own_run(conn, str(query(conn, "SELECT run_id FROM byrd.steps WHERE id = %(id)s", {"id": step_id}).scalar_one()))
+
+
 def own_runs(conn: Connection, run_ids: Iterable[str]) -> None:
     """Have several runs to oneself; they are taken in the order of their ids, as by everybody who takes several."""
     query(

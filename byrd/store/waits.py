@@ -266,8 +266,7 @@ def give_way(
     conn: Connection, step_id: str, attempt: int, signal: str, key: str, *, timeout: float | None
 ) -> list[Wakeup]:
     """running → ready when the signal comes, or after ``timeout`` seconds from the first time."""
-    run_id = str(query(conn, "SELECT run_id FROM byrd.steps WHERE id = %(id)s", {"id": step_id}).scalar_one())
-    locks.own_run(conn, run_id)
+    locks.own_run_of(conn, step_id)
     wait = _wait_key(key)
     params = {"id": step_id, "attempt": attempt, "wait": wait, "signal": signal, "timeout": timeout}
     left = query(

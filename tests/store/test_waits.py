@@ -502,7 +502,7 @@ def test_a_hundred_thousand_waits_cost_the_relay_one_look_at_an_index(world: Wor
         event.remove(world.store.engine, "before_cursor_execute", note)
     assert len(sent) == 3
     # The table has 2,000 blocks; what other tests have left in the indexes is in these, too.
-    for (sql, params), blocks in zip(sent, (50, 100, 200), strict=True):
+    for (sql, params), blocks in zip(sent, (10, 40, 200), strict=True):
 
         def explain(conn: Any, sql: str = sql, params: Any = params) -> Any:
             return query(conn, f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {sql}", params).scalar_one()

@@ -56,7 +56,7 @@ def waiting(run: Any) -> bool:
 def test_20_a_second_over_several_workers_are_20_a_second(cluster: Cluster, limited: Any) -> None:
     for _ in range(WORKERS):
         cluster.worker(APP, concurrency=1)
-    for left in reversed(range(6)):  # on a machine that is busy with other things, what may start starts late
+    for left in reversed(range(3)):  # on a machine that is busy with other things, what may start starts late
         cluster.rows("DELETE FROM witness RETURNING 1")
         run = limited.engine.submit(group(limited.often.s(n) for n in range(140)))
         assert run.get(timeout=60) == list(range(140))

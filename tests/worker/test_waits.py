@@ -354,7 +354,7 @@ def test_a_thousand_sleeping_runs_cost_nothing_and_wake_in_time(cluster: Cluster
         assert redis.llen("celery") == 0
     assert cluster.rows("SELECT count(*) FROM byrd.steps WHERE status IN ('ready', 'running')") == [(0,)]
     # The workers are free for others meanwhile.
-    assert shop.engine.submit(shop.echo.s(-1)).get(timeout=15) == -1
+    assert shop.engine.submit(shop.echo.s(-1)).get(timeout=5) == -1
     assert cluster.rows("SELECT count(*) FROM byrd.steps WHERE status = 'waiting'") == [(1000,)]
     done = "SELECT count(*) FROM byrd.runs WHERE status = 'succeeded'"
     wait_until(lambda: cluster.rows(done) == [(1001,)], timeout=SLEEP + 60, what="the last run's end")
@@ -365,4 +365,4 @@ def test_a_thousand_sleeping_runs_cost_nothing_and_wake_in_time(cluster: Cluster
     found = f"1,000 runs woke {earliest} to {latest} after their time; the last went on {last} after it"
     print(found)  # noqa: T201 - shown by pytest -rP
     assert timedelta(0) <= earliest, found
-    assert latest < timedelta(seconds=10), found  # generous, for a machine that is busy
+    assert latest < timedelta(seconds=2), found
