@@ -8,7 +8,11 @@ other periodic tasks are django-celery-beat's own affair.
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar
 
@@ -170,7 +174,7 @@ class ByrdScheduler(DatabaseScheduler):
         under its key, which changes nothing.
         """
         database = router.db_for_write(self.Model)
-        with transaction.atomic(using=database):
+        with _undisturbed(), transaction.atomic(using=database):
             now = ask(database)
             rows = self.Model.objects.using(database).filter(pk=entry.model.pk)
             locked = rows.select_related("interval", "crontab", "solar", "clocked")
@@ -215,6 +219,29 @@ class ByrdScheduler(DatabaseScheduler):
         call = read_call(row)
         check_signature(call, engine.workflow_named(call.workflow))
         return engine.submit(call.workflow, *call.args, key=due_key(row, due), **call.kwargs)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Hold back the signals by which beat is told to stop.
+
+    Celery's handler would raise SystemExit in the middle: a run would be submitted, and its due time not be recorded
+    before another beat comes to it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # handlers are called in the main thread only
+        return
+    told: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+        signal.signal(number, lambda number, _frame: told.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        if told:
+            signal.raise_signal(told[0])
 
 
 def due_key(row: Any, due: datetime) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection
@@ -13,7 +12,7 @@ from sqlalchemy import Connection
 from byrd.canvas import Plan, Step
 from byrd.model import StepKind
 from byrd.store import flow, runs
-from byrd.store.rows import CHANNEL, Wakeup, query, rows_of
+from byrd.store.rows import CHANNEL, Wakeup, array_of, query, rows_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,24 +224,10 @@ _WRITE_RUNS = f"""SELECT * FROM byrd.write_runs(%(run_ids)s, %(workflows)s, %(ti
 
 
 def _array(column: Sequence[Any], default: Any = None) -> str | None:
-    """Return a column as Postgres writes arrays; None where each value is the default.
-
-    psycopg2 would adapt each value by itself, in Python.
-    """
+    """Return a column as Postgres writes arrays; None where each value is the default."""
     if default is not _NEVER and all(value == default for value in column):
         return None
-    return "{" + ",".join([_element(value) for value in column]) + "}"
-
-
-def _element(value: Any) -> str:
-    if value is None:
-        return "NULL"
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"') if "\\" in value or '"' in value else value
-        return f'"{escaped}"'
-    if isinstance(value, datetime):
-        return f'"{value.isoformat()}"'
-    return str(value)
+    return array_of(column)
 
 
 def options_json(step: Step) -> str:

@@ -51,6 +51,25 @@ def rows_of(conn: Connection, sql: str, params: Mapping[str, Any]) -> Sequence[A
         raise
 
 
+def array_of(values: Iterable[Any]) -> str:
+    """Return values as Postgres writes an array.
+
+    psycopg2 would adapt each of them by itself, and Postgres parse each as an expression.
+    """
+    return "{" + ",".join([_element(value) for value in values]) + "}"
+
+
+def _element(value: Any) -> str:
+    if value is None:
+        return "NULL"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"') if "\\" in value or '"' in value else value
+        return f'"{escaped}"'
+    if isinstance(value, datetime):
+        return f'"{value.isoformat()}"'
+    return str(value)
+
+
 class Wakeup(NamedTuple):
     """A ready step as the relay publishes it."""
 

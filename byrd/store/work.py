@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 
 from byrd.errors import StaleAttempt
 from byrd.store.migrations.work import UNUSUAL
-from byrd.store.rows import Claim, Wakeup, rows_of
+from byrd.store.rows import Claim, Wakeup, array_of, rows_of
 
 
 class Done(NamedTuple):
@@ -75,9 +75,9 @@ def work(
             "worker": worker_id,
             "pid": pid,
             "token": token,
-            "ids": [d.claim.id for d in done],
-            "attempts": [d.claim.attempt for d in done],
-            "results": [d.result for d in done],
+            "ids": array_of([d.claim.id for d in done]),
+            "attempts": array_of([d.claim.attempt for d in done]),
+            "results": array_of([d.result for d in done]),
             "own": own.step_id if own else None,
             "own_attempt": own.attempt if own else None,
             "own_task": own.task if own else None,

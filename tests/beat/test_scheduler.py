@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
@@ -90,6 +91,27 @@ def test_a_beat_killed_while_it_fires_neither_loses_nor_repeats_the_due_time(
         blocker.rollback()
     witness = schedule("another witness", every=1)
     fired(schedules_url, witness, 3)
+    assert due_times(schedules_url, task) == [due]
+    task.refresh_from_db()
+    assert task.total_run_count == 1
+
+
+def test_a_beat_that_is_told_to_stop_while_it_fires_records_that_first(schedules_url: str, beat: Beat) -> None:
+    witness = schedule("witness", every=1)
+    first = beat()
+    fired(schedules_url, witness, 1)
+    due = (datetime.now(UTC) + timedelta(seconds=3)).replace(microsecond=0)
+    task = schedule("daily", every=86_400, start_time=due)
+    witness.delete()
+    with closing(psycopg2.connect(schedules_url)) as blocker, blocker.cursor() as locks:
+        table = "beat.django_celery_beat_periodictask"
+        locks.execute(f"LOCK TABLE {table} IN SHARE MODE")
+        wait_until(lambda: rows(schedules_url, WAITING, table), "the beat waits while it fires")
+        first.popen.terminate()
+        with pytest.raises(subprocess.TimeoutExpired):
+            first.popen.wait(1)
+        blocker.rollback()
+    assert first.popen.wait(30) == 0
     assert due_times(schedules_url, task) == [due]
     task.refresh_from_db()
     assert task.total_run_count == 1

@@ -335,12 +335,12 @@ def test_a_revoke_is_kept_though_no_worker_hears_or_remembers_it(
     """In plain Celery it is in the workers' memory only, so these tasks would run.  Here it is in Postgres."""
     app, notes, go = cluster.app(APP), tmp_path / "notes", tmp_path / "go"
     ready = app.engine.submit(app.note.s(str(notes), "ready").set(queue="later") | app.note.si(str(notes), "after"))
-    delayed = app.engine.submit(app.note.s(str(notes), "delayed").set(countdown=4))
     chained = app.engine.submit(
         chain(app.wait_for_file.s(str(go), 1), app.note.si(str(notes), "pending"), app.add.s("!"))
     )
     kept = app.engine.submit(app.note.s(str(notes), "kept").set(queue="later"))
     worker = cluster.worker(APP) if restart else None
+    delayed = app.engine.submit(app.note.s(str(notes), "delayed").set(countdown=4))
     ids = [ready.steps()[0].id, delayed.steps()[0].id, chained.steps()[1].id]
     app.app.control.revoke(ids[0])
     app.app.AsyncResult(ids[1]).revoke()
