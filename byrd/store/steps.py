@@ -293,7 +293,7 @@ def put_back(conn: Connection, step_id: str, attempt: int, *, worker_id: str, pi
     row = query(
         conn,
         f"""UPDATE byrd.steps s SET status = 'ready', attempt = s.attempt - 1, started_at = NULL, {UNCLAIMED},
-                   sends = 0, wake_at = {_NOW}
+                   sends = 0, wake_at = {_NOW}, ready_at = {_NOW}
               FROM {SHARE_RUN_OF_STEP}
              WHERE s.id = %(id)s AND s.attempt = %(attempt)s AND s.status = 'running' AND s.worker_id = %(worker)s
                AND s.pid = %(pid)s RETURNING {_ENDED}""",

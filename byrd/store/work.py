@@ -46,7 +46,7 @@ class Work:
 
 
 _WORK = """SELECT * FROM byrd.work(%(worker)s::uuid, %(pid)s::int, %(token)s::uuid, %(ids)s::text[],
-    %(attempts)s::int[], %(results)s::text[], %(own)s::text, %(own_attempt)s::int, %(own_task)s::text,
+    %(attempts)s::int[], %(results)s::text[], %(runs)s::uuid[], %(own)s::text, %(own_attempt)s::int, %(own_task)s::text,
     %(most)s::int, %(others)s::bool, %(peek)s::bool)"""
 
 
@@ -78,6 +78,7 @@ def work(
             "ids": array_of([d.claim.id for d in done]),
             "attempts": array_of([d.claim.attempt for d in done]),
             "results": array_of([d.result for d in done]),
+            "runs": array_of(sorted({d.claim.run_id for d in done})),  # in which order they are locked
             "own": own.step_id if own else None,
             "own_attempt": own.attempt if own else None,
             "own_task": own.task if own else None,

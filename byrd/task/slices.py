@@ -207,6 +207,8 @@ class Slice:
     def _settle(self, found: Work, current: str | None) -> dict[str, BaseException]:
         """Publish what became ready, say what was refused, and return it."""
         self.runtime.publisher.publish(found.wakeups)
+        if any(wakeup.solo for wakeup in found.wakeups):
+            self._close = False  # its message is on its way, perhaps to this very process
         for step_id, why in found.refused.items():
             if step_id != current:
                 log.info("not recorded: %s", why)

@@ -103,6 +103,15 @@ def test_in_a_slice_too(world: World) -> None:
     assert column(world, run, "b", "timeout_at") == 30
 
 
+def test_a_step_that_is_put_back_is_to_be_started_in_time(world: World) -> None:
+    run = world.submit(chain(sig("first"), timed("a", schedule_to_start=60)), shared=True)
+    found = world.work(own=world.step(run, "first"), most=1)
+    [claim] = world.work(found.claims, most=1).claims
+    assert column(world, run, "a", "timeout_at") is None
+    world.do(steps.put_back, claim.id, claim.attempt, worker_id=world.worker_id, pid=1)
+    assert column(world, run, "a", "timeout_at") == 60
+
+
 def test_waiting_for_a_limit_is_no_start(world: World) -> None:
     run = world.submit(timed("a", schedule_to_start=60))
     world.do(limits.declare, [Limit(concurrency=1, name="none")])

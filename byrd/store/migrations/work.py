@@ -19,7 +19,7 @@ UNUSUAL = "BY001"
 WORK = r"""
 CREATE FUNCTION byrd.work(
     me uuid, child int, token uuid,
-    done_ids text[], done_attempts int[], done_results text[],
+    done_ids text[], done_attempts int[], done_results text[], done_runs uuid[],
     own_id text, own_attempt int, own_task text,
     most int, others boolean, peek boolean)
 RETURNS TABLE (
@@ -49,8 +49,9 @@ BEGIN
     my_queues := coalesce(my_queues, '{}');
 
     IF cardinality(done_ids) > 0 THEN
-        PERFORM pg_advisory_xact_lock_shared(1652126308, hashtext(r.run_id::text))
-           FROM (SELECT DISTINCT s.run_id FROM byrd.steps s WHERE s.id = ANY(done_ids) ORDER BY s.run_id) r;
+        FOREACH a_run IN ARRAY done_runs LOOP
+            PERFORM pg_advisory_xact_lock_shared(1652126308, hashtext(a_run::text));
+        END LOOP;
         WITH done AS (
             UPDATE byrd.steps s
                SET status = 'succeeded', result = done_results[array_position(done_ids, s.id)],
@@ -60,7 +61,7 @@ BEGIN
              WHERE s.id = ANY(done_ids) AND s.attempt = done_attempts[array_position(done_ids, s.id)]
                AND s.status || '' = 'running'
             RETURNING s.run_id, s.no, s.join_no, s.kind, s.saga, s.mark)
-        SELECT array_agg(run_id), array_agg(no), array_agg(join_no),
+        SELECT array_agg(run_id), array_agg(no), CASE WHEN bool_or(join_no IS NOT NULL) THEN array_agg(join_no) END,
                bool_or(kind IN ('item','compensation') OR saga IS NOT NULL OR mark IS NOT NULL)
           INTO f_runs, f_nos, f_joins, unusual FROM done;
         IF unusual THEN
@@ -118,6 +119,7 @@ BEGIN
         END IF;
 
         n_runs := NULL; n_nos := NULL;
+        EXIT WHEN f_joins IS NULL;
         FOR a_run, a_join, a_count IN
             SELECT f.run_id, f.join_no, count(*) FROM unnest(f_runs, f_joins) AS f (run_id, join_no)
              WHERE f.join_no IS NOT NULL GROUP BY 1, 2 ORDER BY 1, 2
@@ -148,38 +150,40 @@ BEGIN
                 a_count := 1;
             END LOOP;
         END LOOP;
-        f_runs := n_runs; f_nos := n_nos; f_joins := '{}';
+        f_runs := n_runs; f_nos := n_nos; f_joins := NULL;
     END LOOP;
 
     -- Runs that may be over.  Their rows first, so that of two last steps that end at once the second sees the first.
-    maybe_over := ARRAY(SELECT DISTINCT a FROM unnest(all_runs) a WHERE a <> ALL (going));
-    FOR a_run, a_status IN
-        SELECT r.id, r.status FROM byrd.runs r WHERE r.id = ANY(maybe_over) ORDER BY r.id FOR NO KEY UPDATE
-    LOOP
-        CONTINUE WHEN EXISTS (SELECT 1 FROM byrd.steps s
-                               WHERE s.run_id = a_run AND s.status IN ('ready','running','waiting'));
-        uncalled := EXISTS (SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.status = 'pending');
-        IF uncalled THEN
-            CONTINUE WHEN EXISTS (
-                WITH RECURSIVE below AS (
-                    SELECT s.no FROM byrd.steps s WHERE s.run_id = a_run AND s.status = 'pending' AND s.on_failure
-                    UNION
-                    SELECT s.no FROM byrd.steps s JOIN below u ON s.after = u.no
-                     WHERE s.run_id = a_run AND s.status = 'pending')
-                SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.status = 'pending'
-                   AND s.no NOT IN (SELECT u.no FROM below u));
-        END IF;
-        IF a_status NOT IN ('running','paused') OR EXISTS (
-            SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.kind IN ('task','join','wait','saga','callback')
-               AND s.status IN ('failed','skipped','cancelled')) THEN
-            RAISE EXCEPTION 'not for the fast path' USING ERRCODE = 'BY001';
-        END IF;
-        IF uncalled THEN  -- only now, for the groups of errbacks that nobody has called are no failures
-            UPDATE byrd.steps s SET status = 'skipped', finished_at = clock_timestamp()
-             WHERE s.run_id = a_run AND s.status = 'pending';
-        END IF;
-        ended := ended || a_run;
-    END LOOP;
+    IF all_runs IS NOT NULL AND (cardinality(all_runs) > 1 OR cardinality(going) = 0) THEN
+        maybe_over := ARRAY(SELECT DISTINCT a FROM unnest(all_runs) a WHERE a <> ALL (going));
+        FOR a_run, a_status IN
+            SELECT r.id, r.status FROM byrd.runs r WHERE r.id = ANY(maybe_over) ORDER BY r.id FOR NO KEY UPDATE
+        LOOP
+            CONTINUE WHEN EXISTS (SELECT 1 FROM byrd.steps s
+                                   WHERE s.run_id = a_run AND s.status IN ('ready','running','waiting'));
+            uncalled := EXISTS (SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.status = 'pending');
+            IF uncalled THEN
+                CONTINUE WHEN EXISTS (
+                    WITH RECURSIVE below AS (
+                        SELECT s.no FROM byrd.steps s WHERE s.run_id = a_run AND s.status = 'pending' AND s.on_failure
+                        UNION
+                        SELECT s.no FROM byrd.steps s JOIN below u ON s.after = u.no
+                         WHERE s.run_id = a_run AND s.status = 'pending')
+                    SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.status = 'pending'
+                       AND s.no NOT IN (SELECT u.no FROM below u));
+            END IF;
+            IF a_status NOT IN ('running','paused') OR EXISTS (
+                SELECT 1 FROM byrd.steps s WHERE s.run_id = a_run AND s.kind IN ('task','join','wait','saga','callback')
+                   AND s.status IN ('failed','skipped','cancelled')) THEN
+                RAISE EXCEPTION 'not for the fast path' USING ERRCODE = 'BY001';
+            END IF;
+            IF uncalled THEN  -- only now, for the groups of errbacks that nobody has called are no failures
+                UPDATE byrd.steps s SET status = 'skipped', finished_at = clock_timestamp()
+                 WHERE s.run_id = a_run AND s.status = 'pending';
+            END IF;
+            ended := ended || a_run;
+        END LOOP;
+    END IF;
     IF cardinality(ended) > 0 THEN
         WITH over AS (
             UPDATE byrd.runs r SET status = 'succeeded', finished_at = clock_timestamp() WHERE r.id = ANY(ended)
