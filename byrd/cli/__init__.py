@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from byrd.cli import chaos, dev, limits, runs, setup, waits
+from byrd.cli import chaos, dev, limits, metrics, runs, setup, waits
 from byrd.cli.session import Session
 
 __all__ = ["main"]
@@ -28,4 +28,5 @@ setup.add_to(main)
 runs.add_to(main)
 waits.add_to(main)
 limits.add_to(main)
+metrics.add_to(main)
 chaos.add_to(main)

@@ -12,6 +12,7 @@ from byrd.engine.words import error_fields
 from byrd.store import Counts, RunRow, StepRow, WorkerRow
 from byrd.store.insight import Items, Snapshot, Tally
 from byrd.store.limits import LimitRow
+from byrd.store.metrics import Metrics
 from byrd.store.waits import Awaited
 
 
@@ -180,4 +181,19 @@ def _checkpoint_shape(name: str, counts: Counts) -> dict[str, Any]:
         "completed": counts.completed,
         "failed": counts.failed,
         "done": counts.done,
+    }
+
+
+def metrics_shape(found: Metrics) -> dict[str, Any]:
+    """Return the figures of now."""
+    return {
+        "at": found.at,
+        "runs": found.runs,
+        "rollbacks_stuck": found.rollbacks_stuck,
+        "steps": found.steps,
+        "queues": {name: queue._asdict() for name, queue in found.queues.items()},
+        "workers": found.workers,
+        "worker_processes": found.worker_processes,
+        "workers_lost": found.workers_lost,
+        "notices_undelivered": found.notices_undelivered,
     }

@@ -32,8 +32,9 @@ from byrd.errors import (
 from byrd.model import RunStatus
 from byrd.policies import Retry
 from byrd.sagas import add_task as add_saga
-from byrd.store import WorkerRow, plans, reading, sweeps, waits
+from byrd.store import WorkerRow, metrics, plans, reading, sweeps, waits
 from byrd.store.bulk import BULK
+from byrd.store.metrics import Metrics
 from byrd.store.waits import Awaited
 from byrd.task import Runtime, adopt_app
 from byrd.task.durable import adopt_task
@@ -301,6 +302,15 @@ class Byrd:
         """Return the registered workers."""
         self.check_live()
         return self.runtime.store.run(sweeps.list_workers)
+
+    def metrics(self) -> Metrics:
+        """Return how many runs, steps and workers there are now, for a monitoring system of your own.
+
+        What has ended is not counted, and not looked at: the cost is that of the work at hand.  Raises
+        :class:`StoreUnavailableError` when Postgres does not answer, or takes more than five seconds.
+        """
+        self.check_live()
+        return self.runtime.store.run(metrics.read)
 
     # -- the service -----------------------------------------------------------------------------
 

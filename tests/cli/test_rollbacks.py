@@ -51,6 +51,7 @@ def cli(module_cluster: Cluster, sagas: Any, elsewhere: Path, monkeypatch: pytes
 
 def test_skip(sagas: Any, files: Path, cli: Cli) -> None:
     run, no = stuck(sagas, files, "skipped")
+    assert "\nbyrd_rollbacks_stuck 1.0\n" in cli("metrics").out
     assert run.id[:8] in cli("runs", "--status", "rollback_stuck").out
     told = cli("why", run.id).out
     assert f"`byrd skip {run.id[:8]} {no} --reason ...`" in told
@@ -60,6 +61,7 @@ def test_skip(sagas: Any, files: Path, cli: Cli) -> None:
     assert (answer.status, answer.err) == (0, "")
     assert answer.out.startswith(f"Run {run.id[:8]} is running; `byrd show")
     assert run.wait(timeout=30) == "failed"
+    assert "\nbyrd_rollbacks_stuck 0.0\n" in cli("metrics").out
     [found] = [h for h in run.history() if h["event"] == "compensation_skipped"]
     assert found["detail"]["reason"] == "the hotel is gone"
     assert found["detail"]["by"].endswith(f"@{socket.gethostname()}")

@@ -97,8 +97,8 @@ def test_relay_sends_again_what_was_lost_and_stops_when_told(cluster: Cluster, t
 
 
 def test_help_names_every_command(elsewhere: Path) -> None:
-    names = ["cancel", "chaos", "dev", "doctor", "done-by-hand", "limits", "migrate", "pause", "relay", "resume"]
-    names += ["retry", "rollback", "runs", "show", "signal", "skip", "submit", "waiting", "why", "workers"]
+    names = ["cancel", "chaos", "dev", "doctor", "done-by-hand", "limits", "metrics", "migrate", "pause", "relay"]
+    names += ["resume", "retry", "rollback", "runs", "show", "signal", "skip", "submit", "waiting", "why", "workers"]
     listed = [line.split()[0] for line in call("--help").out.partition("Commands:\n")[2].splitlines()]
     assert listed == names
     for name in names:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from byrd import errors
 from byrd.cli import main
+from byrd.cli.metrics import registry_of
 from byrd.model import RunStatus
+from byrd.store.metrics import OPEN_RUN, Metrics, QueueMetrics
 from tests.cluster import ROOT
 
 PAGES = sorted(
@@ -33,6 +36,13 @@ def anchors(page: Path) -> set[str]:
     """The anchors that GitHub gives the page's headings."""
     titles = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def rows_of(title: str) -> set[str]:
+    """The names that begin the rows of a section of operations.md."""
+    section = (ROOT / "docs" / "operations.md").read_text().partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    starts = re.findall(r"^\| (`byrd_[^|]*`) \|", section, re.MULTILINE)
+    return {name for start in starts for name in re.findall(r"`(byrd_[^`]+)`", start)}
 
 
 def everything() -> str:
@@ -87,8 +97,13 @@ def test_every_setting_is_documented() -> None:
     sources = "\n".join(path.read_text() for path in ROOT.glob("byrd/**/*.py"))
     settings = set(re.findall(r"conf\.get\(\s*\"(byrd_\w+)\"", sources))
     assert {"byrd_lease_seconds", "byrd_database_url"} <= settings
-    documented = set(re.findall(r"^\| `(byrd_\w+)`", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE))
-    assert documented == settings
+    assert rows_of("Settings") == settings
+
+
+def test_every_gauge_is_documented_with_its_label() -> None:
+    zero = Metrics(datetime.now(UTC), dict.fromkeys(OPEN_RUN, 0), {"due": 0}, {"q": QueueMetrics(0, 0.0)}, 0, 0, 0, 0)
+    samples = [family.samples[0] for family in registry_of(lambda: zero).collect()]
+    assert rows_of("Metrics") == {s.name + "".join(f"{{{label}}}" for label in s.labels) for s in samples}
 
 
 def test_every_variable_is_documented() -> None:
