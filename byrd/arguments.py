@@ -62,6 +62,20 @@ def _moment(value: Any, name: str, task: str) -> datetime:
     return value.replace(tzinfo=UTC) if value.tzinfo is None else value
 
 
+def checked_priority(value: Any, task: str) -> int:
+    """Return a priority: a whole number from 0, which is served first, to 9; raise :class:`ArgumentError` otherwise.
+
+    As text it comes from a setting of Celery's that was read from the environment.
+    """
+    found = _PRIORITIES.get(str(value))
+    if found is None:
+        raise ArgumentError(f"{task}: priority={value!r:.80} is not a whole number from 0, which is served first, to 9")
+    return found
+
+
+_PRIORITIES = {str(number): number for number in range(10)}
+
+
 def json_of(value: Any, task: str, what: str) -> str:
     """Return ``value`` as JSON text in Celery's own dialect (kombu's), or raise :class:`ArgumentError`."""
     try:

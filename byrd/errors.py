@@ -50,7 +50,15 @@
 
 from __future__ import annotations
 
+import re
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from typing import Any
+
 _LONGEST_PAUSE_SECONDS = 1e8
+#: For how long a key is parked when the other side wants a pause and does not say, or not legibly, how long.
+_UNKNOWN_PAUSE_SECONDS = 30.0
+_SECONDS = re.compile(r"[0-9]+(\.[0-9]*)?")
 
 
 class ByrdError(Exception):
@@ -176,15 +184,18 @@ class LimitNotFoundError(ByrdError):
 class LimitedError(ByrdError):
     """Raised by a task whose limit is another's, too, which wants a pause: HTTP status 429, ``Retry-After``.
 
-    The step is tried again after ``retry_after`` seconds, which costs it no retry, and until then no other step of the
-    same key starts, in whatever run.
+    The step is tried again after ``retry_after``, which costs it no retry, and until then no other step of the same key
+    starts, in whatever run.
+
+    ``retry_after``: seconds, a timedelta, or the text of the header, which is seconds or a date, by this machine's
+    clock.  None, and text that says no time, are 30 s: the pause was asked for, and the step is not to fail because of
+    how.  Raises ValueError for a number that is no pause.  The attribute is in seconds.
     """
 
-    def __init__(self, message: str = "", *, retry_after: float = 1.0) -> None:
-        if not 0 <= retry_after <= _LONGEST_PAUSE_SECONDS:  # nor is it NaN
-            raise ValueError(f"retry_after={retry_after!r} is no number of seconds")
-        super().__init__(message or f"to be tried again after {retry_after:g} s")
-        self.retry_after = float(retry_after)
+    def __init__(self, message: str = "", *, retry_after: float | timedelta | str | None = None) -> None:
+        pause = _pause_given(retry_after)
+        self.retry_after: float = _UNKNOWN_PAUSE_SECONDS if pause is None else pause
+        super().__init__(message or f"to be tried again after {self.retry_after:g} s")
 
     def __reduce__(self) -> tuple[object, ...]:
         return _limited, (str(self), self.retry_after)
@@ -195,20 +206,54 @@ def _limited(message: str, retry_after: float) -> LimitedError:
 
 
 class RetryLater(ByrdError):
-    """Raised by a task that has a retry policy: try again after ``retry_after`` seconds, whatever the policy's pause.
+    """Raised by a task that has a retry policy: try again after ``retry_after``, whatever the policy's pause.
 
     It counts as an attempt.  Any exception with an attribute ``retry_after`` does the same.
+
+    ``retry_after``: as of :class:`LimitedError`; but None, and text that says no time, leave the pause to the policy,
+    and are None as the attribute.
     """
 
-    def __init__(self, retry_after: float, message: str = "") -> None:
-        if not 0 <= retry_after <= _LONGEST_PAUSE_SECONDS:  # nor is it NaN
-            raise ValueError(f"retry_after={retry_after!r} is no number of seconds")
-        # What it is made of anew, from JSON.
-        super().__init__(retry_after, *([message] if message else []))
-        self.retry_after = float(retry_after)
+    def __init__(self, retry_after: float | timedelta | str | None, message: str = "") -> None:
+        self.retry_after: float | None = _pause_given(retry_after)
+        # What it is made of anew, from JSON: a date would be another pause by then.
+        super().__init__(self.retry_after, *([message] if message else []))
 
     def __str__(self) -> str:
-        return str(self.args[1]) if len(self.args) > 1 else f"to be tried again after {self.retry_after:g} s"
+        if len(self.args) > 1:
+            return str(self.args[1])
+        return "to be tried again" + ("" if self.retry_after is None else f" after {self.retry_after:g} s")
+
+
+def pause_of(found: Any) -> float | None:
+    """Return a pause in seconds: of a number of them, a timedelta, or the text of ``Retry-After``; None: it is none."""
+    if isinstance(found, str):
+        return _pause_of_header(found.strip())
+    if isinstance(found, timedelta):
+        found = found.total_seconds()
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found <= _LONGEST_PAUSE_SECONDS:
+        return None  # so is NaN
+    return float(found)
+
+
+def _pause_given(retry_after: Any) -> float | None:
+    pause = pause_of(retry_after)
+    if pause is None and retry_after is not None and not isinstance(retry_after, str):
+        raise ValueError(f"retry_after={retry_after!r} is no number of seconds")
+    return pause
+
+
+def _pause_of_header(text: str) -> float | None:
+    """Return the seconds that the text of a ``Retry-After`` says: from 0, for a date that is past, to 1e8."""
+    if _SECONDS.fullmatch(text):
+        return min(float(text), _LONGEST_PAUSE_SECONDS)
+    try:
+        moment = parsedate_to_datetime(text)
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return None
+    if moment.tzinfo is None:  # asctime's form of it
+        moment = moment.replace(tzinfo=UTC)
+    return min(max(0.0, (moment - datetime.now(UTC)).total_seconds()), _LONGEST_PAUSE_SECONDS)
 
 
 class StepLostError(ByrdError):

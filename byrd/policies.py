@@ -11,10 +11,9 @@ import random
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from datetime import timedelta
 from typing import Any, Final, Self, TypeVar
 
-from byrd.errors import RetryPolicyError, TimeoutPolicyError
+from byrd.errors import RetryPolicyError, TimeoutPolicyError, pause_of
 
 #: The options of a task, of a signature, and of a step: ``@app.task(byrd_retry=..., byrd_timeouts=...)``.
 RETRY: Final = "byrd_retry"
@@ -39,8 +38,9 @@ class Retry:
     ``never``: exceptions with which the step fails at once: classes, whose subclasses count, or their names
     (``"requests.exceptions.InvalidURL"``; a name without a dot is one of Python's own).
 
-    An exception that has an attribute ``retry_after``, in seconds or a timedelta (:class:`byrd.RetryLater`, say), says
-    the pause itself.  Raises :class:`RetryPolicyError` for what cannot be a policy.
+    An exception that has an attribute ``retry_after``, in seconds, a timedelta or the text of HTTP's header of that
+    name (:class:`byrd.RetryLater`, say), says the pause itself.  Raises :class:`RetryPolicyError` for what cannot be a
+    policy.
     """
 
     max_attempts: int | None = 5
@@ -196,14 +196,12 @@ def names_of(kind: type[BaseException]) -> tuple[str, ...]:
 
 
 def own_pause(exc: BaseException) -> float | None:
-    """Return the pause that an exception asks for by ``retry_after``; None when it does not, or not in seconds."""
+    """Return the pause that an exception asks for by ``retry_after``; None when it does not, or says no time."""
     try:
         found: Any = getattr(exc, "retry_after", None)
     except Exception:  # noqa: BLE001 - a property of the user's own may raise anything
         return None
-    if isinstance(found, timedelta):
-        found = found.total_seconds()
-    return float(found) if _is_number(found, 0, _LONGEST_SECONDS) else None
+    return pause_of(found)
 
 
 def _policy_of(cls: type[P], found: Any, option: str, error: Callable[[str], Exception]) -> P:

@@ -46,7 +46,7 @@ from byrd.task.attempt import (
 )
 from byrd.task.publisher import SHARED
 from byrd.task.reports import Report, report_of, with_reports
-from byrd.task.runtime import runtime_of
+from byrd.task.runtime import option_json, runtime_of
 from byrd.task.values import loads
 
 log = logging.getLogger(__name__)
@@ -464,7 +464,7 @@ def _remember_retry(
         merged = {**loads(attempt.claim.options), **changed}
         queue, merged = attempt.runtime.route(attempt.claim.task, merged, None)
         queue = queue if {"queue", "exchange", "routing_key"} & changed.keys() else None
-        options = to_json(merged)
+        options = option_json(merged, attempt.claim.task)
     new = (to_json(list(sig.args)), to_json(dict(sig.kwargs))) if new_args else (None, None)
     if new_args and (too_large := attempt.runtime.too_large(sum(len(text) for text in new if text))):
         raise ArgumentError(f"step {attempt.step_id}: its new arguments are {too_large}")

@@ -20,6 +20,7 @@ from kombu.utils.json import dumps
 from sqlalchemy.engine import URL
 
 from byrd import policies
+from byrd.arguments import checked_priority, json_of
 from byrd.canvas import Plan, Step, compile_canvas, enumerator_of, item_of
 from byrd.errors import ArgumentError, CanvasError, CompensationError, ConfigurationError, UnknownTaskError
 from byrd.items import EACH, Each, each_of
@@ -298,16 +299,19 @@ class Runtime:
         compensation = getattr(task, "compensation_task", None)
         return (
             queue,
-            json.loads(_option_json(options, name)),
+            json.loads(option_json(options, name)),
             self._compensation(compensation) if compensation is not None else None,
         )
 
     def _compensation(self, task: Any) -> str:
         queue, options = self.route(task.name, _with_policies(_task_options(task)), None)
-        return _option_json({"task": task.name, "queue": queue, "options": _option_json(options, task.name)}, task.name)
+        return option_json({"task": task.name, "queue": queue, "options": option_json(options, task.name)}, task.name)
 
     def route(self, name: str, options: dict[str, Any], step: Step | None) -> tuple[str, dict[str, Any]]:
-        """Return the queue that Celery's router gives a task, and its options without the routing ones."""
+        """Return the queue that Celery's router gives a task, and its options without the routing ones.
+
+        Raises :class:`ArgumentError` for what is no priority.
+        """
         options = dict(options)
         route_name = options.pop("route_name", None) or name
         wanted = {k: options.pop(k) for k in ("queue", "exchange", "routing_key", "exchange_type") if k in options}
@@ -321,6 +325,11 @@ class Runtime:
             if queue is None and value:
                 options[key] = getattr(value, "name", value)
         options.update({k: v for k, v in routed.items() if v is not None and k not in options})
+        if "priority" in options:
+            if options["priority"] is None:
+                del options["priority"]
+            else:
+                options["priority"] = checked_priority(options["priority"], name)
         queue_name = getattr(queue, "name", queue) or self.app.conf.task_default_queue
         return str(queue_name), options
 
@@ -420,9 +429,14 @@ def _check_arguments(task: Any, step: Step) -> None:
         raise ArgumentError(f"{step.task}: {exc}") from None
 
 
-def _option_json(options: Mapping[str, Any], task: str) -> str:
-    try:
-        text: str = dumps(dict(options))
-    except (TypeError, ValueError) as exc:
-        raise ArgumentError(f"{task}: its options cannot be held by JSON: {exc}") from None
+def option_json(options: Mapping[str, Any], task: str) -> str:
+    """Return a step's options as JSON that Postgres can read, for it does; raise :class:`ArgumentError` otherwise."""
+    text = json_of(dict(options), task, "options")
+    if "\\ud" in text:
+        try:
+            json.dumps(json.loads(text), ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ArgumentError(
+                f"{task}: its options contain half of a surrogate pair, which is no text; remove it"
+            ) from None
     return text

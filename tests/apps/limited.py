@@ -84,7 +84,7 @@ def fetch(self: Task, host: str, value: int) -> list[Any]:
     """Be told by the host, the first time, to come back later."""
     with witnessed(f"fetch {host}", value):
         if host == "busy" and value == 0 and self.request.byrd.number == 1:
-            raise byrd.LimitedError("429 Too Many Requests", retry_after=2)
+            raise byrd.LimitedError("429 Too Many Requests", retry_after="2")
         return [host, value, self.request.retries]
 
 
@@ -94,6 +94,13 @@ def tried(self: Task) -> list[int]:
     if self.request.byrd.number < 3:
         raise byrd.LimitedError(retry_after=0.1)
     return [self.request.byrd.number, self.request.retries]
+
+
+@app.task
+def free(value: Any) -> Any:
+    """No limit, but a line in Postgres."""
+    with witnessed("free", value):
+        return value
 
 
 @app.task

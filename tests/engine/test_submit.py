@@ -203,6 +203,9 @@ def test_a_command_whose_answer_is_lost_is_given_once(app: Any, cluster: Cluster
         (lambda app: app.add.s(1, 2).set(eta="whenever"), errors.ArgumentError, "eta"),
         (lambda app: app.add.s(1, 2).set(expires=object()), errors.ArgumentError, "expires"),
         (lambda app: app.add.s(1, 2).set(headers={"a": object()}), errors.ArgumentError, "JSON"),
+        (lambda app: app.add.s(1, 2).set(headers={"a": "\0"}), errors.ArgumentError, "its options contain a NUL"),
+        (lambda app: app.add.s(1, 2).set(headers={"a": "\ud800"}), errors.ArgumentError, "its options contain half"),
+        (lambda app: app.add.s(1, 2).set(priority=10), errors.ArgumentError, "priority=10 is not a whole number"),
     ],
     ids=[
         "object",
@@ -218,6 +221,9 @@ def test_a_command_whose_answer_is_lost_is_given_once(app: Any, cluster: Cluster
         "eta",
         "expires",
         "headers",
+        "nul-in-a-header",
+        "surrogate-in-a-header",
+        "priority",
     ],
 )
 def test_bad_input_is_named_and_changes_nothing(

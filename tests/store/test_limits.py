@@ -6,6 +6,7 @@ import random
 import threading
 import time
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -29,12 +30,19 @@ def seconds(when: datetime | None) -> float:
     return (when - datetime.now(UTC)).total_seconds()
 
 
+def called(priority: int | None) -> Any:
+    """Return a call of the task, of a priority or none."""
+    return sig("x") if priority is None else sig("x", priority=priority)
+
+
 class Limited:
     """A run of ``count`` steps of one task that has a limit."""
 
-    def __init__(self, world: World, limit: Limit, count: int = 1, *, place: Place = API) -> None:
+    def __init__(
+        self, world: World, limit: Limit, count: int = 1, *, place: Place = API, priorities: Sequence[int | None] = ()
+    ) -> None:
         self.world, self.limit, self.place = world, limit, place
-        self.run_id = world.submit(group(sig("x") for _ in range(count)))
+        self.run_id = world.submit(group(called(priority) for priority in priorities or [None] * count))
         self.nos = [step.no for step in world.steps(self.run_id) if step.kind == "task"]
 
     def ask(self, index: int = 0, *, worker_id: str | None = None, pid: int = 1) -> Claim | Admission:
@@ -86,6 +94,10 @@ class Limited:
         )
 
 
+def turn(world: World, step: Any) -> Any:
+    return world.do(limits.turn_of, API, step.limit_no)
+
+
 def key_row(world: World, place: Place = API) -> Any:
     [row] = world.sql("SELECT * FROM byrd.limit_keys WHERE name = %(name)s AND key = %(key)s", **place._asdict())
     return row
@@ -125,6 +137,59 @@ def test_a_place_that_is_freed_goes_to_the_first_that_waits_at_once(world: World
         assert (told.id, told.due, told.attempt) == (run.step(index).id, True, 0)
         running = run.start(index)
     assert run.end(running) == []
+
+
+def test_a_place_goes_by_priority_then_by_the_order_in_which_they_came(world: World) -> None:
+    run = Limited(world, Limit(concurrency=1), priorities=[None, 9, 3, None, 0, 3, 9])
+    running = run.start(0)
+    assert [run.ask(index) for index in range(1, 7)] == [Admission.WAITS] * 6
+    served = []
+    while told := run.end(running):
+        [index] = [i for i in range(7) if run.step(i).id == told[0].id]
+        served.append(index)
+        running = run.start(index)
+    assert served == [3, 4, 2, 5, 1, 6]
+
+
+def test_one_of_a_higher_priority_waits_for_none_of_a_lower_one(world: World) -> None:
+    limit = Limit("1/m")
+    first = Limited(world, limit, priorities=[5, 5])
+    first.start(0)
+    assert first.ask(1) is Admission.WAITS
+    second = Limited(world, limit, priorities=[5, 4])
+    assert second.ask(0) is Admission.WAITS
+    assert second.ask(1) is Admission.WAITS
+    before = {run.step(i).id: turn(world, run.step(i)).before for run, i in ((first, 1), (second, 0), (second, 1))}
+    assert list(before.values()) == [1, 2, 0]
+    world.sql("UPDATE byrd.limit_keys SET tat = now() - interval '1 s'")
+    first.make_due(1)
+    assert first.ask(1) is Admission.WAITS  # there is a token again, but it is not for this one
+    assert second.given() == [1]
+
+
+def test_who_is_put_off_again_keeps_its_place_in_its_priority(world: World) -> None:
+    run = Limited(world, Limit(concurrency=1), priorities=[None, 9, 9, 2])
+    run.start(0)
+    assert [run.ask(index) for index in (1, 2, 3)] == [Admission.WAITS] * 3
+    tickets = [run.step(index).limit_no for index in (1, 2, 3)]
+    assert tickets[2] < tickets[0] < tickets[1]
+    for index in (1, 3):
+        run.make_due(index)
+        assert run.ask(index) is Admission.WAITS
+    assert [run.step(index).limit_no for index in (1, 2, 3)] == tickets
+
+
+def test_a_header_that_is_called_priority_is_none(world: World) -> None:
+    limit = Limit(concurrency=1)
+    run = Limited(world, limit, 2)
+    other = Limited(world, limit)
+    world.sql(
+        """UPDATE byrd.steps SET options = '{"headers": {"priority": "high"}}' WHERE run_id = %(run)s""",
+        run=run.run_id,
+    )
+    run.start(0)
+    assert (run.ask(1), other.ask(0)) == (Admission.WAITS, Admission.WAITS)
+    assert run.step(1).limit_no < other.step(0).limit_no
 
 
 @pytest.mark.parametrize(
@@ -659,9 +724,9 @@ def test_keys_that_nobody_uses_are_forgotten(world: World) -> None:
 class Line:
     """Steps of one task whose key is known when they are submitted."""
 
-    def __init__(self, world: World, count: int) -> None:
+    def __init__(self, world: World, count: int, *, priorities: Sequence[int | None] = ()) -> None:
         self.world = world
-        plan = plan_of(group(sig("x") for _ in range(count)))
+        plan = plan_of(group(called(priority) for priority in priorities or [None] * count))
         keyed = [replace(step, limit_name="api", limit_key="k") if step.kind == "task" else step for step in plan.steps]
         run_id, self.wakeups = world.do(submit, str(uuid.uuid4()), replace(plan, steps=tuple(keyed)))
         self.run_id = str(run_id)
@@ -680,6 +745,16 @@ def test_steps_line_up_in_their_order_without_a_message_or_a_claim(world: World)
     assert [row.sends for row in rows] == [1, 1, 0, 0, 0]
     assert world.do(sweeps.take_due) == []
     assert limits.line_up_all(world.store, line.wakeups) == line.wakeups  # twice: then they are sent as they are
+
+
+def test_steps_line_up_by_their_priorities(world: World) -> None:
+    world.do(limits.declare, [Limit("1/m", name="api")])
+    line = Line(world, 5, priorities=[9, None, 3, 3, 0])
+    [told] = limits.line_up_all(world.store, line.wakeups)
+    rows = sorted(line.rows(), key=lambda row: row.limit_no)
+    assert [row.no for row in rows] == [line.wakeups[i].no for i in (1, 4, 2, 3, 0)]
+    assert told.no == rows[0].no
+    assert [seconds(row.run_at) for row in rows] == pytest.approx([0, 60, 120, 180, 240], abs=2)
 
 
 def test_a_rate_spaces_those_who_line_up(world: World) -> None:
@@ -724,9 +799,9 @@ def test_what_a_step_waits_for_is_told_by_its_ticket(world: World) -> None:
     run = Limited(world, Limit("1/m"), 3)
     run.start(0)
     assert (run.ask(1), run.ask(2)) == (Admission.WAITS, Admission.WAITS)
-    turn = world.do(limits.turn_of, API, run.step(2).limit_no)
-    assert (turn.rate, turn.concurrency, turn.running, turn.before) == ("1/m", None, 1, 1)
-    assert 115 < seconds(turn.until) < 121
+    found = turn(world, run.step(2))
+    assert (found.rate, found.concurrency, found.running, found.before) == ("1/m", None, 1, 1)
+    assert 115 < seconds(found.until) < 121
 
 
 def test_a_step_whose_arguments_come_from_another_is_looked_at_before_it_is_claimed(world: World) -> None:

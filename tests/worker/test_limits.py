@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +196,35 @@ def test_a_host_that_wants_a_pause_gets_it_from_all_runs(cluster: Cluster, limit
     assert min(starts(cluster, "fetch busy")[1:]) >= 2
     assert limited.engine.submit(limited.tried.s()).get(timeout=30) == [3, 0]
     check_database(cluster.database_url)
+
+
+def test_a_pause_is_seconds_a_timedelta_or_what_the_header_says() -> None:
+    def pause(said: Any) -> float:
+        return byrd.LimitedError("429", retry_after=said).retry_after
+
+    assert [pause(said) for said in (2, 0.5, 0, timedelta(minutes=1), "120", " 7 ", "1.5")] == [
+        2,
+        0.5,
+        0,
+        60,
+        120,
+        7,
+        1.5,
+    ]
+    moment = datetime.now(UTC) + timedelta(seconds=100)
+    for form in ("%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y"):
+        assert 80 < pause(moment.strftime(form)) <= 100, form
+    assert pause("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert pause("9" * 400) == pause("Fri, 31 Dec 9999 23:59:59 GMT") == 1e8
+    # It did ask for a pause: the task does not fail over how.
+    for said in (None, "", "soon", "-1", "120, 60", "٣", "Wed, 99 Foo 2015", "Wed, 21 Oct 2015 99:28:00 GMT"):
+        assert pause(said) == 30, said
+    for wrong in (-1, float("nan"), 1e9, timedelta(days=-1), True, b"3", [3]):
+        with pytest.raises(ValueError, match="is no number of seconds"):
+            pause(wrong)
+    found = pickle.loads(pickle.dumps(byrd.LimitedError("429", retry_after="9")))
+    assert (str(found), found.retry_after) == ("429", 9)
+    assert str(byrd.LimitedError(retry_after="9")) == "to be tried again after 9 s"
 
 
 # -- what why says ---------------------------------------------------------------------------------

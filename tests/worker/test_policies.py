@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import email.utils
 import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -272,3 +274,23 @@ def test_an_error_that_carries_its_pause_is_itself_again_after_json(app: Any) ->
         assert (type(found), found.retry_after, str(found)) == (byrd.RetryLater, exc.retry_after, str(exc))
     with pytest.raises(ValueError, match="retry_after=-1 is no number of seconds"):
         byrd.RetryLater(-1)
+
+
+def test_the_header_may_say_the_pause_and_else_the_policy_does(app: Any) -> None:
+    own_pause, backend = byrd.policies.own_pause, app.app.backend
+    assert own_pause(byrd.RetryLater("120")) == 120
+    assert own_pause(byrd.RetryLater(timedelta(minutes=1))) == 60
+    later = byrd.RetryLater(email.utils.format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True))
+    assert later.retry_after == pytest.approx(90, abs=10)
+    found, _ = backend.decoded_error(backend.encoded_error(later))
+    assert (found.retry_after, str(found)) == (later.retry_after, str(later))  # not a pause from now on
+    for said in (None, "soon"):
+        later = byrd.RetryLater(said)
+        assert (own_pause(later), str(later)) == (None, "to be tried again")
+        found, _ = backend.decoded_error(backend.encoded_error(later))
+        assert (found.retry_after, str(found)) == (None, "to be tried again")
+    theirs = ValueError()
+    others: list[tuple[Any, float | None]] = [("120", 120), ("soon", None), (-1, None), (True, None), (b"1", None)]
+    for wanted, pause in others:
+        theirs.retry_after = wanted  # type: ignore[attr-defined]
+        assert own_pause(theirs) == pause

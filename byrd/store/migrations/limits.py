@@ -1,8 +1,9 @@
 """The functions of schema version 0001 that give a limit's places and tokens to the steps that wait for them.
 
 A step *waits* while it is ready and has a ticket (``limit_no``) but no place (``limit_slot``).  It is given a place,
-and the time at which it may start, in the order of the tickets; it *holds* the place until its attempt ends, or until
-it has not turned up for :data:`LAPSE`.  What is in use is counted in these rows themselves, so that nothing can leak.
+and the time at which it may start, in the order of the tickets, in which priorities come first; it *holds* the place
+until its attempt ends, or until it has not turned up for :data:`LAPSE`.  What is in use is counted in these rows
+themselves, so that nothing can leak.
 The row of the key in ``limit_keys`` bears the rate (``tat``, the theoretical arrival time of the generic cell rate
 algorithm), and is locked while anything of this is decided.  It is locked last: whoever has it waits for nobody, for
 other steps are taken with SKIP LOCKED.
@@ -26,6 +27,11 @@ _SETTINGS = "SET enable_seqscan = off SET enable_hashjoin = off SET enable_merge
 _LIMIT = """SELECT coalesce(x.set_every, x.every) AS every, coalesce(x.set_burst, x.burst) AS burst,
                nullif(coalesce(x.set_concurrency, x.concurrency), -1) AS most
           INTO l FROM byrd.limits x WHERE x.name = the_limit;"""
+
+#: A ticket begins with the step's priority, as the broker understands it: 0, or none, is served first, 9 last.  Numbers
+#: of a sequence never reach that far.
+_RANK = """CASE WHEN strpos(s.options, '"priority"') > 0
+        THEN coalesce((s.options::json ->> 'priority')::bigint, 0) << 56 ELSE 0 END"""
 
 #: Who waits for a place, in order.
 _WAITERS = """s.limit_name = the_limit AND s.limit_key = the_key AND s.status = 'ready' AND s.limit_no IS NOT NULL
@@ -155,7 +161,7 @@ BEGIN
     UPDATE byrd.steps s
        SET status = 'ready', attempt = s.attempt - 1, worker_id = NULL, pid = NULL, claim = NULL, started_at = NULL,
            limit_name = the_limit, limit_key = the_key, limit_slot = NULL,
-           limit_no = coalesce(ticket, nextval('byrd.limit_tickets')),
+           limit_no = coalesce(ticket, {_RANK} + nextval('byrd.limit_tickets')),
            sends = 0, run_at = expected, wake_at = expected + {AHEAD} * 5
      WHERE s.id = a_step;
     IF l.every > 0 THEN
@@ -184,7 +190,7 @@ BEGIN
            AND EXISTS (SELECT 1 FROM byrd.limits x WHERE x.name = s.limit_name)
            FOR NO KEY UPDATE OF s SKIP LOCKED) m;
     FOR the_limit, the_key, its_ids IN
-        SELECT s.limit_name, s.limit_key, array_agg(s.id ORDER BY i.place)
+        SELECT s.limit_name, s.limit_key, array_agg(s.id ORDER BY {_RANK}, i.place)
           FROM unnest(mine) WITH ORDINALITY AS i (id, place) JOIN byrd.steps s ON s.id = i.id
          GROUP BY 1, 2 ORDER BY 1, 2 LOOP
         {_LIMIT}
@@ -202,7 +208,7 @@ BEGIN
         WITH lined AS MATERIALIZED (
             SELECT i.id, nextval('byrd.limit_tickets') AS ticket, expected + spacing * (i.place - 1) AS due
               FROM unnest(its_ids) WITH ORDINALITY AS i (id, place))
-        UPDATE byrd.steps s SET limit_no = lined.ticket, sends = 0, run_at = lined.due,
+        UPDATE byrd.steps s SET limit_no = {_RANK} + lined.ticket, sends = 0, run_at = lined.due,
                wake_at = lined.due + {AHEAD} * 5
           FROM lined WHERE s.id = lined.id;
         IF l.every > 0 THEN
