@@ -134,7 +134,8 @@ class Keeper(Loop):
         #: What runs in processes that were seen to run nothing.
         self._unclaimed: set[tuple[int, str, int]] = set()
         self._next_heartbeat = 0.0
-        #: Pool processes that were seen to be gone; the pool has not replaced them yet.
+        #: The pool's processes as they were the last time, and those of them that were seen to be gone.
+        self._seen: set[int] = set()
         self._gone: set[int] = set()
         self._recorder = Recorder(runtime, publish_soon)
         # The engine's own connections may all be in use, by a pool of threads that submit, say.
@@ -163,8 +164,10 @@ class Keeper(Loop):
             self.store.run(sweeps.stop_worker, self.worker_id)
             self.told_to_stop = False
         self.runtime.listened = self._listened()
-        gone = {pid for pid in self._children() if has_exited(pid)}
-        unknown, self._gone = gone - self._gone, gone
+        # Those of the last time, too: the pool may have replaced one since it died.
+        seen, before = set(self._children()), self._seen
+        gone = {pid for pid in seen | before if has_exited(pid)}
+        unknown, self._gone, self._seen = gone - self._gone, gone, seen
         if self.changed or time.monotonic() >= self._next_heartbeat:
             self.changed = False
             self._next_heartbeat = time.monotonic() + self.settings.heartbeat_seconds

@@ -143,6 +143,25 @@ def test_a_killed_pool_process_costs_its_own_step_only(cluster: Cluster, tmp_pat
     check_database(cluster.database_url)
 
 
+def test_a_killed_pool_process_gives_back_what_it_ran_without_a_message(cluster: Cluster, tmp_path: Path) -> None:
+    """The pool replaces it at once, and Celery says which message it had; the step that it ran on to is another."""
+    app = cluster.app(APP)
+    cluster.worker(APP, concurrency=1, env={"TEST_LEASE_SECONDS": "90"})  # the next heartbeat is in half a minute
+    go = tmp_path / "go"
+    run = app.engine.submit(app.add.s(1, 1) | app.wait_for_file.si(str(go), 5) | app.add.s(1))
+    wait_until(lambda: run.steps()[1].status == "running")
+    pid = run.steps()[1].pid
+    assert pid is not None
+    time.sleep(0.3)  # a look at the processes, at least
+    os.kill(pid, signal.SIGKILL)
+    killed = time.monotonic()
+    wait_until(lambda: run.steps()[1].attempt == 2)
+    assert time.monotonic() - killed < 8
+    go.touch()
+    assert run.get(timeout=30) == 6
+    check_database(cluster.database_url)
+
+
 # -- stopping --------------------------------------------------------------------------------------
 
 POOLS = ["prefork", "threads", "solo", "gevent"]

@@ -91,14 +91,6 @@ def test_far_fewer_messages_than_steps(app: Any, notes: Notes) -> None:
     assert Counter(line["id"] for line in notes.lines("ran")).most_common(1)[0][1] == 1
 
 
-def test_what_is_submitted_one_by_one_needs_few_messages_while_wake_ups_are_close(app: Any, notes: Notes) -> None:
-    """Whoever is awake lingers for a moment, and finds what comes next, while its message still waits for it."""
-    runs = [app.engine.submit(app.tick.s(n)) for n in range(400)]
-    assert [run.get(timeout=60) for run in runs] == list(range(400))
-    assert len(notes.lines("ran")) == 400
-    assert len(notes.received(*runs)) < 200
-
-
 def test_without_slices_each_step_has_its_message(app: Any, notes: Notes) -> None:
     run = app.engine.submit(all_on("plain", chain(app.tick.s(1), app.tick.s(), group(app.tick.s(), app.tick.s()))))
     assert run.get(timeout=30) == [1, 1]

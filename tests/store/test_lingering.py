@@ -1,0 +1,105 @@
+"""A slice that lingers: where wake-ups come close to each other, it looks again a few milliseconds later."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from celery import chain
+
+from byrd.store.work import Own
+from byrd.task import slices
+from byrd.task.attempt import Attempt
+from tests.store.world import World, sig
+
+
+class Rig:
+    """A process's slices on a real database; ``rests``: what happens while a slice lingers, each time."""
+
+    def __init__(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.world, self.ran = world, list[str]()
+        self.rests: list[Callable[[], object]] = []
+        self.published: list[Any] = []
+        publisher = SimpleNamespace(publish=self.published.extend)
+        self.runtime: Any = SimpleNamespace(
+            slice_seconds=60.0,
+            stopping=False,
+            patient_store=world.store,
+            worker_id=world.worker_id,
+            publisher=publisher,
+        )
+        slices._pace().ended_at = 0.0
+        monkeypatch.setattr(slices, "time", SimpleNamespace(monotonic=time.monotonic, sleep=self.sleep))
+
+    def sleep(self, seconds: float) -> None:
+        if threading.current_thread() is threading.main_thread() and self.rests:
+            self.rests.pop(0)()
+        else:
+            time.sleep(seconds)
+
+    def run(self, attempt: Attempt) -> None:
+        self.ran.append(attempt.claim.task)
+        attempt.complete('"done"')
+
+    def slice(self, run: str, name: str, *, close: bool = True) -> None:
+        """Have a slice begin with the message of a step; ``close``: right after the slice before it."""
+        step = self.world.step(run, name)
+        slices._pace().ended_at = time.monotonic() if close else 0.0
+        slices.Slice(self.runtime, self.run).work(Own(step.id, step.attempt, name))
+
+    def submit(self, *names: str, **options: Any) -> str:
+        return self.world.submit(chain(*(sig(name, **options) for name in names)), shared=True)
+
+
+@pytest.fixture
+def rig(world: World, monkeypatch: pytest.MonkeyPatch) -> Rig:
+    return Rig(world, monkeypatch)
+
+
+def test_what_becomes_ready_soon_after_is_run_without_a_message(rig: Rig) -> None:
+    run = rig.submit("b")
+    rig.rests = [lambda: None, lambda: rig.submit("c"), lambda: None, lambda: None, lambda: rig.submit("d")]
+    rig.slice(run, "b")
+    rig.world.check()
+    assert rig.ran == ["b", "c", "d"]
+
+
+def test_a_wake_up_that_comes_alone_is_not_lingered_over(rig: Rig) -> None:
+    run = rig.submit("a")
+    rig.rests = [lambda: rig.submit("b")]
+    rig.slice(run, "a", close=False)
+    assert rig.ran == ["a"]
+
+
+def test_nor_is_one_that_finds_nothing(rig: Rig) -> None:
+    run = rig.submit("a")
+    rig.slice(run, "a")
+    rig.rests = [lambda: rig.submit("b")]
+    rig.slice(run, "a")
+    assert rig.ran == ["a"]
+
+
+def test_nor_while_the_worker_stops(rig: Rig) -> None:
+    run = rig.submit("b")
+    rig.rests = [lambda: rig.submit("c")]
+    stop = rig.run
+
+    def stopping(attempt: Attempt) -> None:
+        stop(attempt)
+        rig.runtime.stopping = True
+
+    rig.run = stopping  # type: ignore[method-assign]
+    rig.slice(run, "b")
+    assert rig.ran == ["b"]
+
+
+def test_nor_when_a_message_of_its_own_is_on_its_way(rig: Rig) -> None:
+    run = rig.world.submit(chain(sig("b"), sig("own", priority=3)), shared=True)
+    rig.rests = [lambda: rig.submit("c")]
+    rig.slice(run, "b")
+    assert rig.ran == ["b"]
+    assert [wakeup.task for wakeup in rig.published] == ["own"]
