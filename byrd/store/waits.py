@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
 
-from byrd.errors import IllegalTransitionError
+from byrd.errors import IllegalTransitionError, StaleAttempt
 from byrd.model import RunStatus, StepStatus
 from byrd.store import flow, locks, progress, runs, sagas, steps
 from byrd.store.flow import COMPLETED_AT, REVOKED, error_json
@@ -204,12 +204,15 @@ def nap(
     conn: Connection, step_id: str, attempt: int, key: str, *, seconds: float | None, until: datetime | None
 ) -> list[Wakeup]:
     """running → ready at a later time, when the sub-step ``key`` is done."""
-    delay = query(
+    row = query(
         conn,
-        f"SELECT greatest(0, coalesce(%(seconds)s, extract(epoch FROM %(until)s::timestamptz - {_NOW})))::float8",
-        {"seconds": seconds, "until": until},
-    ).scalar_one()
-    wakeups = steps.hand_back(conn, step_id, attempt, delay=delay)
+        f"""SELECT greatest(0, coalesce(%(seconds)s, extract(epoch FROM %(until)s::timestamptz - {_NOW})))::float8
+                     AS delay, s.status = 'running' AND s.attempt = %(attempt)s AS owned
+              FROM {locks.SHARE_RUN_OF_STEP}, byrd.steps s WHERE s.id = %(id)s FOR UPDATE OF s""",
+        {"id": step_id, "attempt": attempt, "seconds": seconds, "until": until},
+    ).first()
+    _refuse_unless_ours(conn, step_id, attempt, key, owned=row is not None and row.owned)
+    wakeups = steps.hand_back(conn, step_id, attempt, delay=row.delay if row is not None else 0.0)
     _note(conn, step_id, attempt, key, done=True)
     return wakeups
 
@@ -269,14 +272,17 @@ def give_way(
     locks.own_run_of(conn, step_id)
     wait = _wait_key(key)
     params = {"id": step_id, "attempt": attempt, "wait": wait, "signal": signal, "timeout": timeout}
-    left = query(
+    so_far = query(
         conn,
         f"""SELECT greatest(0.001, %(timeout)s::float8 - extract(epoch FROM {_NOW} - coalesce(
               (SELECT updated_at FROM byrd.checkpoints WHERE step_id = %(id)s AND name = %(wait)s), {_NOW})))::float8
-        """,
+              AS left, EXISTS (SELECT 1 FROM byrd.steps
+                                WHERE id = %(id)s AND attempt = %(attempt)s AND status = 'running') AS owned""",
         params,
-    ).scalar_one()
-    wakeups = steps.hand_back(conn, step_id, attempt, delay=_LONG_SECONDS if timeout is None else left)
+    ).one()
+    _refuse_unless_ours(conn, step_id, attempt, wait, owned=so_far.owned)
+    delay = _LONG_SECONDS if timeout is None else so_far.left
+    wakeups = steps.hand_back(conn, step_id, attempt, delay=delay)
     _note(conn, step_id, attempt, wait, done=False)
     # A signal that came meanwhile is nothing to wait for; without a time-out there is no time.  A pause stays one.
     row = query(
@@ -295,6 +301,17 @@ def give_way(
     if row is not None and row.due:
         query(conn, f"NOTIFY {CHANNEL}")
     return wakeups
+
+
+def _refuse_unless_ours(conn: Connection, step_id: str, attempt: int, mark: str, *, owned: bool) -> None:
+    """Raise :class:`StaleAttempt` unless the attempt owns the step, or has left this mark when it gave its slot back.
+
+    That it was handed back is not enough: a worker that shuts down does so too, for an attempt that may live a moment
+    longer; a mark would then tell the next one that its sleep is over.
+    """
+    left = "SELECT 1 FROM byrd.checkpoints WHERE step_id = %(id)s AND name = %(mark)s"
+    if not owned and query(conn, left, {"id": step_id, "mark": mark}).first() is None:
+        raise StaleAttempt(f"step {step_id}: attempt {attempt} may not give its slot back: it does not own it any more")
 
 
 def _note(conn: Connection, step_id: str, attempt: int, name: str, *, done: bool) -> None:

@@ -6,10 +6,12 @@ seconds in place of an hour.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +26,7 @@ from celery.exceptions import TaskRevokedError
 
 from byrd.embedded import EmbeddedValkey
 from byrd.engine import Run
+from byrd.store import sweeps
 from tests.cluster import Cluster, ClusterFactory, wait_until
 from tests.invariants import check_database
 
@@ -165,18 +168,28 @@ def test_a_publish_into_a_frozen_redis_returns_and_its_duplicates_run_once(
 ) -> None:
     """Plain Celery's publisher blocks for ever, or with time-outs sends again what Redis had already got."""
     app, notes = own.app(APP), tmp_path / "notes"
-    assert app.engine.submit(app.note.s(str(notes), "before")).steps()[0].sends == 1  # its connection is open
+    # With a time limit each needs a message of its own.
+    before, late = (app.note.s(str(notes), text).set(time_limit=60) for text in ("before", "frozen"))
+    assert app.engine.submit(before).steps()[0].sends == 1  # its connection is open
     with frozen(own_broker):
         began = time.monotonic()
-        run = app.engine.submit(app.note.s(str(notes), "frozen"))
+        run = app.engine.submit(late)
         took = time.monotonic() - began
     assert took < 15  # the time-out of its connection is 5 s
+    # The publisher was told that it had failed, and Redis has got it.  Whoever does not look there sends it again.
+    wait_until(lambda: messages_in(own, "celery") == 2, what="the message whose publisher gave it up")
+    store, publisher = app.engine.runtime.store, app.engine.runtime.publisher
+    store.run(sweeps.doubt_all)
+    again = store.run(sweeps.take_overdue, "celery", resend=2)
+    wait_until(lambda: publisher.publish(again), what="a publisher that tries again, a second after a failure")
+    assert messages_in(own, "celery") == 4
     worker = own.worker(APP)
     assert run.get(timeout=60) == "frozen"
     with own.redis() as client:
         wait_until(lambda: not client.llen("celery"))
     assert app.engine.submit(app.note.s(str(notes), "last")).get(timeout=60) == "last"
     assert Counter(lines(notes)) == Counter(["before", "frozen", "last"])
+    assert attempts(own) == {1}
     assert worker.running
     check_database(own.database_url)
 
@@ -258,21 +271,30 @@ def test_a_kill_while_the_next_step_runs_repeats_that_one_only(cluster: Cluster,
 # ------------------------------------------------------------------------------------------------- chords
 
 
+def sent_anew(message: bytes) -> str:
+    """Return a message as it is when somebody sends its task again: under another id, with another delivery tag."""
+    found = json.loads(message)
+    found["headers"]["id"] = found["properties"]["correlation_id"] = str(uuid.uuid4())
+    found["properties"]["delivery_tag"] = str(uuid.uuid4())
+    return json.dumps(found)
+
+
 def test_a_chord_whose_header_is_lost_and_sent_twice_joins_once(cluster: Cluster, tmp_path: Path) -> None:
-    """Plain Celery's body waits for ever, or starts early without one of the parts."""
+    """Plain Celery's body waits for ever, or, for those under new ids, starts early without one of the parts."""
     app, notes = cluster.app(APP), tmp_path / "notes"
-    header = [app.note.s(str(notes), n) for n in range(10)]
+    header = [app.note.s(str(notes), n).set(time_limit=60) for n in range(10)]  # so each needs a message of its own
     run = app.engine.submit(chord(header, app.gather.s()) | app.add.s([99]))
     with cluster.redis() as client:
         found = client.lrange("celery", 0, -1)
         client.delete("celery")
         assert len(found) == 10
-        for message in found[3:] + found[3:6]:  # three are lost, three come twice, of which two late
+        # Three are lost; three come twice, the copies last; three come under another id only.
+        for message in (*found[3:7], *map(sent_anew, found[7:]), *map(sent_anew, found[3:6])):
             client.lpush("celery", message)
     worker = cluster.worker(APP)
     assert run.get(timeout=60) == [*range(10), 99]
     with cluster.redis() as client:
-        client.lpush("celery", *found)
+        client.lpush("celery", *found, *map(sent_anew, found))
         wait_until(lambda: not client.llen("celery"))
     assert app.engine.submit(app.add.s(1)).get(timeout=60) == 2
     assert run.wait(timeout=30) == "succeeded"
@@ -374,18 +396,21 @@ def test_a_revoke_leaves_what_runs_alone(cluster: Cluster, tmp_path: Path) -> No
 # ------------------------------------------------------------------------------------------------- other outages
 
 
+@pytest.mark.parametrize("acks", ["early", "late"])
 def test_a_redis_that_goes_with_the_messages_of_a_worker_that_prefetches(
-    own: Cluster, own_broker: EmbeddedValkey, tmp_path: Path
+    own: Cluster, own_broker: EmbeddedValkey, tmp_path: Path, acks: str
 ) -> None:
-    """Eight of twelve tasks were stranded until the visibility time-out in plain Celery."""
+    """Eight of twelve tasks were stranded until the visibility time-out in plain Celery, with early acks."""
     app, notes = own.app(APP), tmp_path / "notes"
-    worker = own.worker(APP, env={"TEST_PREFETCH": "4", "TEST_VISIBILITY_SECONDS": "3600"})
-    runs = [app.engine.submit(app.note.s(str(notes), n, 0.5)) for n in range(12)]
-    wait_until(lambda: len(lines(notes)) >= 2)
+    worker = own.worker(APP, env={"TEST_PREFETCH": "4", "TEST_ACKS": acks, "TEST_VISIBILITY_SECONDS": "3600"})
+    # With a time limit each needs a message of its own.
+    runs = [app.engine.submit(app.note.s(str(notes), n, 0.5).set(time_limit=60)) for n in range(12)]
+    wait_until(lambda: len(lines(notes)) >= 2 and messages_in(own, "unacked") > 2, what="messages in its hands")
     own_broker.kill()
     own_broker.start()
     assert [run.get(timeout=60) for run in runs] == list(range(12))
     assert Counter(lines(notes)) == Counter(map(str, range(12)))
+    assert attempts(own) == {1}
     assert worker.running
     check_database(own.database_url)
 

@@ -408,7 +408,8 @@ def test_a_worker_frozen_inside_a_transaction(cluster: Cluster, tmp_path: Path) 
                       AND query ~ 'SET status = .running'"""
         wait_until(lambda: cluster.rows(locked), what="a claim whose answer nobody reads")
         struck.finish()
-        cluster.worker(APP)
+        cluster.worker(APP, wait=False)
+        wait_until(lambda: not cluster.rows(locked), timeout=30, what="the end of its transaction")
         struck.check(timeout=60)
         assert late.get(timeout=60) == 2
         log.info("frozen inside a transaction: all done by others after %.1f s", time.monotonic() - since)

@@ -91,6 +91,24 @@ def test_a_soft_shutdown_tells_checkpoint_tasks_at_once(cluster: Cluster, tmp_pa
     ended(worker)
 
 
+def test_a_second_sigterm_in_a_soft_shutdown_gives_back_what_runs(cluster: Cluster, tmp_path: Path) -> None:
+    """As docker-compose.yml has it: whoever asks twice does not wait until the time is over."""
+    app, go = cluster.app(APP), tmp_path / "go"
+    worker = cluster.worker(APP, concurrency=1, env={"REMAP_SIGTERM": "SIGQUIT", "TEST_SOFT_SHUTDOWN": "600"})
+    run = app.engine.submit(app.wait_for_file.s(str(go), 1) | app.add.s(1))
+    wait_until(lambda: running(run))
+    cluster.worker(APP, concurrency=1)
+    os.kill(worker.pid, signal.SIGTERM)
+    worker.wait_for_log("Initiating Soft Shutdown")
+    assert run.steps()[0].attempt == 1
+    os.kill(worker.pid, signal.SIGTERM)
+    wait_until(lambda: run.steps()[0].attempt == 2, timeout=60)
+    go.touch()
+    assert run.get(timeout=60) == 2
+    assert history(cluster, run) == [(0, 1, "handed_back")]
+    check_database(cluster.database_url)
+
+
 def test_a_cold_shutdown_ends_the_lease(cluster: Cluster, tmp_path: Path) -> None:
     app = cluster.app(APP)
     worker = cluster.worker(APP, env={"TEST_LEASE_SECONDS": "600"})

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from celery import chain, chord, group
 
+import byrd
 from byrd.errors import IllegalTransitionError, RunNotFoundError, StaleAttempt, StepCancelled
-from byrd.store import Claim, growth, plans, reading, runs, steps, sweeps, undo
+from byrd.store import Claim, each, growth, plans, reading, runs, steps, sweeps, undo
 from byrd.store.rows import query
 from tests.store.world import ERROR, World, plan_of, sig, submit
 
@@ -193,6 +194,36 @@ def test_a_stale_attempt_can_write_nothing(world: World) -> None:
     ):
         assert world.stale(statement, old.id, old.attempt, *args), statement
         assert world.rows() == before, statement
+
+
+def test_a_stale_attempt_at_an_each_adds_no_items(world: World) -> None:
+    run = world.submit(chain(byrd.each(sig("item"), over=[1, 2, 3], limit=1, tolerate=0.5), sig("b")))
+    old = world.claim(run, "byrd.each")
+    begin: dict[str, Any] = {"limit": 1, "tolerate": 0.5, "total": 3}
+    world.do(each.look, old.id, old.attempt, **begin)
+    page = [*plan_of(sig("item")).steps, *plan_of(sig("item")).steps]
+
+    def try_all() -> None:
+        before = world.rows()
+        for statement, args, options in (
+            (each.look, [], begin),
+            (each.insert, [page], {"inserted": 0, "at": None, "done": True}),
+            (each.reopen, [], {"most": 5}),
+            (each.park, [], {}),
+            (each.finish, [], {"results": True}),
+        ):
+            assert world.stale(statement, old.id, old.attempt, *args, **options), statement
+            assert world.rows() == before, statement
+
+    world.do(steps.preempt, world.worker_id, reason="gone")
+    try_all()  # nobody has it
+    new = world.claim(run, "byrd.each")
+    try_all()
+    _, given = world.do(each.insert, new.id, new.attempt, page, inserted=0, at=None, done=True)
+    assert [wakeup.task for wakeup in given] == ["item"]
+    try_all()
+    world.do(each.park, new.id, new.attempt)
+    try_all()
 
 
 def test_a_retry_waits_and_may_change_the_call(world: World) -> None:

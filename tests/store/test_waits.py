@@ -456,6 +456,56 @@ def test_one_process_at_a_time_ends_waits(world: World) -> None:
     world.end_waits()
 
 
+@pytest.mark.parametrize("ended", ["preempted", "handed back by its worker", "done", "cancelled"])
+def test_an_attempt_that_lost_its_step_neither_sleeps_nor_takes_a_signal(world: World, ended: str) -> None:
+    """A mark of its own would tell the next attempt that its sleep is over."""
+    run = world.submit(chain(sig("a"), sig("b")))
+    old = world.claim(run, "a")
+    send(world, run, "go", 1)
+    if ended == "preempted":
+        world.do(steps.preempt, world.worker_id, reason="gone")
+        assert world.claim(run, "a").attempt == 2
+    elif ended == "done":
+        world.settle(old)
+    elif ended == "cancelled":
+        world.do(runs.cancel, run)
+        world.do(steps.abandon, old.id, old.attempt)
+    else:
+        world.do(steps.hand_back, old.id, old.attempt, owner=world.worker_id, pid=1)
+    before = world.rows()
+    for statement, args, options in (
+        (waits.nap, ["step:sleep x"], {"seconds": 60, "until": None}),
+        (waits.take, ["go", "step:wait_for go"], {"timeout": None}),
+        (waits.take, ["never", "step:wait_for never"], {"timeout": 0}),
+        (waits.settle, ["step:wait_for go", "2"], {}),
+        (waits.give_way, ["never", "step:wait_for never"], {"timeout": None}),
+        (waits.give_way, ["never", "step:wait_for never"], {"timeout": 5.0}),
+    ):
+        assert world.stale(statement, old.id, old.attempt, *args, **options), statement
+        assert world.rows() == before, statement
+
+
+def test_a_task_that_gave_its_slot_back_may_say_so_again(world: World) -> None:
+    """Postgres's answer may have been lost."""
+    run = world.submit(chain(sig("a"), sig("b")))
+    first = world.claim(run, "a")
+    world.do(waits.nap, first.id, first.attempt, "step:sleep x", seconds=0, until=None)
+    before = world.rows()
+    assert world.do(waits.nap, first.id, first.attempt, "step:sleep x", seconds=0, until=None) == []
+    assert world.rows() == before
+    second = world.claim(run, "a")
+    world.do(waits.give_way, second.id, second.attempt, "go", "step:wait_for go", timeout=60)
+    before = world.rows()
+    world.do(waits.give_way, second.id, second.attempt, "go", "step:wait_for go", timeout=60)
+    after = world.rows()
+    assert {name: after[name] for name in after if name != "steps"} == {n: before[n] for n in before if n != "steps"}
+    send(world, run, "go", 1)
+    third = world.claim(run, "a")
+    assert third.attempt == 3
+    assert world.do(waits.take, third.id, third.attempt, "go", "step:wait_for go", timeout=60).payload == "1"
+    world.settle(third)
+
+
 def test_a_signal_and_a_wait_that_begin_at_once_find_each_other(world: World) -> None:
     run = world.submit(chain(sig("a"), byrd.wait_for("ok"), sig("b")))
     claim = world.claim(run, "a")

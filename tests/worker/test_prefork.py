@@ -42,11 +42,14 @@ def test_soft_time_limit(prefork: None, app: Any) -> None:
     assert app.engine.submit(app.soft.s()).get(timeout=30) == "soft"
 
 
-def test_hard_time_limit(prefork: None, app: Any) -> None:
-    run = app.engine.submit(app.hard.s())
+def test_hard_time_limit(prefork: None, app: Any, notes: Path) -> None:
+    """Celery's hooks do not run where a process is killed; an errback is a step."""
+    run = app.engine.submit(app.hard.s().on_error(app.once.si("after the limit")))
     with pytest.raises(TimeLimitExceeded):
         run.get(timeout=60)
-    assert run.wait(timeout=10) == "failed"
+    assert run.wait(timeout=30) == "failed"
+    assert len(lines(notes, "after the limit")) == 1
+    assert [step.status for step in run.steps()] == ["failed", "succeeded"]
 
 
 def test_time_limit_of_the_signature(prefork: None, app: Any, notes: Path) -> None:
@@ -62,10 +65,12 @@ def test_a_killed_pool_process(prefork: None, app: Any, tmp_path: Path) -> None:
     assert (step.attempt, step.preemptions, step.retries) == (2, 1, 0)
 
 
-def test_poison_is_stopped(prefork: None, app: Any) -> None:
-    run = app.engine.submit(app.poison.s())
+def test_poison_is_stopped(prefork: None, app: Any, notes: Path) -> None:
+    run = app.engine.submit(app.poison.s().on_error(app.once.si("after the losses")))
     with pytest.raises(StepLostError):
         run.get(timeout=120)
+    assert run.wait(timeout=30) == "failed"
+    assert len(lines(notes, "after the losses")) == 1
     assert run.steps()[0].preemptions == 6
     assert app.engine.submit(app.before_byrd.s(1)).get(timeout=30) == 2
 
