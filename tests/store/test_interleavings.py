@@ -74,9 +74,10 @@ TIMED = (
     '{"byrd_timeouts": {"heartbeat": 1e-6}}',
 )
 UNSTARTED = '{"byrd_timeouts": {"schedule_to_start": 1e-6}}'
-UNDOABLE = """SELECT r.id FROM byrd.runs r WHERE r.status = 'succeeded' AND r.pivot IS NULL AND EXISTS
-               (SELECT 1 FROM byrd.steps s WHERE s.run_id = r.id AND s.status = 'succeeded'
-                   AND s.compensation IS NOT NULL) ORDER BY r.id"""
+#: Runs that have succeeded, and have done what can be undone.
+ENDED_WELL = """SELECT r.id FROM byrd.runs r WHERE r.status = 'succeeded' AND r.pivot IS NULL AND EXISTS
+                 (SELECT 1 FROM byrd.steps s WHERE s.run_id = r.id AND s.status = 'succeeded'
+                     AND s.compensation IS NOT NULL) ORDER BY r.id"""
 DOOMED = """SELECT s.id FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
              WHERE s.status = 'running' AND r.status = 'cancelling' AND r.terminate_at <= clock_timestamp()"""
 READY = "SELECT id, attempt, task FROM byrd.steps WHERE status = 'ready' ORDER BY task, no, ready_at"
@@ -98,9 +99,10 @@ WAITS = """SELECT s.id, s.run_id::text, s.signal FROM byrd.steps s JOIN byrd.run
             WHERE r.finished_at IS NULL AND s.signal IS NOT NULL AND s.status IN ('pending','waiting')
             ORDER BY s.signal, r.created_at, s.no"""
 OPEN = "SELECT id::text FROM byrd.runs WHERE finished_at IS NULL ORDER BY created_at"
-#: Runs that go on, and that have done what can be undone.
+#: Runs that go on, and that have done what can be undone, or may have: a step was handed back.
 UNDOABLE = """SELECT DISTINCT r.id::text, r.created_at FROM byrd.runs r JOIN byrd.steps s ON s.run_id = r.id
-               WHERE r.status = 'running' AND s.status = 'succeeded' AND s.compensation IS NOT NULL
+               WHERE r.status = 'running' AND s.compensation IS NOT NULL AND (s.status = 'succeeded' OR EXISTS
+                 (SELECT 1 FROM byrd.attempts a WHERE a.step_id = s.id AND a.outcome = 'handed_back'))
                ORDER BY r.created_at"""
 #: Compensations that an operator may have an opinion on.
 UNDOING = """SELECT no FROM byrd.steps WHERE run_id = %(id)s AND kind = 'compensation'
@@ -469,7 +471,7 @@ class InterleavingMachine(RuleBasedStateMachine):
     @move(whole=WHOLE)
     def undo_on_purpose(self, data: st.DataObject, whole: bool) -> None:
         """Roll back a run that has ended, and did something that can be undone."""
-        row = self.pick(data, UNDOABLE)
+        row = self.pick(data, ENDED_WELL)
         if row is not None:
             run_id, token = str(row.id), str(uuid.uuid4())
             self.start(Op("roll_back", lambda conn: runs.roll_back(conn, run_id, token=token)), whole=whole)
