@@ -13,7 +13,7 @@ import json
 import os
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -379,10 +379,12 @@ class InterleavingMachine(RuleBasedStateMachine):
                     assert self.model.owners[change.step_id][1] == change.worker_id
             self.note_failure(op, change)
         claimed = result.claims if op.name == "slice" else [result] if op.name == "claim" and result is not None else []
+        taken = {c.step_id for c in changes if c.new == "running"}
         for claim in claimed:
-            # A slice that begins is told again of what its process is said to run.
+            # A slice that begins is told, too, of what its process was said to run; that may be another's by now.
             known = self.model.owners.get(claim.id)
-            again = op.name == "slice" and known is not None and known[0] == claim.attempt
+            told = op.name == "slice" and claim.id not in taken
+            again = told and known is not None and claim.attempt <= known[0]
             assert known is None or again, f"{claim.id} has two owners"
         op.committed(result, changes)
         for step_id in lost:
@@ -447,10 +449,10 @@ class InterleavingMachine(RuleBasedStateMachine):
         run_id = data.draw(st.sampled_from(self.open_runs * 3 + list(self.model.runs)))
         self.command_one(data, run_id, whole=whole)
 
-    def command_one(self, data: st.DataObject, run_id: str, *, whole: bool) -> None:
+    def command_one(self, data: st.DataObject, run_id: str, *, whole: bool, names: Sequence[str] = ()) -> None:
         status = query(self.monitor, "SELECT status FROM byrd.runs WHERE id = %(id)s", {"id": run_id}).scalar()
         always = ("cancel", "pause", "resume", "retry_run")
-        name = data.draw(st.sampled_from([*COMMANDS.get(status or "", ()), *always]))
+        name = data.draw(st.sampled_from(names or [*COMMANDS.get(status or "", ()), *always]))
         token = str(uuid.uuid4())
         undoing = query(self.monitor, UNDOING, {"id": run_id}).scalars().all()
         no = data.draw(st.sampled_from(undoing)) if undoing else 0
@@ -579,10 +581,10 @@ class InterleavingMachine(RuleBasedStateMachine):
                 raise
 
         def committed(found: Work, changes: list[Change]) -> None:
-            # It is told, too, of what its process is said to run; that may have ended before this commit.
+            # It is told, too, of what its process was said to run; that may have ended before this commit.
             taken = {c.step_id for c in changes if c.new == "running"}
             new = [c for c in found.claims if c.id in taken]
-            assert all(c in new or c.attempt == self.model.owners.get(c.id, (c.attempt,))[0] for c in found.claims)
+            assert all(c in new or c.attempt <= self.model.owners.get(c.id, (c.attempt,))[0] for c in found.claims)
             assert len(new) <= most
             ended = {c.step_id for c in changes if c.old == "running"}
             for claim in ends:
@@ -602,13 +604,13 @@ class InterleavingMachine(RuleBasedStateMachine):
             self.roll_back_one(data, how, whole=whole or left > 0)
 
     def roll_back_one(self, data: st.DataObject, how: str, *, whole: bool) -> None:
-        """Try again what is stuck, end a compensation, or give cause for one."""
+        """Try again, or settle, what is stuck, end a compensation, or give cause for one."""
         stuck = self.pick(data, "SELECT id::text FROM byrd.runs WHERE status = 'rollback_stuck' ORDER BY created_at")
         undo = self.pick(data, READY.replace("WHERE", "WHERE kind = 'compensation' AND"))
         done = self.pick(data, UNDOABLE)
         known = len(self.claims)
         if stuck is not None:
-            self.retry_one(stuck.id, whole=whole)
+            self.command_one(data, stuck.id, whole=whole, names=COMMANDS["rollback_stuck"])
         elif undo is not None:
             self.claim_one(undo, 0, undo.attempt, whole=True)
             if len(self.claims) > known:
