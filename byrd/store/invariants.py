@@ -17,6 +17,10 @@ _OPEN_STEP = "('pending','ready','running','waiting')"
 #: An operator has done what the compensation ``s`` should do.
 _BY_HAND = """(s.kind = 'compensation' AND EXISTS (SELECT 1 FROM byrd.events e
     WHERE e.run_id = s.run_id AND e.step_no = s.no AND e.event = 'done_by_hand'))"""
+#: The step ``s`` has a result, or an attempt that neither raised nor was replaced, nor asked to be ignored.
+_MAY_HAVE_TAKEN_EFFECT = """(s.status = 'succeeded' OR EXISTS (SELECT 1 FROM byrd.attempts a WHERE a.step_id = s.id
+    AND a.outcome NOT IN ('failed','retried','replaced')
+    AND NOT (a.outcome = 'cancelled' AND a.error::json->>'exc_type' = 'Ignore')))"""
 
 #: Each selects (run_id, no, detail) of what breaks it.
 RULES = {
@@ -187,6 +191,12 @@ RULES = {
          WHERE s.compensation IS NULL AND s.task <> 'byrd.workflow'
             OR s.status IN ('pending','ready','running','waiting')
             OR s.status <> 'succeeded' AND NOT EXISTS (SELECT 1 FROM byrd.attempts a WHERE a.step_id = s.id)""",
+    "a rollback undoes all that has, or may have, taken effect": f"""
+        SELECT s.run_id, s.no, s.status FROM byrd.steps s
+         WHERE s.compensation IS NOT NULL AND {_MAY_HAVE_TAKEN_EFFECT}
+           AND EXISTS (SELECT 1 FROM byrd.steps c WHERE c.run_id = s.run_id AND c.kind = 'compensation'
+                        AND (c.saga IS NULL OR c.saga = s.saga))
+           AND NOT EXISTS (SELECT 1 FROM byrd.steps c WHERE c.run_id = s.run_id AND c.compensates = s.no)""",
     "a compensation waits for all that is undone before": """
         SELECT c.run_id, c.no, b.no || ' is ' || b.status FROM byrd.steps c
           JOIN byrd.steps b ON b.run_id = c.run_id AND b.kind = 'compensation' AND b.rank < c.rank

@@ -21,8 +21,9 @@ from byrd.store.rows import Wakeup, query
 from byrd.waits import SUBWORKFLOW, UNDO_SUBWORKFLOW
 
 #: The end ``a`` of an attempt leaves open whether it took effect: its worker was lost, or it was told to stop, or its
-#: time was over.
-_UNKNOWN = """(a.outcome = 'preempted' OR (a.outcome = 'cancelled' AND a.error::json->>'exc_type' <> 'Ignore')
+#: time was over, or it gave the step back before its end.  One that raised, to be tried again or not, does not.
+_UNKNOWN = """(a.outcome IN ('preempted','handed_back')
+    OR (a.outcome = 'cancelled' AND a.error::json->>'exc_type' <> 'Ignore')
     OR a.error::json->>'exc_type' IN ('TimeLimitExceeded','SoftTimeLimitExceeded',
       'StartToCloseTimeoutError','HeartbeatTimeoutError'))"""
 

@@ -43,7 +43,7 @@ class Compound:
     def do(self, name: str, fn: Callable[..., T], *args: Any, undo: Callable[..., Any], **kwargs: Any) -> T:
         """Call ``fn(*args, **kwargs)`` once in the step's life, and return its value (JSON), which is recorded.
 
-        ``undo(value, *args, **kwargs)`` is called when a later operation, or anything else in the block, fails.
+        ``undo(value, *args, **kwargs)`` is called when a later operation, or anything else in the block, raises.
         ``name`` tells the operation from the others of its block.
         """
         if name in self._names:
@@ -118,7 +118,7 @@ class CompoundTask(DurableTask):
     abstract = True
 
     def compound(self, name: str = "compound") -> Compound:
-        """Return a block of operations that are undone, the last first, when the block is left by an exception::
+        """Return a block of operations that are undone, the last first, when the block is left by an ``Exception``::
 
             with self.compound() as op:
                 page = op.do("page", create_page, title, undo=delete_page)
@@ -126,8 +126,9 @@ class CompoundTask(DurableTask):
 
         Each operation, and each undo, is recorded when it is done, so an attempt after a crash does neither again, but
         goes on: forward, or with the undoing if that had begun.  What dies between its effect and its record is done
-        once more.  An undo that fails is tried again, ten times with growing pauses, before the step fails with
-        :class:`CompoundError`.  ``name`` tells this block from others of the task.
+        once more.  An undo that fails is tried again, after growing pauses; at the tenth try that fails in the block
+        the step fails with :class:`CompoundError`.  What ends the task otherwise, a cancel at a checkpoint say, undoes
+        nothing.  ``name`` tells this block from others of the task.
         """
         attempt = self._attempt()
         return Compound(self, attempt, name)

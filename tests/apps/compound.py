@@ -64,6 +64,27 @@ def three(self: byrd.CheckpointTask, path: str, *, fails: str = "", dies: str = 
 
 
 @app.task(bind=True, base=byrd.CheckpointTask)
+def halting(self: byrd.CheckpointTask, path: str) -> list[str]:
+    """Do a; stand at checkpoints until there is a file; then do b."""
+
+    def act(what: str) -> str:
+        note(path, what)
+        return what.upper()
+
+    def undo(done: str, _what: str) -> None:
+        note(path, f"undo {done}")
+
+    with self.compound() as op:
+        a = op.do("a", act, "a", undo=undo)
+        for number in range(3000):
+            if Path(f"{path}.go").exists():
+                break
+            self.checkpoint(cursor=number)
+            time.sleep(0.02)
+        return [a, op.do("b", act, "b", undo=undo)]
+
+
+@app.task(bind=True, base=byrd.CheckpointTask)
 def twice(self: byrd.CheckpointTask) -> Any:
     """Give two operations one name."""
     with self.compound() as op:

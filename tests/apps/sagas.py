@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,83 @@ def unloop(result: None, name: str) -> None:
     why = byrd.current_compensation()
     assert why is not None
     write("undo", why.run_id, name, why.key, f"{result}, known: {why.known}")
+
+
+@app.task(bind=True, base=StoppableSaga)
+def rent(self: Any, name: str) -> None:
+    """Have an effect that can be asked for, unless there is a file; then go on until a checkpoint says to stop."""
+    if not exists(f"{name}.none"):
+        write("do", self.request.root_id, name, self.request.id)
+    write("begun", self.request.root_id, name, self.request.id)
+    for number in range(3000):
+        self.checkpoint(cursor=number)
+        time.sleep(0.02)
+
+
+@rent.confirm
+def find_rental(key: str, name: str) -> Any:
+    """Ask the outside world, and say that it was asked."""
+    with engine.runtime.user_store.engine.begin() as conn:
+        run, done = conn.execute(
+            text("SELECT min(run), bool_or(what = 'do') FROM effects WHERE key = :key"), {"key": key}
+        ).one()
+    write("asked", run, name, key)
+    return f"found {name}" if done else byrd.NOT_DONE
+
+
+@rent.compensation
+def end_rental(result: str | None, name: str) -> None:
+    """Take it back."""
+    why = byrd.current_compensation()
+    assert why is not None
+    write("undo", why.run_id, name, why.key, f"{result}, known: {why.known}")
+
+
+@app.task(base=byrd.SagaTask)
+def tell(name: str) -> str:
+    """What tells, when it is undone, all that it knows."""
+    return name
+
+
+@tell.compensation
+def tell_all(_result: str, _name: str) -> dict[str, Any]:
+    """Return what there is to know of a compensation."""
+    why = byrd.current_compensation()
+    assert why is not None
+    return asdict(why)
+
+
+@app.task(base=byrd.SagaTask)
+def ship(name: str) -> str:
+    """What is undone elsewhere, and in time."""
+    return f"shipped {name}"
+
+
+@ship.compensation(bind=True, queue="returns", time_limit=3)
+def send_back(self: Task, result: str, name: str) -> str:
+    """Hang for as long as there is a file; then take it back."""
+    while exists(f"{name}.hangs"):
+        time.sleep(0.02)
+    write("undo", self.request.root_id, name, self.request.id, result)
+    return str(self.request.delivery_info["routing_key"])
+
+
+@app.task(bind=True, queue="returns", autoretry_for=(ConnectionError,), max_retries=1, default_retry_delay=0.02)
+def pay_back(self: Task, result: str, name: str) -> str:
+    """A task that is there for others, too; it raises for as long as there is a file."""
+    if exists(f"{name}.down"):
+        raise ConnectionError("the bank is closed")
+    write("undo", self.request.root_id, name, self.request.id, result)
+    return f"paid back {name}"
+
+
+@app.task(base=byrd.SagaTask)
+def sell(name: str) -> str:
+    """What another task undoes."""
+    return f"sold {name}"
+
+
+sell.compensation(pay_back)
 
 
 @app.task

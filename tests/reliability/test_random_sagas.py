@@ -155,7 +155,7 @@ def check(cluster: Cluster, maker: Maker, run: Any, stuck: set[str]) -> int:
     rows = cluster.rows("SELECT id, name, what, key FROM effects WHERE run = %s ORDER BY id", run.id)
     lost = {row[0] for row in cluster.rows(
         """SELECT s.no FROM byrd.attempts a JOIN byrd.steps s ON s.id = a.step_id
-            WHERE s.run_id = %s AND a.outcome IN ('preempted', 'cancelled')""", run.id)}  # fmt: skip
+            WHERE s.run_id = %s AND a.outcome IN ('preempted', 'handed_back', 'cancelled')""", run.id)}  # fmt: skip
     for leaf in maker.leaves:
         step = by_name[leaf.name]
         did = [row for row in rows if row[1:3] == (leaf.name, "do")]

@@ -13,7 +13,7 @@ import json
 import os
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -74,9 +74,10 @@ TIMED = (
     '{"byrd_timeouts": {"heartbeat": 1e-6}}',
 )
 UNSTARTED = '{"byrd_timeouts": {"schedule_to_start": 1e-6}}'
-UNDOABLE = """SELECT r.id FROM byrd.runs r WHERE r.status = 'succeeded' AND r.pivot IS NULL AND EXISTS
-               (SELECT 1 FROM byrd.steps s WHERE s.run_id = r.id AND s.status = 'succeeded'
-                   AND s.compensation IS NOT NULL) ORDER BY r.id"""
+#: Runs that have succeeded, and have done what can be undone.
+ENDED_WELL = """SELECT r.id FROM byrd.runs r WHERE r.status = 'succeeded' AND r.pivot IS NULL AND EXISTS
+                 (SELECT 1 FROM byrd.steps s WHERE s.run_id = r.id AND s.status = 'succeeded'
+                     AND s.compensation IS NOT NULL) ORDER BY r.id"""
 DOOMED = """SELECT s.id FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
              WHERE s.status = 'running' AND r.status = 'cancelling' AND r.terminate_at <= clock_timestamp()"""
 READY = "SELECT id, attempt, task FROM byrd.steps WHERE status = 'ready' ORDER BY task, no, ready_at"
@@ -98,9 +99,10 @@ WAITS = """SELECT s.id, s.run_id::text, s.signal FROM byrd.steps s JOIN byrd.run
             WHERE r.finished_at IS NULL AND s.signal IS NOT NULL AND s.status IN ('pending','waiting')
             ORDER BY s.signal, r.created_at, s.no"""
 OPEN = "SELECT id::text FROM byrd.runs WHERE finished_at IS NULL ORDER BY created_at"
-#: Runs that go on, and that have done what can be undone.
+#: Runs that go on, and that have done what can be undone, or may have: a step was handed back.
 UNDOABLE = """SELECT DISTINCT r.id::text, r.created_at FROM byrd.runs r JOIN byrd.steps s ON s.run_id = r.id
-               WHERE r.status = 'running' AND s.status = 'succeeded' AND s.compensation IS NOT NULL
+               WHERE r.status = 'running' AND s.compensation IS NOT NULL AND (s.status = 'succeeded' OR EXISTS
+                 (SELECT 1 FROM byrd.attempts a WHERE a.step_id = s.id AND a.outcome = 'handed_back'))
                ORDER BY r.created_at"""
 #: Compensations that an operator may have an opinion on.
 UNDOING = """SELECT no FROM byrd.steps WHERE run_id = %(id)s AND kind = 'compensation'
@@ -377,10 +379,12 @@ class InterleavingMachine(RuleBasedStateMachine):
                     assert self.model.owners[change.step_id][1] == change.worker_id
             self.note_failure(op, change)
         claimed = result.claims if op.name == "slice" else [result] if op.name == "claim" and result is not None else []
+        taken = {c.step_id for c in changes if c.new == "running"}
         for claim in claimed:
-            # A slice that begins is told again of what its process is said to run.
+            # A slice that begins is told, too, of what its process was said to run; that may be another's by now.
             known = self.model.owners.get(claim.id)
-            again = op.name == "slice" and known is not None and known[0] == claim.attempt
+            told = op.name == "slice" and claim.id not in taken
+            again = told and known is not None and claim.attempt <= known[0]
             assert known is None or again, f"{claim.id} has two owners"
         op.committed(result, changes)
         for step_id in lost:
@@ -445,10 +449,10 @@ class InterleavingMachine(RuleBasedStateMachine):
         run_id = data.draw(st.sampled_from(self.open_runs * 3 + list(self.model.runs)))
         self.command_one(data, run_id, whole=whole)
 
-    def command_one(self, data: st.DataObject, run_id: str, *, whole: bool) -> None:
+    def command_one(self, data: st.DataObject, run_id: str, *, whole: bool, names: Sequence[str] = ()) -> None:
         status = query(self.monitor, "SELECT status FROM byrd.runs WHERE id = %(id)s", {"id": run_id}).scalar()
         always = ("cancel", "pause", "resume", "retry_run")
-        name = data.draw(st.sampled_from([*COMMANDS.get(status or "", ()), *always]))
+        name = data.draw(st.sampled_from(names or [*COMMANDS.get(status or "", ()), *always]))
         token = str(uuid.uuid4())
         undoing = query(self.monitor, UNDOING, {"id": run_id}).scalars().all()
         no = data.draw(st.sampled_from(undoing)) if undoing else 0
@@ -469,7 +473,7 @@ class InterleavingMachine(RuleBasedStateMachine):
     @move(whole=WHOLE)
     def undo_on_purpose(self, data: st.DataObject, whole: bool) -> None:
         """Roll back a run that has ended, and did something that can be undone."""
-        row = self.pick(data, UNDOABLE)
+        row = self.pick(data, ENDED_WELL)
         if row is not None:
             run_id, token = str(row.id), str(uuid.uuid4())
             self.start(Op("roll_back", lambda conn: runs.roll_back(conn, run_id, token=token)), whole=whole)
@@ -577,10 +581,10 @@ class InterleavingMachine(RuleBasedStateMachine):
                 raise
 
         def committed(found: Work, changes: list[Change]) -> None:
-            # It is told, too, of what its process is said to run; that may have ended before this commit.
+            # It is told, too, of what its process was said to run; that may have ended before this commit.
             taken = {c.step_id for c in changes if c.new == "running"}
             new = [c for c in found.claims if c.id in taken]
-            assert all(c in new or c.attempt == self.model.owners.get(c.id, (c.attempt,))[0] for c in found.claims)
+            assert all(c in new or c.attempt <= self.model.owners.get(c.id, (c.attempt,))[0] for c in found.claims)
             assert len(new) <= most
             ended = {c.step_id for c in changes if c.old == "running"}
             for claim in ends:
@@ -600,13 +604,13 @@ class InterleavingMachine(RuleBasedStateMachine):
             self.roll_back_one(data, how, whole=whole or left > 0)
 
     def roll_back_one(self, data: st.DataObject, how: str, *, whole: bool) -> None:
-        """Try again what is stuck, end a compensation, or give cause for one."""
+        """Try again, or settle, what is stuck, end a compensation, or give cause for one."""
         stuck = self.pick(data, "SELECT id::text FROM byrd.runs WHERE status = 'rollback_stuck' ORDER BY created_at")
         undo = self.pick(data, READY.replace("WHERE", "WHERE kind = 'compensation' AND"))
         done = self.pick(data, UNDOABLE)
         known = len(self.claims)
         if stuck is not None:
-            self.retry_one(stuck.id, whole=whole)
+            self.command_one(data, stuck.id, whole=whole, names=COMMANDS["rollback_stuck"])
         elif undo is not None:
             self.claim_one(undo, 0, undo.attempt, whole=True)
             if len(self.claims) > known:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import byrd
 from byrd.canvas import Plan, compile_canvas
 from byrd.errors import CanvasError, IllegalTransitionError, StepCancelled
 from byrd.model import StepKind
-from byrd.store import Store, growth, plans, progress, reading, runs, sagas, steps, sweeps, undo
+from byrd.store import Store, growth, plans, progress, reading, runs, sagas, steps, sweeps, undo, waits
 from tests.store.world import ERROR, World, app, plan_of, sig
 
 
@@ -458,14 +459,107 @@ def test_a_step_that_may_have_taken_effect_is_undone(world: World, how: str) -> 
     assert undone(world) == ["undo_saga_b", "undo_saga_a"]
 
 
-def test_a_step_that_was_lost_once_and_then_raised_is_undone_too(world: World) -> None:
+@pytest.mark.parametrize("how", ["lost", "handed back"])
+def test_a_step_that_was_broken_off_once_and_then_raised_is_undone_too(world: World, how: str) -> None:
     world.failing = {"saga_b"}
     run = world.submit(chain(sig("saga_a"), sig("saga_b")))
     world.settle(world.claim(run, "saga_a"))
-    world.claim(run, "saga_b")
-    world.do(steps.preempt, world.worker_id, reason="gone")
+    claim = world.claim(run, "saga_b")
+    if how == "lost":
+        world.do(steps.preempt, world.worker_id, reason="gone")
+    else:
+        world.do(steps.hand_back, claim.id, claim.attempt)
     assert world.drive(run).status == "failed"
     assert undone(world) == ["undo_saga_b", "undo_saga_a"]
+
+
+def roll_back_what_is_paused(world: World, run: str, give_back: Callable[[], Any]) -> None:
+    world.do(runs.pause, run)
+    give_back()
+    world.do(runs.roll_back, run, reason="wrong")
+
+
+def roll_back_what_was_cancelled(world: World, run: str, give_back: Callable[[], Any]) -> None:
+    give_back()
+    world.do(runs.cancel, run)
+    world.check()
+    world.do(runs.roll_back, run, reason="wrong")
+
+
+def cancel_it(world: World, run: str, give_back: Callable[[], Any]) -> None:
+    give_back()
+    world.do(runs.cancel, run, compensate=True)
+
+
+def cancel_it_before(world: World, run: str, give_back: Callable[[], Any]) -> None:
+    world.do(runs.cancel, run, compensate=True)
+    give_back()
+
+
+def miss_the_deadline(world: World, run: str, give_back: Callable[[], Any]) -> None:
+    give_back()
+    world.sql("UPDATE byrd.runs SET deadline = now() - interval '1 s'")
+    world.do(sweeps.end_overdue_runs, ERROR)
+
+
+@pytest.mark.parametrize(
+    ("stop", "status"),
+    [
+        (roll_back_what_is_paused, "cancelled"), (roll_back_what_was_cancelled, "cancelled"), (cancel_it, "cancelled"),
+        (cancel_it_before, "cancelled"), (miss_the_deadline, "failed"),
+    ],
+)  # fmt: skip
+def test_a_step_that_was_handed_back_is_undone(world: World, stop: Callable[..., None], status: str) -> None:
+    """It stopped at a checkpoint, or in a cold shutdown, and nobody has called it again: it may have done something."""
+    run = world.submit(chain(sig("saga_b"), sig("c")), deadline=3600)
+    claim = world.claim(run, "saga_b")
+    stop(world, run, lambda: world.do(steps.hand_back, claim.id, claim.attempt))
+    assert world.step(run, "saga_b").status == "cancelled"
+    found = world.do(undo.compensated_call, world.step(run, "undo_saga_b").id)
+    assert (found.status, found.result) == ("cancelled", None)
+    assert world.drive(run).status == status
+    assert undone(world) == ["undo_saga_b"]
+
+
+def test_a_step_that_was_handed_back_in_a_saga_that_fails_is_undone(world: World) -> None:
+    world.failing = {"bad"}
+    run = world.submit(byrd.saga(group(sig("bad"), chain(sig("saga_a"), sig("saga_b")))))
+    world.settle(world.claim(run, "saga_a"))
+    claim = world.claim(run, "saga_b")
+    world.do(steps.hand_back, claim.id, claim.attempt)
+    world.settle(world.claim(run, "bad"))
+    world.end_waits()
+    assert world.step(run, "saga_b").status == "cancelled"
+    assert world.drive(run).status == "failed"
+    assert undone(world) == ["undo_saga_b", "undo_saga_a"]
+
+
+@pytest.mark.parametrize("how", ["asleep", "awaits a signal"])
+def test_a_step_that_gave_its_slot_back_is_undone(world: World, how: str) -> None:
+    run = world.submit(chain(sig("saga_b"), sig("c")))
+    claim = world.claim(run, "saga_b")
+    if how == "asleep":
+        world.do(waits.nap, claim.id, claim.attempt, "step:sleep x", seconds=3600, until=None)
+    else:
+        world.do(waits.give_way, claim.id, claim.attempt, "ok", "step:wait ok", timeout=None)
+    world.do(runs.cancel, run, compensate=True)
+    assert world.drive(run).status == "cancelled"
+    assert undone(world) == ["undo_saga_b"]
+
+
+@pytest.mark.parametrize("how", ["never claimed", "put back", "retried"])
+def test_a_step_that_has_not_begun_or_that_raised_is_not_undone(world: World, how: str) -> None:
+    run = world.submit(chain(sig("saga_a"), sig("saga_b")))
+    world.settle(world.claim(run, "saga_a"))
+    if how == "put back":
+        claim = world.claim(run, "saga_b")
+        world.do(steps.put_back, claim.id, claim.attempt, worker_id=world.worker_id, pid=1)
+    elif how == "retried":
+        claim = world.claim(run, "saga_b")
+        world.do(steps.retry, claim.id, claim.attempt, ERROR, delay=300)
+    world.do(runs.cancel, run, compensate=True)
+    assert world.drive(run).status == "cancelled"
+    assert undone(world) == ["undo_saga_a"]
 
 
 def test_a_step_that_raised_or_ignored_is_not_undone(world: World) -> None:
@@ -476,6 +570,16 @@ def test_a_step_that_raised_or_ignored_is_not_undone(world: World) -> None:
     world.do(steps.ignore, claim.id, claim.attempt, error)
     assert world.drive(run).status == "failed"
     assert undone(world) == ["undo_saga_a"]
+
+
+def test_a_step_that_replaced_itself_by_what_failed_is_not_undone_but_what_took_its_place_is(world: World) -> None:
+    world.failing = {"bad"}
+    run = world.submit(chain(sig("saga_a"), sig("saga_b")))
+    world.settle(world.claim(run, "saga_a"))
+    claim = world.claim(run, "saga_b")
+    world.do(growth.replace, claim.id, claim.attempt, plan_of(chain(sig("saga_n"), sig("bad"))))
+    assert world.drive(run).status == "failed"
+    assert undone(world) == ["undo_saga_n", "undo_saga_a"]
 
 
 # ------------------------------------------------------------------------------------------------- stuck

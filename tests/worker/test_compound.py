@@ -78,6 +78,21 @@ def test_one_that_cannot_be_undone_is_named(cluster: Cluster, app: Any, tmp_path
     assert lines(path) == ["a", "b"]
 
 
+def test_a_cancel_at_a_checkpoint_leaves_what_is_done(cluster: Cluster, app: Any, tmp_path: Path) -> None:
+    """The block is left by what is no Exception; it goes on there when the run is tried again."""
+    cluster.worker(APP)
+    path = tmp_path / "notes"
+    run = app.engine.submit(app.halting.s(str(path)))
+    wait_until(lambda: lines(path))
+    run.cancel()
+    assert run.wait(timeout=30) == "cancelled"
+    assert lines(path) == ["a"]
+    Path(f"{path}.go").touch()
+    run.retry()
+    assert run.get(timeout=30) == ["A", "B"]
+    assert lines(path) == ["a", "b"]
+
+
 def test_two_of_one_name(cluster: Cluster, app: Any) -> None:
     cluster.worker(APP)
     with pytest.raises(CheckpointError, match="two operations called 'a'"):

@@ -35,7 +35,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shared(module_cluster: Cluster, files: Path) -> Any:
     app = module_cluster.app(APP)
     module_cluster.rows(app.TABLE)
-    module_cluster.worker(APP, env={"SAGA_FILES": str(files)})
+    module_cluster.worker(APP, env={"SAGA_FILES": str(files)}, queues=["celery", "returns"])
     return app
 
 
@@ -156,6 +156,39 @@ def test_a_step_that_may_have_taken_effect_is_asked_for_before_it_is_undone(
     assert details(module_cluster, run, "seat") == ["found seat, known: True"]
 
 
+def test_a_step_that_a_pause_has_stopped_is_undone(shared: Any, module_cluster: Cluster) -> None:
+    run = shared.engine.submit(shared.loop_saga.si("held"))
+    wait_until(lambda: effects(module_cluster, run))
+    run.pause()
+    wait_until(lambda: run.steps()[0].status == "ready")
+    run.rollback(reason="nobody wants it any more")
+    assert run.wait(timeout=30) == "cancelled"
+    # It had done something before its first checkpoint.
+    assert effects(module_cluster, run) == [("do", "held"), ("undo", "held")]
+    assert details(module_cluster, run, "held") == ["None, known: False"]
+
+
+@pytest.mark.parametrize("done", [True, False], ids=["done", "not done"])
+def test_one_that_a_pause_has_stopped_is_asked_for_before_it_is_undone(
+    shared: Any, module_cluster: Cluster, files: Path, done: bool
+) -> None:
+    """What confirm says was never done is not undone: its compensation is done without being called."""
+    name = "flat" if done else "house"
+    if not done:
+        (files / f"{name}.none").touch()
+    run = shared.engine.submit(shared.rent.si(name))
+    wait_until(lambda: ("begun", name) in effects(module_cluster, run))
+    run.pause()
+    wait_until(lambda: run.steps()[0].status == "ready")
+    run.rollback()
+    assert run.wait(timeout=30) == "cancelled"
+    begun = [("do", name), ("begun", name)] if done else [("begun", name)]
+    assert effects(module_cluster, run) == [*begun, ("asked", name), *([("undo", name)] if done else [])]
+    assert details(module_cluster, run, name) == (["found flat, known: True"] if done else [])
+    [undo] = [s for s in run.steps() if s.kind == "compensation"]
+    assert (undo.status, undo.result) == ("succeeded", "null")
+
+
 def test_a_rollback_outlives_a_compensation_that_kills_its_worker(
     shared: Any, module_cluster: Cluster, files: Path
 ) -> None:
@@ -167,6 +200,63 @@ def test_a_rollback_outlives_a_compensation_that_kills_its_worker(
     assert len(keys) == 2
     assert len(set(keys)) == 1
     assert effects(module_cluster, run)[-1] == ("undo", "a")
+
+
+# -- what a compensation is ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["failure", "cancel", "rollback"])
+def test_a_compensation_knows_what_it_undoes_and_why(shared: Any, how: str) -> None:
+    last = shared.fail.si() if how == "failure" else shared.do.si("later").set(countdown=600)
+    run = shared.engine.submit(chain(shared.tell.si("a"), last))
+    wait_until(lambda: run.steps()[0].status == "succeeded")
+    if how == "cancel":
+        run.cancel(compensate=True, by="ann")
+    elif how == "rollback":
+        run.pause()
+        run.rollback(reason="the wrong customer", by="ann")
+    assert run.wait(timeout=30) == ("failed" if how == "failure" else "cancelled")
+    first, _, undo = run.steps()
+    reasons: dict[str, dict[str, Any]] = {
+        "failure": {"reason": "ValueError: no", "failed_step": 1, "failed_task": f"{APP}.fail", "by": None},
+        "cancel": {"reason": "somebody asked for it", "failed_step": None, "failed_task": None, "by": "ann"},
+        "rollback": {"reason": "the wrong customer", "failed_step": None, "failed_task": None, "by": "ann"},
+    }
+    assert json.loads(undo.result) == {
+        "key": undo.id, "run_id": run.id, "step": 0, "step_id": first.id, "task": f"{APP}.tell", "known": True,
+        **reasons[how],
+    }  # fmt: skip
+
+
+def test_a_compensation_has_a_queue_and_a_time_limit_of_its_own(
+    shared: Any, module_cluster: Cluster, files: Path
+) -> None:
+    (files / "parcel.hangs").touch()
+    run = shared.engine.submit(chain(shared.ship.si("parcel"), shared.fail.si()))
+    assert run.wait(timeout=60) == "rollback_stuck"
+    undo = run.steps()[2]
+    assert (undo.task, undo.queue) == (f"{APP}.ship.compensation", "returns")
+    assert json.loads(undo.error)["exc_type"] == "TimeLimitExceeded"
+    (files / "parcel.hangs").unlink()
+    run.retry()
+    assert run.wait(timeout=60) == "failed"
+    assert json.loads(run.steps()[2].result) == "returns"
+    assert details(module_cluster, run, "parcel") == ["shipped parcel"]
+
+
+def test_a_task_that_there_is_already_undoes(shared: Any, module_cluster: Cluster, files: Path) -> None:
+    (files / "car.down").touch()
+    run = shared.engine.submit(chain(shared.sell.si("car"), shared.fail.si()))
+    assert run.wait(timeout=60) == "rollback_stuck"
+    undo = run.steps()[2]
+    # Its queue and its retries are its own: one, where a compensation by itself has ten.
+    assert (undo.task, undo.queue, undo.attempt) == (f"{APP}.pay_back", "returns", 2)
+    (files / "car.down").unlink()
+    run.retry()
+    assert run.wait(timeout=30) == "failed"
+    assert details(module_cluster, run, "car") == ["sold car"]
+    # And it still is what it was to others.
+    assert shared.engine.submit(shared.pay_back.si("nothing", "bike")).get(timeout=30) == "paid back bike"
 
 
 # -- what an operator does -------------------------------------------------------------------------
