@@ -131,6 +131,7 @@ def test_a_step_that_is_revoked_leaves_no_run_behind(cluster: Cluster, nested: A
     child = child_of(cluster, nested, run)
     [step] = run.steps()
     wait_until(lambda: run.steps()[0].status == "ready")
+    wait_until(lambda: cluster.rows("SELECT 1 FROM byrd.steps WHERE task LIKE '%hold' AND status = 'running'"))
     nested.app.control.revoke(step.id)
     wait_until(lambda: child.status == "cancelling")
     assert run.status == "compensating"
