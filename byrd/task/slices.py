@@ -82,9 +82,7 @@ class Slice:
         watch.begin(self)
         try:
             own_is_ready = self._exchange([], own=own).own_is_ready
-            while (claim := self._next()) is not None or self._lingers():
-                if claim is None:
-                    continue
+            while (claim := self._next() or self._linger()) is not None:
                 got = self._run(Attempt(self.runtime, claim, in_slice=self))
                 self._busy_since = self._current = None
                 if claim.id == own.step_id:
@@ -154,16 +152,16 @@ class Slice:
             self._current = self._waiting.popleft()
             return self._current
 
-    def _lingers(self) -> bool:
-        """Tell whether something becomes ready within a few milliseconds, and claim it then."""
+    def _linger(self) -> Claim | None:
+        """Return the next step to run, if something becomes ready within a few milliseconds."""
         for _ in range(_LOOKS if self._close and self.steps > 0 else 0):
             if self.runtime.stopping or time.monotonic() + _LOOK_AFTER_SECONDS >= self._ends_at:
                 break
             time.sleep(_LOOK_AFTER_SECONDS)
             self._over = False
             if self._exchange([]).claims:
-                return True
-        return False
+                return self._next()
+        return None
 
     def _record(self, *, current: str | None = None) -> None:
         """Record what is done; claim what is next when nothing that was claimed is left."""
@@ -338,7 +336,7 @@ class Pace:
     def __init__(self) -> None:
         self.steps_at_once = 1
         self._began_at, self._steps = 0.0, 0
-        #: When the last slice did.
+        #: When this process's last slice ended.
         self.ended_at = 0.0
 
     def began(self, steps: int) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any
@@ -66,6 +66,21 @@ def test_two_beats_fire_each_due_time_once(schedules_url: str, beat: Beat) -> No
     assert {later - earlier for earlier, later in pairwise(found[-4:])} == {timedelta(seconds=2)}
 
 
+@contextmanager
+def held_while_it_fires(url: str, table: str, mode: str) -> Iterator[tuple[Any, datetime]]:
+    """Have the beat that runs wait for a lock in the middle of firing a schedule; yield this and its due time."""
+    witness = schedule("witness", every=1)
+    fired(url, witness, 1)
+    due = (datetime.now(UTC) + timedelta(seconds=3)).replace(microsecond=0)
+    task = schedule("daily", every=86_400, start_time=due)
+    witness.delete()
+    with closing(psycopg2.connect(url)) as blocker, blocker.cursor() as locks:
+        locks.execute(f"LOCK TABLE {table} IN {mode} MODE")
+        wait_until(lambda: rows(url, WAITING, table), "the beat waits while it fires")
+        yield task, due
+        blocker.rollback()
+
+
 @pytest.mark.parametrize(
     ("table", "mode"),
     [
@@ -76,19 +91,11 @@ def test_two_beats_fire_each_due_time_once(schedules_url: str, beat: Beat) -> No
 def test_a_beat_killed_while_it_fires_neither_loses_nor_repeats_the_due_time(
     schedules_url: str, beat: Beat, table: str, mode: str
 ) -> None:
-    witness = schedule("witness", every=1)
     first = beat()
-    fired(schedules_url, witness, 1)
-    due = (datetime.now(UTC) + timedelta(seconds=3)).replace(microsecond=0)
-    task = schedule("daily", every=86_400, start_time=due)
-    witness.delete()
-    with closing(psycopg2.connect(schedules_url)) as blocker, blocker.cursor() as locks:
-        locks.execute(f"LOCK TABLE {table} IN {mode} MODE")
-        wait_until(lambda: rows(schedules_url, WAITING, table), "the first beat waits while it fires")
+    with held_while_it_fires(schedules_url, table, mode) as (task, due):
         first.kill()
         second = beat()
         wait_until(lambda: "beat: Starting" in second.text(), "the second beat started")
-        blocker.rollback()
     witness = schedule("another witness", every=1)
     fired(schedules_url, witness, 3)
     assert due_times(schedules_url, task) == [due]
@@ -97,20 +104,11 @@ def test_a_beat_killed_while_it_fires_neither_loses_nor_repeats_the_due_time(
 
 
 def test_a_beat_that_is_told_to_stop_while_it_fires_records_that_first(schedules_url: str, beat: Beat) -> None:
-    witness = schedule("witness", every=1)
     first = beat()
-    fired(schedules_url, witness, 1)
-    due = (datetime.now(UTC) + timedelta(seconds=3)).replace(microsecond=0)
-    task = schedule("daily", every=86_400, start_time=due)
-    witness.delete()
-    with closing(psycopg2.connect(schedules_url)) as blocker, blocker.cursor() as locks:
-        table = "beat.django_celery_beat_periodictask"
-        locks.execute(f"LOCK TABLE {table} IN SHARE MODE")
-        wait_until(lambda: rows(schedules_url, WAITING, table), "the beat waits while it fires")
+    with held_while_it_fires(schedules_url, "beat.django_celery_beat_periodictask", "SHARE") as (task, due):
         first.popen.terminate()
         with pytest.raises(subprocess.TimeoutExpired):
             first.popen.wait(1)
-        blocker.rollback()
     assert first.popen.wait(30) == 0
     assert due_times(schedules_url, task) == [due]
     task.refresh_from_db()
