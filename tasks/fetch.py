@@ -19,8 +19,6 @@ import time
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from typing import Self
 from urllib.parse import urldefrag, urljoin, urlsplit, urlunsplit
@@ -29,6 +27,7 @@ import httpx
 from protego import Protego
 from sqlalchemy import Engine
 
+from byrd.errors import pause_of
 from tasks import store
 from tasks.settings import ROBOTS_AGENT, Network, Settings
 
@@ -192,7 +191,7 @@ class Fetcher:
             raise AddressRefusedError(f"{url!r} is not an address: {error}") from None
 
     def _back_off(self, url: str, response: httpx.Response) -> None:
-        pause = _retry_after(response.headers.get("retry-after"))
+        pause = pause_of(response.headers.get("retry-after"))
         if pause is not None or response.status_code == 429:
             seconds = min(_RETRY_AFTER if pause is None else pause, _MAX_RETRY_AFTER)
             with self._database.begin() as connection:
@@ -358,20 +357,3 @@ def _locations(root: ET.Element) -> Iterator[str]:
         for child in entry:
             if child.tag.rpartition("}")[2] == "loc" and child.text:
                 yield child.text.strip()
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Seconds, from a number or a date; None when there is none that can be read."""
-    if value is None:
-        return None
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        moment = parsedate_to_datetime(value)
-    except ValueError:
-        return None
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=UTC)
-    return max(0.0, (moment - datetime.now(UTC)).total_seconds())
