@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from byrd.waits import checked_name
 
 if TYPE_CHECKING:
     from byrd.engine.engine import Byrd
+
+log = logging.getLogger(__name__)
 
 _LONGEST_PAUSE = 0.25
 #: How long what runs may take to stop by itself before a cancel with terminate ends it.
@@ -67,9 +70,7 @@ class Run:
             if status in FINAL_STEP:
                 break
             if deadline is not None and time.monotonic() >= deadline:
-                raise CeleryTimeoutError(
-                    f"run {self.id} is {run_status} after {timeout} s; `byrd why {self.id}` says why"
-                )
+                raise self._timed_out(run_status, timeout)
             pause = next(pauses)
             time.sleep(pause if deadline is None else max(0.0, min(pause, deadline - time.monotonic())))
         if status == "succeeded":
@@ -188,7 +189,12 @@ class Run:
         return self.engine.runtime.store
 
     def _timed_out(self, status: str, timeout: float | None) -> CeleryTimeoutError:
-        return CeleryTimeoutError(f"run {self.id} is {status} after {timeout} s; `byrd why {self.id}` says why")
+        try:
+            why = " ".join(self.why())
+        except Exception as exc:  # noqa: BLE001 - what is asked besides must not hide that time is up
+            log.warning("run %s: why it takes so long cannot be told: %r", self.id, exc)
+            why = "no reason could be found"
+        return CeleryTimeoutError(f"run {self.id} is {status} after {timeout} s: {why} (`byrd why {self.id}`)")
 
     def _publish(self, wakeups: list[Wakeup]) -> None:
         self.engine.runtime.publisher.publish(wakeups)

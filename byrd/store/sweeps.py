@@ -125,6 +125,26 @@ def take_overdue(
     return wakeups_of(row for row in rows if row.again)
 
 
+def take_oldest(conn: Connection, queue: str, *, limit: int) -> list[Wakeup]:
+    """Return the oldest overdue steps of a queue that whoever is awake may take, to publish again.
+
+    They keep their place in the line, which is in the order of their ``wake_at``: were they put off, as
+    :func:`take_overdue` does, whatever becomes ready meanwhile would be taken before them, again and again.
+    """
+    rows = query(
+        conn,
+        f"""WITH oldest AS MATERIALIZED (
+              SELECT d.id, r.status IN {_MOVING} AS moving FROM byrd.steps d JOIN byrd.runs r ON r.id = d.run_id
+               WHERE d.status = 'ready' AND d.wake_at <= now() AND d.sends > 0 AND NOT d.solo AND d.queue = %(queue)s
+               ORDER BY d.wake_at LIMIT %(limit)s FOR UPDATE OF d SKIP LOCKED)
+            UPDATE byrd.steps s SET sends = s.sends + o.moving::int,
+                   wake_at = CASE WHEN o.moving THEN s.wake_at ELSE 'infinity'::timestamptz END
+              FROM oldest o WHERE s.id = o.id RETURNING {WAKEUP}, o.moving""",
+        {"queue": queue, "limit": limit},
+    )
+    return wakeups_of(row for row in rows if row.moving)
+
+
 def pass_on(conn: Connection, step_id: str, attempt: int) -> list[Wakeup]:
     """Have a step sent again whose message came to a worker that cannot run it: soon, then less often as it ages.
 
@@ -406,18 +426,25 @@ def running_here(conn: Connection, worker_id: str, step_id: str) -> Any:
     ).first()
 
 
-def make_solo(conn: Connection, queue: str, *, limit: int = 10) -> None:
-    """Have steps of a queue sent by messages of their own that nobody takes, though those who wake up might.
+def make_solo(conn: Connection, queue: str, *, limit: int = _OVERDUE_BATCH) -> None:
+    """Have steps of a queue sent by messages of their own that whoever is awake may take, but nobody does.
 
-    No worker that consumes it may share their task, say, or the messages of others keep theirs from being sent.
+    No worker that consumes the queue shares their task, so they have come to the front of the line, and stay there.
+    What waits for nothing but its turn is left alone: a message of its own would have to wait for all that are in the
+    queue, and others would be taken meanwhile.
     """
     query(
         conn,
-        f"""UPDATE byrd.steps s SET solo = true
-             WHERE s.id = ANY(ARRAY(SELECT d.id FROM byrd.steps d
-                    WHERE d.status = 'ready' AND d.sends > 0 AND NOT d.solo AND d.queue = %(queue)s
-                      AND d.wake_at <= now() - {PATIENCE_SECONDS} * interval '1 second'
-                    ORDER BY d.wake_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED)) AND s.status = 'ready'""",
+        f"""WITH consumers AS (SELECT shares FROM byrd.workers
+                                WHERE %(queue)s = ANY(queues) AND lease_until > {_NOW} AND NOT stopping),
+            late AS MATERIALIZED (
+              SELECT d.id, d.task FROM byrd.steps d
+               WHERE d.status = 'ready' AND d.sends > 0 AND NOT d.solo AND d.queue = %(queue)s
+                 AND d.wake_at <= now() - {PATIENCE_SECONDS} * interval '1 second'
+               ORDER BY d.wake_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED)
+            UPDATE byrd.steps s SET solo = true FROM late
+             WHERE s.id = late.id AND s.status = 'ready' AND EXISTS (SELECT 1 FROM consumers)
+               AND NOT EXISTS (SELECT 1 FROM consumers c WHERE late.task = ANY(c.shares))""",
         {"queue": queue, "limit": limit},
     )
 

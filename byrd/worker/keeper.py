@@ -24,6 +24,7 @@ from sqlalchemy.exc import DBAPIError
 from byrd.errors import IllegalTransitionError, NotLiveError, StaleAttempt
 from byrd.store import Store, Wakeup, children, limits, runs, steps, sweeps, termination, timeouts, waits
 from byrd.store.database import exceeds_limit, is_outage, is_race
+from byrd.store.flow import RESEND_SECONDS
 from byrd.store.rows import CHANNEL
 from byrd.task.runtime import Runtime
 from byrd.worker.clock import ServerClock
@@ -40,6 +41,20 @@ CHILD_SECONDS = 0.25
 _ROUNDS = 10
 #: So often keys of limits that nobody uses any more are looked for.
 _FORGET_SECONDS = 60.0
+#: If nobody takes the steps that others were woken for, they are woken again at ever longer intervals up to this.
+_LONGEST_PAUSE_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Woken:
+    """Steps for which somebody was woken, and when that may be done again, in monotonic seconds."""
+
+    ids: frozenset[str]
+    pause: float
+    until: float
+
+
+_NOBODY = _Woken(frozenset(), 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +269,8 @@ class Sweeper(Loop):
         self._knows_broker = False
         #: Whether wake-ups enough for all that waits are in the broker; then nobody need look again soon.
         self._enough = False
+        #: For which steps of a queue, that need no messages of their own, somebody was woken last.
+        self._woken: dict[str, _Woken] = {}
         # Several databases may share a Redis.
         where = f"{self.store.url.host}:{self.store.url.port}/{self.store.url.database}"
         self._mark = f"byrd.relay.{hashlib.sha256(where.encode()).hexdigest()[:16]}"
@@ -327,6 +344,7 @@ class Sweeper(Loop):
         publisher.publish(due)
         sent = len(due)
         self._enough = False
+        shared: set[str] = set()
         for solo in (True, False):
             for queue, overdue in store.run(sweeps.overdue_queues, solo=solo).items():
                 # Each wake-up in the broker will find one of the ready steps; only what is missing there was lost.
@@ -334,21 +352,34 @@ class Sweeper(Loop):
                 if depth is None:
                     return sent  # the broker is away: it would be for the other queues, too
                 room = None if solo else publisher.room(queue)
-                if room == 0:
-                    self._enough = True
-                    store.run(sweeps.make_solo, queue)
-                    continue
                 if room is None:
                     waiting = store.run(sweeps.sent_and_waiting, queue, solo=solo, at_most=depth + overdue)
                     # No more than were counted: what is overdue only since then would be put off, as if its message
                     # were there.
-                    most, resend = overdue, max(0, waiting - depth)
-                else:  # most of them have no message, and need none
-                    most = resend = min(overdue, room)
-                lost: list[Wakeup] = store.run(sweeps.take_overdue, queue, solo=solo, resend=resend, limit=most)
-                publisher.publish(lost)
-                sent += len(lost)
+                    lost: list[Wakeup] = store.run(
+                        sweeps.take_overdue, queue, solo=solo, resend=max(0, waiting - depth), limit=overdue
+                    )
+                    publisher.publish(lost)
+                    sent += len(lost)
+                else:
+                    shared.add(queue)
+                    sent += self._wake_for(queue, min(overdue, room))
+        self._woken = {queue: woken for queue, woken in self._woken.items() if queue in shared}
         return sent
+
+    def _wake_for(self, queue: str, most: int) -> int:
+        """See that somebody wakes up for what is overdue in a queue whose steps need no messages of their own."""
+        self._enough = True  # they stay overdue until somebody takes them
+        now, last = time.monotonic(), self._woken.get(queue, _NOBODY)
+        if now < last.until:
+            return 0
+        self.store.run(sweeps.make_solo, queue)
+        again: list[Wakeup] = self.store.run(sweeps.take_oldest, queue, limit=most) if most else []
+        self.runtime.publisher.publish(again)
+        ids = frozenset(wakeup.id for wakeup in again)
+        pause = min(_LONGEST_PAUSE_SECONDS, 2 * last.pause) if ids & last.ids else RESEND_SECONDS
+        self._woken[queue] = _Woken(ids, pause, now + (pause if again else self.settings.sweep_seconds))
+        return len(again)
 
     def _look_for_losses(self) -> None:
         """Notice that Redis lost everything: else each step would wait until it is looked at again, up to 5 min."""
@@ -367,6 +398,7 @@ class Sweeper(Loop):
             and (lost := self.store.run(sweeps.doubt_all))
         ):
             log.warning("the broker has lost its messages; %d steps that wait are looked at again", lost)
+            self._woken.clear()
         self.store.run(sweeps.know_broker, self._mark)
         self._knows_broker = True
         if not marked:

@@ -7,8 +7,8 @@ each, on the machine's end of the first link, where a proxy leads to the real on
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
+import random
 import secrets
 import shutil
 import subprocess
@@ -28,7 +28,8 @@ from tests.reliability.proxy import Proxy
 Link = Literal["postgres", "redis"]
 #: Reserved for tests of networks (RFC 2544): nobody's addresses.
 _NETWORK = "198.18"
-_numbers = itertools.count(os.getpid() % 120 * 2)
+#: Others may be at it on this machine, and what they take is found out by trying.
+_TRIES = 5
 
 
 @dataclass(frozen=True)
@@ -100,36 +101,52 @@ def cut_off(postgres: EmbeddedPostgres, broker: EmbeddedValkey) -> Iterator[CutO
 
 @contextmanager
 def _namespaces() -> Iterator[tuple[str, str, dict[Link, str]]]:
+    for left in reversed(range(_TRIES)):
+        with ExitStack() as stack:
+            try:
+                made = _make(stack)
+            except subprocess.CalledProcessError:
+                if not left:
+                    raise
+                continue
+            yield made
+            return
+
+
+def _make(stack: ExitStack) -> tuple[str, str, dict[Link, str]]:
     tag = secrets.token_hex(3)
     router, far, near = f"byrd-r-{tag}", f"byrd-w-{tag}", f"byrd{tag}"
-    net = [f"{_NETWORK}.{next(_numbers) % 250}" for _ in range(2)]
+    net = [f"{_NETWORK}.{number}" for number in random.sample(range(256), 2)]
     addresses: dict[Link, str] = {"postgres": f"{net[0]}.1", "redis": f"{net[0]}.2"}
-    with ExitStack() as stack:
-        for name in (router, far):
-            _ip("netns", "add", name)
-            stack.callback(_forget, "netns", "del", name)
-        _ip("link", "add", near, "type", "veth", "peer", "name", "near", "netns", router)
-        stack.callback(_forget, "link", "del", near)
-        _ip("-n", router, "link", "add", "far", "type", "veth", "peer", "name", "up", "netns", far)
-        for address in addresses.values():
-            _ip("addr", "add", f"{address}/24", "dev", near)
-        _ip("-n", router, "addr", "add", f"{net[0]}.9/24", "dev", "near")
-        _ip("-n", router, "addr", "add", f"{net[1]}.9/24", "dev", "far")
-        _ip("-n", far, "addr", "add", f"{net[1]}.1/24", "dev", "up")
-        _ip("link", "set", "dev", near, "up")
-        for where, device in ((router, "near"), (router, "far"), (far, "up"), (far, "lo")):
-            _ip("-n", where, "link", "set", "dev", device, "up")
-        _ip("-n", far, "route", "add", "default", "via", f"{net[1]}.9")
-        _ip("route", "add", f"{net[1]}.0/24", "via", f"{net[0]}.9")
-        _ip("netns", "exec", router, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
-        # A rule that drops comes before all others, so one that is there is enough to see that they work.
-        CutOff(far, router, addresses, {}).cut("postgres")
-        CutOff(far, router, addresses, {}).mend("postgres")
-        yield far, router, addresses
+    for name in (router, far):
+        _ip("netns", "add", name)
+        stack.callback(_forget, "netns", "del", name)
+    _ip("link", "add", near, "type", "veth", "peer", "name", "near", "netns", router)
+    stack.callback(_forget, "link", "del", near)
+    _ip("-n", router, "link", "add", "far", "type", "veth", "peer", "name", "up", "netns", far)
+    for address in addresses.values():
+        _ip("addr", "add", f"{address}/24", "dev", near)
+    _ip("-n", router, "addr", "add", f"{net[0]}.9/24", "dev", "near")
+    _ip("-n", router, "addr", "add", f"{net[1]}.9/24", "dev", "far")
+    _ip("-n", far, "addr", "add", f"{net[1]}.1/24", "dev", "up")
+    _ip("link", "set", "dev", near, "up")
+    for where, device in ((router, "near"), (router, "far"), (far, "up"), (far, "lo")):
+        _ip("-n", where, "link", "set", "dev", device, "up")
+    _ip("-n", far, "route", "add", "default", "via", f"{net[1]}.9")
+    _ip("route", "add", f"{net[1]}.0/24", "via", f"{net[0]}.9")
+    _ip("netns", "exec", router, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
+    # A rule that drops comes before all others, so one that is there is enough to see that they work.
+    CutOff(far, router, addresses, {}).cut("postgres")
+    CutOff(far, router, addresses, {}).mend("postgres")
+    return far, router, addresses
 
 
 def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True, timeout=20)
+    try:
+        subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True, timeout=20)
+    except subprocess.CalledProcessError as exc:
+        exc.add_note(exc.stderr.strip())
+        raise
 
 
 def _forget(*arguments: str) -> None:

@@ -95,6 +95,56 @@ def test_after_the_broker_lost_all_each_message_is_sent_again_however_full_the_q
     assert sorted(sent(world, run).values()) == [2] * 5
 
 
+# ------------------------------------------------------------------------------- what whoever is awake may take
+
+
+def claimed(world: World, most: int) -> list[str]:
+    """Return what somebody who is awake is given next."""
+    return [claim.task for claim in world.work(most=most, others=True).claims]
+
+
+def test_what_others_are_woken_for_again_keeps_its_place_in_the_line(world: World) -> None:
+    for name in ("first", "second", "third"):
+        world.submit(sig(name), shared=True)
+    pass_time(world, 1000)
+    run = world.submit(sig("late"), shared=True)
+    for _ in range(3):
+        assert {wakeup.task for wakeup in world.do(sweeps.take_oldest, "work", limit=2)} == {"first", "second"}
+    assert world.sql("SELECT sum(sends) AS n FROM byrd.steps")[0].n == 4 + 3 * 2
+    assert world.do(sweeps.overdue_queues, solo=False) == {"work": 3}
+    assert [task for _ in range(4) for task in claimed(world, 1)] == ["first", "second", "third", "late"]
+    assert world.step(run, "late").sends == 1
+
+
+def test_others_are_not_woken_for_a_run_that_is_paused(world: World) -> None:
+    world.submit(sig("a"), shared=True)
+    world.sql("UPDATE byrd.runs SET status = 'paused' RETURNING 1")  # as a step released a moment after the pause
+    pass_time(world, 1000)
+    assert world.do(sweeps.take_oldest, "work", limit=5) == []
+    assert world.do(sweeps.overdue_queues, solo=False) == {}
+
+
+@pytest.mark.parametrize(
+    ("workers", "own_messages"),
+    [
+        ("shares = ARRAY['a']", ["b"]),
+        ("shares = ARRAY['a', 'b']", []),
+        ("shares = ARRAY['a'], stopping = true", []),  # whoever comes may share it
+        ("shares = ARRAY['a'], queues = ARRAY['other']", []),
+        ("shares = ARRAY['a'], lease_until = now() - interval '1 s'", []),
+    ],
+)
+def test_what_no_worker_shares_gets_a_message_of_its_own(world: World, workers: str, own_messages: list[str]) -> None:
+    for name in ("a", "b"):
+        world.submit(sig(name), shared=True)
+    world.sql(f"UPDATE byrd.workers SET {workers} RETURNING 1")
+    world.do(sweeps.make_solo, "work")
+    assert not any(world.sql("SELECT 1 FROM byrd.steps WHERE solo")), "they have not waited long"
+    pass_time(world, 20)
+    world.do(sweeps.make_solo, "work")
+    assert [row.task for row in world.sql("SELECT task FROM byrd.steps WHERE solo")] == own_messages
+
+
 def test_how_often_a_step_is_sent_grows_with_the_logarithm_of_its_age(world: World) -> None:
     run = world.submit(sig("a"))
     world.sql("UPDATE byrd.steps SET ready_at = ready_at - interval '30 days' RETURNING 1")
@@ -317,6 +367,8 @@ def test_no_sweep_reads_what_is_finished(old_store: Store) -> None:
         "overdue_queues": sweeps.overdue_queues,
         "sent_and_waiting": lambda conn: sweeps.sent_and_waiting(conn, "work", at_most=100),
         "take_overdue": lambda conn: sweeps.take_overdue(conn, "work", resend=10),
+        "take_oldest": lambda conn: sweeps.take_oldest(conn, "work", limit=10),
+        "make_solo": lambda conn: sweeps.make_solo(conn, "work"),
         "seconds_until_due": lambda conn: sweeps.seconds_until_due(conn, at_most=1.0),
         "heartbeat": lambda conn: world.heartbeat(world.worker_id),
         "running_pids": lambda conn: sweeps.running_pids(conn, world.worker_id),

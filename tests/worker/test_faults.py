@@ -210,6 +210,29 @@ def test_the_relay_does_not_flood_a_queue_that_nobody_consumes(cluster: Cluster)
     assert [run.get(timeout=30) for run in runs] == [3] * 50
 
 
+def test_a_long_line_stays_a_line(cluster: Cluster, tmp_path: Path) -> None:
+    """What waits for its turn gets no message of its own, however long: that would stand behind all in the queue."""
+    app = cluster.app(APP)
+    cluster.worker(APP)
+    go = tmp_path / "go"
+    busy = [app.engine.submit(app.wait_for_file.s(str(go), n)) for n in (1, 2)]
+    wait_until(lambda: all(run.steps()[0].status == "running" for run in busy))
+    runs = [app.engine.submit(app.add.s(n, 1)) for n in range(60)]
+    cluster.rows(
+        """UPDATE byrd.steps SET ready_at = ready_at - interval '1 min', wake_at = wake_at - interval '1 min'
+           WHERE status = 'ready' RETURNING 1"""
+    )
+    seen = time.monotonic()
+    wait_until(lambda: time.monotonic() - seen > 5, timeout=20)
+    assert not cluster.rows("SELECT 1 FROM byrd.steps WHERE status = 'ready' AND solo")
+    with cluster.redis() as client:
+        assert client.llen("celery") <= 32
+        client.delete("celery")  # a second fault: nothing tells of it but that they are overdue
+    go.touch()
+    assert [run.get(timeout=30) for run in [*busy, *runs]] == [1, 2, *range(1, 61)]
+    assert max(step.sends for run in runs for step in run.steps()) <= 4
+
+
 def test_submitters_in_many_threads(cluster: Cluster) -> None:
     app = cluster.app(APP)
     cluster.worker(APP)
