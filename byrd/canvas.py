@@ -51,10 +51,10 @@ class Step:
     ``after``: the step that must be done first (succeeded, or failed when ``on_failure``).
     ``input``: the step whose value is put before ``args``.  ``into``/``position``: the join that gets the value.
     ``members``: how many values a join waits for.  ``solo``: it runs by a message of its own only.  ``signal``: what a
-    wait waits for, if not for its time alone, which is in ``countdown`` and ``eta``; ``fallback``: its value (JSON)
-    when that has come, unless it has an ``input``.  ``limit_name``/``limit_key``: the limit of its task, and which key
-    of it, where the arguments are known.  ``saga``: the saga that it is a step of, the innermost; None is the run.
-    ``mark``: ``pivot`` or ``retriable``.
+    wait waits for, if not for its time alone, which is in ``countdown`` and ``eta``; ``signal_of``: who is to send it;
+    ``fallback``: its value (JSON) when its time has come, unless it has an ``input``.  ``limit_name``/``limit_key``:
+    the limit of its task, and which key of it, where the arguments are known.  ``saga``: the saga that it is a step of,
+    the innermost; None is the run.  ``mark``: ``pivot`` or ``retriable``.
     """
 
     no: int
@@ -79,6 +79,7 @@ class Step:
     compensation: str | None = None
     solo: bool = True
     signal: str | None = None
+    signal_of: str | None = None
     fallback: str | None = None
     limit_name: str | None = None
     limit_key: str | None = None
@@ -330,6 +331,7 @@ class _Builder:
                 on_failure=given.on_failure,
                 input=source,
                 signal=wait.signal,
+                signal_of=wait.of,
                 fallback=fallback,
                 saga=given.saga,
                 **time_of_wait(wait, times_of(options, sig.task)),

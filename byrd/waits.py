@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -29,6 +30,9 @@ UNDO_SUBWORKFLOW = "byrd.workflow.compensation"
 #: What a signal may be called; ``byrd.signal`` in the database says the same.
 _NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,200}")
 _MOST_SECONDS = 1e9
+_MOST_OF = 200
+#: What is in no name of a person: control characters, halves of surrogate pairs, ends of lines and paragraphs.
+_NOT_IN_OF = frozenset({"Cc", "Cs", "Zl", "Zp"})
 
 
 class _NotGiven:
@@ -57,17 +61,27 @@ def sleep(seconds: float | timedelta | None = None, *, until: datetime | None = 
     return Signature(SLEEP, kwargs={"until": _moment(until).isoformat()})
 
 
-def wait_for(signal: str, *, timeout: float | timedelta | None = None, default: Any = NOT_GIVEN) -> Signature:
+def wait_for(
+    signal: str,
+    *,
+    of: str | None = None,
+    timeout: float | timedelta | None = None,
+    default: Any = NOT_GIVEN,
+) -> Signature:
     """Return a canvas part that waits for a signal, and has its payload as its value.
 
     The value of what comes before is not handed on: whoever needs both asks a :class:`CheckpointTask`, or takes them
     from a group.  A signal that came before the wait began was kept for it.
+    ``of``: who is to answer, a person, a role or a system, in 1 to 200 characters.  It is for lists and sentences, such
+    as those of ``byrd waiting``: whoever sends the signal ends the wait.
     ``timeout``: seconds from the moment when the wait begins; None waits as long as the run may take.
     ``default``: the value when no signal came in time; without one the step fails with :class:`SignalTimeoutError`.
 
-    Raises :class:`CanvasError` for what is no name of a signal, or no time.
+    Raises :class:`CanvasError` for what is no name of a signal, names nobody, or is no time.
     """
     kwargs: dict[str, Any] = {"signal": checked_name(signal)}
+    if of is not None:
+        kwargs["of"] = checked_of(of)
     if timeout is not None:
         kwargs["timeout"] = _seconds(timeout, f"byrd.wait_for({signal!r}), timeout")
     if default is not NOT_GIVEN:
@@ -84,13 +98,38 @@ def checked_name(name: Any) -> str:
     return name
 
 
+def checked_pattern(pattern: Any) -> str:
+    """Return the name of a signal, or the beginning of one with a ``*`` after it; raise :class:`CanvasError`."""
+    if pattern != "*":
+        checked_name(pattern.removesuffix("*") if isinstance(pattern, str) else pattern)
+    return str(pattern)
+
+
+def checked_of(of: Any) -> str:
+    """Return who is to answer; raise :class:`CanvasError` for what names nobody."""
+    if not isinstance(of, str) or not of.strip() or len(of) > _MOST_OF:
+        raise CanvasError(f"of= says who is to answer, in 1 to {_MOST_OF} characters, not {of!r:.80}")
+    if wrong := next((char for char in of if unicodedata.category(char) in _NOT_IN_OF), None):
+        raise CanvasError(f"of= says who is to answer, in printable characters: {wrong!r} in {of!r:.80} is none")
+    return "".join(of)  # a plain string, of a member of an enum too
+
+
+def of_whom(of: str | None) -> str:
+    """Return what is said after the name of a signal: " of finance", or nothing when nobody is named."""
+    return f" of {of}" if of is not None else ""
+
+
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """What a part of a canvas waits for: a time (``seconds`` or ``until``), or ``signal``, for no longer than that."""
+    """What a part of a canvas waits for: a time (``seconds`` or ``until``), or ``signal``, for no longer than that.
+
+    ``of``: who is to send the signal, if that is said.
+    """
 
     seconds: float | None = None
     until: datetime | None = None
     signal: str | None = None
+    of: str | None = None
     default: Any = NOT_GIVEN
 
 
@@ -102,7 +141,7 @@ def is_wait(sig: Signature) -> bool:
 def wait_of(sig: Signature) -> Wait:
     """Return what a signature says; it may have been through JSON, or written by hand."""
     said: Mapping[str, Any] = sig.kwargs
-    allowed = {"seconds", "until"} if sig.task == SLEEP else {"signal", "timeout", "default"}
+    allowed = {"seconds", "until"} if sig.task == SLEEP else {"signal", "of", "timeout", "default"}
     if unknown := sorted(said.keys() - allowed):
         raise CanvasError(f"{sig.task} takes no argument {unknown[0]!r}")
     made = sleep(said.get("seconds"), until=_parsed(said.get("until"))) if sig.task == SLEEP else _wait_for(said)
@@ -111,12 +150,18 @@ def wait_of(sig: Signature) -> Wait:
         seconds=told.get("seconds", told.get("timeout")),
         until=_parsed(told.get("until")),
         signal=told.get("signal"),
+        of=told.get("of"),
         default=told.get("default", NOT_GIVEN),
     )
 
 
 def _wait_for(said: Mapping[str, Any]) -> Signature:
-    return wait_for(said.get("signal", ""), timeout=said.get("timeout"), default=said.get("default", NOT_GIVEN))
+    return wait_for(
+        said.get("signal", ""),
+        of=said.get("of"),
+        timeout=said.get("timeout"),
+        default=said.get("default", NOT_GIVEN),
+    )
 
 
 def add_tasks(app: Celery) -> None:

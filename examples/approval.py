@@ -1,7 +1,7 @@
 """An expense that a person approves: the run waits for the signal, and holds no worker meanwhile.
 
 python approval.py 900                           # prints the run, and waits
-byrd waiting                                     # in another terminal: what awaits whom
+byrd waiting --of finance                        # in another terminal: what awaits finance
 byrd signal RUN approval '{"ok": true, "by": "ann"}'
 """
 
@@ -31,7 +31,8 @@ def decide(found: list[Any]) -> str:
 
 @engine.workflow("approval.expense")
 def expense(amount: float, patience: float = 7 * 24 * 3600) -> Any:
-    return chain(group(check.s(amount), byrd.wait_for("approval", timeout=patience, default=NOBODY)), decide.s())
+    approval = byrd.wait_for("approval", of="finance", timeout=patience, default=NOBODY)
+    return chain(group(check.s(amount), approval), decide.s())
 
 
 if __name__ == "__main__":

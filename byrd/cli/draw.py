@@ -19,6 +19,7 @@ from byrd.items import EACH
 from byrd.model import RunStatus, StepKind, StepStatus
 from byrd.store import Counts, StepRow
 from byrd.store.insight import Snapshot
+from byrd.waits import of_whom
 
 #: Symbol and style of each state, of steps and of runs.
 SIGNS: Mapping[str, tuple[str, str]] = {
@@ -256,7 +257,7 @@ class _Tree:
         if step.kind == StepKind.SAGA:
             return "saga"
         if step.signal is not None:
-            return f"{step.task} {step.signal}"
+            return f"{step.task} {step.signal}{of_whom(step.signal_of)}"
         return (step.task or "") + (", replaced by" if step.replaced else "")
 
     def _words(self, step: StepRow, state: StepStatus) -> list[tuple[str, str]]:

@@ -41,34 +41,39 @@ def _add_signal(group: click.Group) -> None:
 
 def _add_waiting(group: click.Group) -> None:
     @command(group, "waiting", short_help="List what waits for a signal.")
-    @click.option("--signal", "-s", "name", help="Only what waits for this signal.")
+    @click.option("--signal", "-s", "name", help="Only what waits for this signal; 'approval:*' for all that begin so.")
+    @click.option("--of", help="Only what this person, role or system is to answer.")
     @click.option("--workflow", "-w", help="Only runs of this workflow.")
     @click.option("--limit", "-n", type=click.IntRange(1, 100_000), default=20, show_default=True)
-    def waiting(session: Session, *, name: str | None, workflow: str | None, limit: int, as_json: bool) -> None:
+    def waiting(
+        session: Session, *, name: str | None, of: str | None, workflow: str | None, limit: int, as_json: bool
+    ) -> None:
         """List the steps that wait for a signal, those that have waited longest first."""
-        found = session.engine(of_app=False).waiting(signal=name, workflow=workflow, limit=limit)
+        found = session.engine(of_app=False).waiting(signal=name, workflow=workflow, of=of, limit=limit)
         if as_json:
             print_json({"waiting": [awaited_shape(step) for step in found]})
         elif not found:
-            say("Nothing waits for a signal", " like that" if name or workflow else "", ".")
+            say("Nothing waits for a signal", " like that" if name or of or workflow else "", ".")
         else:
             now = datetime.now(UTC)
             table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), pad_edge=False)
-            for title in ("run", "workflow", "step", "signal", "since", "until", "then"):
+            named = any(step.of is not None for step in found)
+            for title in ("run", "workflow", "step", "signal", *(["of"] if named else []), "since", "until", "then"):
                 # In a narrow terminal the others are folded, and what names the step stays whole.
                 table.add_column(title, no_wrap=title in ("run", "step", "signal"), overflow="fold")
             for step in found:
-                table.add_row(*_cells(step, now))
+                table.add_row(*_cells(step, now, named=named))
             console().print(table)
 
 
-def _cells(step: Awaited, now: datetime) -> list[str | Text]:
+def _cells(step: Awaited, now: datetime, *, named: bool) -> list[str | Text]:
     workflow = Text(step.workflow) if step.workflow else Text(shortened(step.title, 40), style="dim")
     until = f"{moment(step.until, now)} ({ago(step.until, now)})" if step.until else "-"
     then = "" if step.until is None else "fails" if step.default is None else shortened(step.default, 30)
     if step.run_status == "paused":
         until += ", paused"
+    whom = [Text(step.of or "-")] if named else []
     return [
-        step.run_id[:8], workflow, str(step.step_no), Text(step.signal, style="bold"), since(step.since, now), until,
-        Text(then),
+        step.run_id[:8], workflow, str(step.step_no), Text(step.signal, style="bold"), *whom, since(step.since, now),
+        until, Text(then),
     ]  # fmt: skip

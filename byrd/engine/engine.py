@@ -39,6 +39,7 @@ from byrd.store.waits import Awaited
 from byrd.task import Runtime, adopt_app
 from byrd.task.durable import adopt_task
 from byrd.waits import add_tasks as add_waits
+from byrd.waits import checked_of, checked_pattern
 from byrd.worker import prepare_worker
 
 #: The task that a schedule runs: it submits a workflow by name.
@@ -293,10 +294,23 @@ class Byrd:
         self.check_live()
         return bulk.matches(self, bulk.order(action, **wanted))
 
-    def waiting(self, *, signal: str | None = None, workflow: str | None = None, limit: int = 50) -> Sequence[Awaited]:
-        """Return the steps that wait for a signal, those that have waited longest first: what awaits whom."""
+    def waiting(
+        self,
+        *,
+        signal: str | None = None,
+        workflow: str | None = None,
+        of: str | None = None,
+        limit: int = 50,
+    ) -> Sequence[Awaited]:
+        """Return the steps that wait for a signal, those that have waited longest first: what awaits whom.
+
+        ``signal``: a name, or the beginning of names with a ``*`` after it: ``"approval:*"``.  ``of``: who is to
+        answer, as it was given to ``wait_for``.  Raises :class:`CanvasError` for what can be neither.
+        """
         self.check_live()
-        return self.runtime.store.run(waits.list_awaited, signal=signal, workflow=workflow, limit=limit)
+        name = checked_pattern(signal) if signal is not None else None
+        whom = checked_of(of) if of is not None else None
+        return self.runtime.store.run(waits.list_awaited, signal=name, workflow=workflow, of=whom, limit=limit)
 
     def workers(self) -> Sequence[WorkerRow]:
         """Return the registered workers."""

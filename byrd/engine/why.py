@@ -15,7 +15,7 @@ from byrd.policies import retry_of, timeouts_of
 from byrd.store import Store, children, insight, items, limits, termination
 from byrd.store.insight import OpenStep, Standing
 from byrd.store.limits import Place, Turn
-from byrd.waits import SUBWORKFLOW, UNDO_SUBWORKFLOW
+from byrd.waits import SUBWORKFLOW, UNDO_SUBWORKFLOW, of_whom
 from byrd.worker.bootstep import settings_of
 
 if TYPE_CHECKING:
@@ -464,10 +464,10 @@ def _waits(case: _Case, step: OpenStep) -> _Reason:
     send = f"`byrd signal {case.short} {step.signal} [JSON]` sends it"
     return _Reason(
         step,
-        ("signal", step.signal, bool(late)),
+        ("signal", step.signal, step.signal_of, bool(late)),
         lambda many: (
-            f"{'wait' if many else 'waits'} for the signal {step.signal!r}{', the first' if many else ''} since {began}"
-            f"{end}; {send}"
+            f"{'wait' if many else 'waits'} for the signal {step.signal!r}{of_whom(step.signal_of)}"
+            f"{', the first' if many else ''} since {began}{end}; {send}"
         ),
     )
 

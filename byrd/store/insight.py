@@ -43,6 +43,7 @@ class OpenStep:
     queue: str
     status: str
     signal: str | None
+    signal_of: str | None
     default: str | None
     compensates: int | None
     attempt: int
@@ -248,7 +249,7 @@ def standing(conn: Connection, run_id: str, *, limit: int = 2000) -> Standing:
 
 #: 'infinity' is how a paused run's steps stay out of the relay's sight; it is no time to show to anybody.
 _OPEN_STEPS = """
-SELECT s.no, s.kind, s.task, coalesce(s.queue, '') AS queue, s.status, s.signal,
+SELECT s.no, s.kind, s.task, coalesce(s.queue, '') AS queue, s.status, s.signal, s.signal_of,
        CASE WHEN s.signal IS NOT NULL THEN s.fallback END AS default, s.compensates, s.attempt, s.retries,
        s.preemptions, s.sends, coalesce(s.run_at <= clock_timestamp(), false) AS due, s.run_at,
        nullif(s.wake_at, 'infinity') AS wake_at, s.ready_at,

@@ -211,8 +211,8 @@ _COLUMNS = {
     "id": "text", "no": "int", "kind": "text", "task": "text", "queue": "text", "args": "text", "kwargs": "text",
     "options": "text", "compensation": "text", "after": "int", "on_failure": "bool", "input": "int", "join_no": "int",
     "join_pos": "int", "waiting": "int", "group_id": "text", "countdown": "float8", "eta": "timestamptz",
-    "expires_in": "float8", "expires_at": "timestamptz", "solo": "bool", "signal": "text", "fallback": "text",
-    "limit_name": "text", "limit_key": "text", "saga": "int", "mark": "text",
+    "expires_in": "float8", "expires_at": "timestamptz", "solo": "bool", "signal": "text", "signal_of": "text",
+    "fallback": "text", "limit_name": "text", "limit_key": "text", "saga": "int", "mark": "text",
 }  # fmt: skip
 #: What ``byrd.write_runs`` puts in place of NULL.
 _DEFAULTS = {"kind": "task", "args": "[]", "kwargs": "{}", "options": "{}", "on_failure": False, "waiting": 0,
@@ -240,7 +240,7 @@ def _row(step: Step) -> tuple[Any, ...]:
         step.id, step.no, step.kind.value, step.task, step.queue, step.args, step.kwargs, options_json(step),
         step.compensation, step.after, step.on_failure, step.input, step.into, step.position, step.members,
         step.group_id, step.countdown, step.eta, step.expires_in, step.expires_at, step.solo, step.signal,
-        step.fallback, step.limit_name, step.limit_key, step.saga, step.mark,
+        step.signal_of, step.fallback, step.limit_name, step.limit_key, step.saga, step.mark,
     )  # fmt: skip
 
 

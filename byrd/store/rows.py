@@ -205,6 +205,7 @@ class StepRow:
     waiting: int
     replaced: bool
     signal: str | None
+    signal_of: str | None
     attempt: int
     retries: int
     preemptions: int

@@ -32,7 +32,10 @@ _LONG_SECONDS = 1e9
 
 @dataclass(frozen=True, slots=True)
 class Awaited:
-    """A step that waits for a signal: since when, until when, and its value (JSON) then; without one it fails."""
+    """A step that waits for a signal: since when, until when, and its value (JSON) then; without one it fails.
+
+    ``of``: who is to send it; None when the wait does not say.
+    """
 
     run_id: str
     workflow: str | None
@@ -40,6 +43,7 @@ class Awaited:
     run_status: str
     step_no: int
     signal: str
+    of: str | None
     since: datetime
     until: datetime | None
     default: str | None
@@ -166,7 +170,8 @@ _REVOKED_ERROR, _EXPIRED_ERROR = (
     "'" + error_json("TaskRevokedError", "celery.exceptions", [why]) + "'" for why in ("revoked", "expired")
 )
 _TIMEOUT_ERROR = """json_build_object('exc_type', 'SignalTimeoutError', 'exc_module', 'byrd.errors', 'exc_message',
-    json_build_array('the signal ''' || s.signal || ''' did not come within '
+    json_build_array('the signal ''' || s.signal || '''' || coalesce(' of ' || s.signal_of, '')
+      || ' did not come within '
       || trim_scale(round(extract(epoch FROM s.run_at - s.ready_at)::numeric, 3)) || ' s'))::text"""
 #: A sleep hands on what it is given; an errback is given the id of the step that failed.
 _GIVEN = """(SELECT CASE WHEN s.on_failure THEN to_json(i.id)::text ELSE i.result END
@@ -262,16 +267,24 @@ def settle(conn: Connection, step_id: str, attempt: int, key: str, value: str | 
         progress.remember(conn, step_id, attempt, key, value)
     params = {"id": step_id, "wait": _wait_key(key)}
     query(conn, "DELETE FROM byrd.checkpoints WHERE step_id = %(id)s AND name = %(wait)s", params)
-    query(conn, "UPDATE byrd.steps SET signal = NULL WHERE id = %(id)s AND signal IS NOT NULL", params)
+    over = "UPDATE byrd.steps SET signal = NULL, signal_of = NULL WHERE id = %(id)s AND signal IS NOT NULL"
+    query(conn, over, params)
 
 
 def give_way(
-    conn: Connection, step_id: str, attempt: int, signal: str, key: str, *, timeout: float | None
+    conn: Connection,
+    step_id: str,
+    attempt: int,
+    signal: str,
+    key: str,
+    *,
+    timeout: float | None,
+    of: str | None = None,
 ) -> list[Wakeup]:
-    """running → ready when the signal comes, or after ``timeout`` seconds from the first time."""
+    """running → ready when the signal comes, or after ``timeout`` seconds from the first time; ``of``: who sends it."""
     locks.own_run_of(conn, step_id)
     wait = _wait_key(key)
-    params = {"id": step_id, "attempt": attempt, "wait": wait, "signal": signal, "timeout": timeout}
+    params = {"id": step_id, "attempt": attempt, "wait": wait, "signal": signal, "of": of, "timeout": timeout}
     so_far = query(
         conn,
         f"""SELECT greatest(0.001, %(timeout)s::float8 - extract(epoch FROM {_NOW} - coalesce(
@@ -287,7 +300,7 @@ def give_way(
     # A signal that came meanwhile is nothing to wait for; without a time-out there is no time.  A pause stays one.
     row = query(
         conn,
-        f"""UPDATE byrd.steps s SET signal = %(signal)s, run_at = at.time,
+        f"""UPDATE byrd.steps s SET signal = %(signal)s, signal_of = %(of)s, run_at = at.time,
                    wake_at = CASE WHEN s.wake_at = 'infinity' THEN s.wake_at ELSE at.time END
               FROM (SELECT o.id, CASE
                       WHEN EXISTS (SELECT 1 FROM byrd.signals g WHERE g.run_id = o.run_id AND g.name = %(signal)s
@@ -333,19 +346,29 @@ def _wait_key(key: str) -> str:
 
 
 def list_awaited(
-    conn: Connection, *, signal: str | None = None, workflow: str | None = None, limit: int = 50
+    conn: Connection,
+    *,
+    signal: str | None = None,
+    workflow: str | None = None,
+    of: str | None = None,
+    limit: int = 50,
 ) -> list[Awaited]:
-    """Return the steps that wait for a signal, those that have waited longest first."""
+    """Return the steps that wait for a signal, those that have waited longest first.
+
+    ``signal``: a name, or the beginning of names with a ``*`` after it, which is in no name itself.
+    """
+    prefix = signal[:-1] if signal is not None and signal.endswith("*") else None
     rows = query(
         conn,
         """SELECT s.run_id::text, r.workflow, r.title, r.status AS run_status, s.no AS step_no, s.signal,
-                  s.ready_at AS since, nullif(s.run_at, 'infinity') AS until, s.fallback AS default
+                  s.signal_of AS of, s.ready_at AS since, nullif(s.run_at, 'infinity') AS until, s.fallback AS default
              FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
             WHERE s.signal IS NOT NULL AND s.status IN ('waiting','ready')
               AND (s.status = 'waiting' OR s.run_at > clock_timestamp())
-              AND (%(signal)s::text IS NULL OR s.signal = %(signal)s)
+              AND (%(signal)s::text IS NULL OR s.signal = %(signal)s OR starts_with(s.signal, %(prefix)s::text))
+              AND (%(of)s::text IS NULL OR s.signal_of = %(of)s)
               AND (%(workflow)s::text IS NULL OR r.workflow = %(workflow)s)
             ORDER BY s.ready_at, s.run_id, s.no LIMIT %(limit)s""",
-        {"signal": signal, "workflow": workflow, "limit": limit},
+        {"signal": signal, "prefix": prefix, "of": of, "workflow": workflow, "limit": limit},
     ).mappings()
     return [Awaited(**row) for row in rows]

@@ -190,6 +190,7 @@ class CheckpointTask(CompoundTask):
         self,
         signal: str,
         *,
+        of: str | None = None,
         timeout: float | timedelta | None = None,
         default: Any = byrd_waits.NOT_GIVEN,
         name: str | None = None,
@@ -197,9 +198,10 @@ class CheckpointTask(CompoundTask):
         """Return the payload of a signal; until it comes, the slot is given back, and then the task is called again.
 
         Once it has come it is remembered by ``name``, which is the signal's unless the task waits for it twice.
+        ``of``: who is to send it, as in :func:`byrd.wait_for`.
         ``timeout``: seconds, after which ``default`` is the value, or :class:`SignalTimeoutError` is raised.
         """
-        said = byrd_waits.wait_of(byrd_waits.wait_for(signal, timeout=timeout, default=default))
+        said = byrd_waits.wait_of(byrd_waits.wait_for(signal, of=of, timeout=timeout, default=default))
         attempt, key = self._idle_attempt(), f"step:wait_for {name or signal}"
         store = attempt.runtime.patient_store
         taken = store.run(waits.take, attempt.step_id, attempt.number, signal, key, timeout=said.seconds)
@@ -209,9 +211,10 @@ class CheckpointTask(CompoundTask):
             text = encoded(attempt, said.default, f"the default of {signal!r}") if given else None
             store.run(waits.settle, attempt.step_id, attempt.number, key, text)
             if text is None:
-                raise SignalTimeoutError(f"the signal {signal!r} did not come within {said.seconds:g} s")
+                missing = f"the signal {signal!r}{byrd_waits.of_whom(said.of)}"
+                raise SignalTimeoutError(f"{missing} did not come within {said.seconds:g} s")
         if text is None:
-            attempt.give_way(waits.give_way, signal, key, timeout=said.seconds)
+            attempt.give_way(waits.give_way, signal, key, timeout=said.seconds, of=said.of)
             raise StepHandedBack(f"step {attempt.step_id}: waits for the signal {signal!r}")
         return loads(text)
 

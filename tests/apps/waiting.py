@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from datetime import UTC, datetime
+from enum import Enum
 from typing import Any
 
-from celery import Celery, Task, chain
+from celery import Celery, Task, chain, group
 
 import byrd
 
@@ -16,6 +17,12 @@ app.conf.update(
     byrd_lease_seconds=float(os.environ.get("TEST_LEASE_SECONDS", "3")),
 )
 engine = byrd.Byrd(app)
+
+
+class Role(str, Enum):  # noqa: UP042 - its members are formatted by their names, not as their values are
+    """Who approves."""
+
+    LEGAL = "Ann of legal"
 
 
 @app.task
@@ -59,7 +66,10 @@ def negotiate(self: byrd.CheckpointTask, seconds: float, timeout: float | None =
     """Sleep, then wait for two offers; in which process each part ran is remembered."""
     first = self.step("first", os.getpid)
     self.sleep("think", seconds)
-    offers = [self.wait_for("offer", timeout=timeout), self.wait_for("offer", timeout=timeout, name="again")]
+    offers = [
+        self.wait_for("offer", of="the buyer", timeout=timeout),
+        self.wait_for("offer", timeout=timeout, name="again"),
+    ]
     other = self.wait_for("other", timeout=0.2, default="none")
     return {"first": first, "offers": offers, "other": other, "attempt": self.request.byrd.number}
 
@@ -82,3 +92,10 @@ def sleep_until(self: byrd.CheckpointTask, moment: str) -> str:
 def approval(number: int, timeout: float | None = None) -> Any:
     """What a person has to approve."""
     return chain(echo.s(number), byrd.wait_for("approval", timeout=timeout), echo.s())
+
+
+@engine.workflow("waiting.purchase")
+def purchase(number: int) -> Any:
+    """What two people have to approve."""
+    both = [byrd.wait_for("approval:finance", of="finance"), byrd.wait_for("approval:legal", of=Role.LEGAL)]
+    return chain(echo.s(number), group(both), echo.s())

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from celery import Celery, chain, chord, group
 from celery.canvas import _chain
-from kombu.utils.json import dumps
+from kombu.utils.json import dumps, loads
 
+import byrd
 from byrd.canvas import Plan, compile_canvas
 from byrd.errors import ArgumentError, CanvasError
 from byrd.model import StepKind
@@ -33,6 +34,19 @@ def t(app: Celery) -> SimpleNamespace:
 def edges(plan: Plan) -> int:
     """How many edges a plan has: what follows a step, and what goes into a join."""
     return sum((step.after is not None) + (step.into is not None) for step in plan.steps)
+
+
+# -- waits -----------------------------------------------------------------------------------------
+
+
+def test_whom_a_wait_names_survives_json(app: Celery) -> None:
+    canvas = chain(byrd.wait_for("ok", of="finance"), byrd.sleep(1), byrd.wait_for("ok", of="x" * 200, timeout=5))
+    for found in (canvas, dict(canvas), loads(dumps(canvas)), canvas.clone(), copy.deepcopy(canvas)):
+        plan = compile_canvas(found, app)
+        assert [(step.signal, step.signal_of) for step in plan.steps] == [
+            ("ok", "finance"), (None, None), ("ok", "x" * 200),
+        ]  # fmt: skip
+    assert byrd.wait_for("ok").kwargs == {"signal": "ok"}
 
 
 # -- size ------------------------------------------------------------------------------------------

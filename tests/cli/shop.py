@@ -141,6 +141,14 @@ def approval(timeout: float | None = None) -> Any:
     return chain(price.s(1), byrd.wait_for("approval", timeout=timeout), cheer.s())
 
 
+@engine.workflow("shop.purchase")
+def purchase() -> Any:
+    """Something that two people have to approve."""
+    return group(
+        byrd.wait_for("purchase:money", of="finance [EU]"), byrd.wait_for("purchase:law", of="legal", timeout=3600)
+    )
+
+
 @engine.workflow("shop.late", timeout=0.5)
 def late(path: str) -> Any:
     """A run with a deadline."""

@@ -42,6 +42,50 @@ def test_signal_and_waiting(shop: Any, shared_cli: Cli) -> None:
     assert shared_cli("waiting", "--signal", "approval").out == "Nothing waits for a signal like that.\n"
 
 
+def test_whom_they_wait_for(shop: Any, shared_cli: Cli) -> None:
+    run = shop.purchase.submit()
+    waits(run)
+    head, money, law = shared_cli("waiting", "--signal", "purchase:*").out.splitlines()
+    assert head.split() == ["run", "workflow", "step", "signal", "of", "since", "until", "then"]
+    assert re.match(rf"{run.id[:8]} +shop\.purchase +0 +purchase:money +finance \[EU\] +{TIME}", money)
+    assert re.match(rf"{run.id[:8]} +shop\.purchase +1 +purchase:law +legal +{TIME}", law)
+    other = shop.engine.submit(byrd.wait_for("purchase:other"))
+    assert re.search(r" purchase:other +- ", shared_cli("waiting", "--signal", "purchase:*").out)
+    other.cancel()
+    assert len(shared_cli("waiting", "--of", "legal").out.splitlines()) == 2
+    assert shared_cli("waiting", "--of", "nobody").out == "Nothing waits for a signal like that.\n"
+    [found] = shared_cli("waiting", "--of", "finance [EU]", "--signal", "purchase:*", "--json").json["waiting"]
+    assert (found["run"], found["step"], found["of"]) == (run.id, 0, "finance [EU]")
+    assert shared_cli("waiting", "--of", "legal", "--signal", "purchase:money", "--json").json == {"waiting": []}
+    for wrong in (("--of", ""), ("--signal", "*:law")):
+        answer = shared_cli("waiting", *wrong, "--json")
+        assert (answer.status, answer.json["error"]["type"]) == (1, "CanvasError")
+
+    drawn = shared_cli("show", run.id).out
+    assert "byrd.wait_for purchase:money of finance [EU]  since " in drawn
+    assert "byrd.wait_for purchase:law of legal  until " in drawn
+    steps = shared_cli("show", run.id, "--json").json["steps"]
+    assert [s["signal_of"] for s in steps if s["kind"] == "wait"] == ["finance [EU]", "legal"]
+    money, law = why(shared_cli, run)
+    assert re.search(
+        rf"waits for the signal 'purchase:money' of finance \[EU\] since {TIME} \(.*\), for as long", money
+    )
+    assert re.search(rf"waits for the signal 'purchase:law' of legal since {TIME} \(.*\), until {TIME}", law)
+    run.cancel()
+
+
+def test_why_tells_apart_whom_many_wait_for(shop: Any, shared_cli: Cli) -> None:
+    run = shop.engine.submit(group(byrd.wait_for("approval", of=of) for of in ("ann", "bea") for _ in range(4)))
+    ann, bea = why(shared_cli, run)
+    assert ann.startswith(
+        "4 steps of byrd.wait_for (no. 0 to 3) wait for the signal 'approval' of ann, the first since "
+    )
+    assert bea.startswith(
+        "4 steps of byrd.wait_for (no. 4 to 7) wait for the signal 'approval' of bea, the first since "
+    )
+    run.cancel()
+
+
 def test_json(shop: Any, shared_cli: Cli) -> None:
     run = shop.engine.submit(byrd.wait_for("n", timeout=60, default=[1]))
     step = waits(run)
@@ -49,8 +93,8 @@ def test_json(shop: Any, shared_cli: Cli) -> None:
     assert found["until"] == step.run_at.isoformat().replace("+00:00", "Z")
     del found["since"], found["until"], found["title"]
     assert found == {
-        "run": run.id, "workflow": None, "run_status": "running", "step": 0, "signal": "n", "has_default": True,
-        "default": [1],
+        "run": run.id, "workflow": None, "run_status": "running", "step": 0, "signal": "n", "of": None,
+        "has_default": True, "default": [1],
     }  # fmt: skip
     assert shared_cli("signal", run.id, "n", "--json").json == {"run": run.id, "signal": "n", "status": "succeeded"}
     assert run.get() is None

@@ -159,7 +159,7 @@ def test_approval(cluster: Cluster) -> None:
     with program(cluster, "approval.py", "900") as waits:
         wait_until(lambda: cluster.rows("SELECT 1 FROM byrd.steps WHERE status = 'waiting'"))
         [(run_id,)] = cluster.rows("SELECT id::text FROM byrd.runs")
-        assert run_id[:8] in " ".join(run(cluster, *byrd, "waiting", COLUMNS="60"))
+        assert run_id[:8] in " ".join(run(cluster, *byrd, "waiting", "--of", "finance", COLUMNS="60"))
         run(cluster, *byrd, "signal", run_id[:8], "approval", '{"ok": true, "by": "ann"}')
         output, _ = waits.communicate(timeout=60)
     assert output.splitlines()[1] == "900.00 paid, decided by ann"

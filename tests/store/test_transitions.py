@@ -657,6 +657,7 @@ ILLEGAL = {
                         SELECT id, run_id, 2 FROM e""",
     "notices_run_id_fkey": "INSERT INTO byrd.notices (run_id, step_no) VALUES (gen_random_uuid(), 1)",
     "notice_counts": f"INSERT INTO byrd.notices (run_id, step_no, tries) VALUES ({RUN}, 1, -1)",
+    "signal_of_whom": step_with("signal_of = 'finance'", 4),
     "fallback_of_wait": step_with("fallback = '1'"),
     "step_counts": step_with("attempt = -1"),
     "compensation_has_step": step_with("compensates = 2"),

@@ -579,3 +579,110 @@ def test_what_awaits_whom(world: World) -> None:
     assert [w.step_no for w in world.do(waits.list_awaited, signal="other")] == [1]
     assert world.do(waits.list_awaited, workflow="nothing") == []
     assert len(world.do(waits.list_awaited, limit=2)) == 2
+    assert {w.of for w in found} == {None}
+
+
+def awaited(world: World, **wanted: Any) -> list[tuple[str, str | None]]:
+    """Return the signals that are awaited, each with who is to send it."""
+    return [(w.signal, w.of) for w in world.do(waits.list_awaited, **wanted)]
+
+
+def test_whom_a_wait_names_is_listed(world: World) -> None:
+    odd = """Ann O'Neill \\ "the boss", 100 % {of} sales: 人事部"""
+    world.submit(
+        group(
+            byrd.wait_for("approval", of="finance"),
+            byrd.wait_for("approval", of=odd, timeout=60),
+            byrd.wait_for("go", of="finance"),
+            byrd.wait_for("go"),
+        )
+    )
+    assert awaited(world) == [("approval", "finance"), ("approval", odd), ("go", "finance"), ("go", None)]
+    assert awaited(world, of="finance") == [("approval", "finance"), ("go", "finance")]
+    assert awaited(world, of="finance", signal="go") == [("go", "finance")]
+    assert awaited(world, of=odd) == [("approval", odd)]
+    assert awaited(world, of="fin%") == []
+    assert awaited(world, of="finance", limit=1) == [("approval", "finance")]
+    world.check()
+
+
+def test_signals_are_listed_by_the_beginning_of_their_names(world: World) -> None:
+    names = ["approval:finance", "approval:legal", "approval", "approvals", "a_b", "axb", "A_b"]
+    world.submit(group(byrd.wait_for(name) for name in names))
+
+    def found(signal: str) -> list[str]:
+        return [name for name, _ in awaited(world, signal=signal)]
+
+    assert found("approval:*") == ["approval:finance", "approval:legal"]
+    assert found("approval*") == names[:4]
+    assert found("approval") == ["approval"]
+    assert found("a_*") == ["a_b"], "an underscore is a letter as any other"
+    assert found("*") == names
+    assert found("nothing*") == []
+
+
+def test_whom_a_wait_names_does_not_say_who_may_answer(world: World) -> None:
+    """A signal goes to the wait of its name that began first, as ever."""
+    run = world.submit(group(byrd.wait_for("ok", of="ann"), byrd.wait_for("ok", of="bea")))
+    send(world, run, "ok", 1, by="bea")
+    assert awaited(world) == [("ok", "bea")]
+    send(world, run, "ok", 2)
+    assert awaited(world) == []
+    assert world.result(run) == [1, 2]
+
+
+def test_whom_a_wait_names_outlives_a_pause_and_a_retry(world: World) -> None:
+    run = world.submit(chain(sig("a"), byrd.wait_for("ok", of="finance", timeout=1.5), sig("b")))
+    assert awaited(world) == [], "the wait has not begun"
+    settle(world, run, "a")
+    world.do(runs.pause, run)
+    assert awaited(world) == [("ok", "finance")]
+    world.do(runs.resume, run)
+    assert awaited(world) == [("ok", "finance")]
+    world.sql(
+        """UPDATE byrd.steps SET run_at = now(), ready_at = now() - interval '1.5 s', wake_at = now()
+            WHERE status = 'waiting' RETURNING 1"""
+    )
+    world.end_waits()
+    assert json.loads(world.run(run).error or "")["exc_message"] == [
+        "the signal 'ok' of finance did not come within 1.5 s"
+    ]
+    assert awaited(world) == []
+    world.do(runs.retry, run)
+    assert awaited(world) == [("ok", "finance")]
+    world.do(runs.cancel, run)
+    assert awaited(world) == []
+
+
+def test_whom_a_wait_names_in_what_comes_in_a_tasks_place(world: World) -> None:
+    run = world.submit(chain(sig("a"), sig("b")))
+    claim = world.claim(run, "a")
+    world.do(growth.replace, claim.id, claim.attempt, plan_of(byrd.wait_for("ok", of="finance")))
+    assert awaited(world) == [("ok", "finance")]
+
+
+def test_whom_a_task_names_is_listed_until_it_has_its_signal(world: World) -> None:
+    run = world.submit(sig("a"))
+    first = world.claim(run, "a")
+    world.do(waits.give_way, first.id, first.attempt, "go", "step:wait_for go", timeout=None, of="finance")
+    assert awaited(world, of="finance") == [("go", "finance")]
+    world.check()
+    send(world, run, "go", 1)
+    second = world.claim(run, "a")
+    assert awaited(world) == []
+    assert world.do(waits.take, second.id, second.attempt, "go", "step:wait_for go", timeout=None).payload == "1"
+    assert (world.step(run, "a").signal, world.step(run, "a").signal_of) == (None, None)
+    # The next wait of the task is another one's, or nobody's.
+    world.do(waits.give_way, second.id, second.attempt, "more", "step:wait_for more", timeout=60, of="ann")
+    assert awaited(world) == [("more", "ann")]
+    # Its worker dies before the signal is taken.
+    send(world, run, "more", 2)
+    third = world.claim(run, "a")
+    world.do(steps.preempt, world.worker_id, reason="gone")
+    fourth = world.claim(run, "a")
+    assert fourth.attempt == third.attempt + 1
+    world.do(waits.take, fourth.id, fourth.attempt, "more", "step:wait_for more", timeout=60)
+    world.do(waits.give_way, fourth.id, fourth.attempt, "last", "step:wait_for last", timeout=None)
+    assert awaited(world) == [("last", None)]
+    world.do(runs.cancel, run)
+    assert awaited(world) == []

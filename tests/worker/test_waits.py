@@ -87,6 +87,42 @@ def test_a_signal_ends_its_wait_at_once(shared: Any) -> None:
     assert next(row for row in run.history() if row["event"] == "signalled")["detail"]["by"] == "ann"
 
 
+def test_two_approvals_of_different_people(shared: Any) -> None:
+    run = shared.engine.submit("waiting.purchase", 900)
+    wait_until(lambda: len(shared.engine.waiting(workflow="waiting.purchase")) == 2)
+
+    def listed(**wanted: Any) -> list[tuple[str, str, str | None]]:
+        return [(w.run_id, w.signal, w.of) for w in shared.engine.waiting(workflow="waiting.purchase", **wanted)]
+
+    finance, legal = (run.id, "approval:finance", "finance"), (run.id, "approval:legal", "Ann of legal")
+    assert listed(signal="approval:*") == [finance, legal]
+    assert listed(of="finance") == [finance]
+    assert listed(of=shared.Role.LEGAL) == [legal]
+    assert listed(of="nobody") == listed(signal="approval") == listed(of="finance", signal="approval:legal") == []
+    assert any("waits for the signal 'approval:legal' of Ann of legal since" in said for said in run.why())
+    run.signal("approval:legal", "yes")
+    assert listed(signal="approval:*") == [finance]
+    run.signal("approval:finance", "no")
+    assert run.get(timeout=30) == ["no", "yes"]
+    assert listed() == []
+
+
+def test_whom_a_workflow_in_a_workflow_waits_for(shared: Any) -> None:
+    run = shared.engine.submit(chain(shared.purchase.s(1), shared.echo.s()))
+    [found] = wait_until(lambda: shared.engine.waiting(of="finance", workflow="waiting.purchase"))
+    assert found.run_id != run.id
+    inner = shared.engine.get(found.run_id)
+    inner.signal("approval:legal", 2)
+    inner.signal("approval:finance", 1)
+    assert run.get(timeout=30) == [1, 2]
+
+
+def test_what_no_list_can_be_asked_for(shared: Any) -> None:
+    for wanted in ({"of": ""}, {"of": 7}, {"of": "a\0b"}, {"signal": ""}, {"signal": "*:a"}, {"signal": "a b*"}):
+        with pytest.raises(CanvasError):
+            shared.engine.waiting(**wanted)
+
+
 def test_signals_that_come_early_are_kept_in_order(shared: Any) -> None:
     canvas = chain(byrd.sleep(0.3), byrd.wait_for("n"), byrd.wait_for("n"), shared.echo.s())
     run = shared.engine.submit(group(canvas, byrd.wait_for("m", timeout=60)))
@@ -177,6 +213,15 @@ WRONG = enumerate(
         lambda: byrd.wait_for("a b"),
         lambda: byrd.wait_for("a", timeout=-1),
         lambda: byrd.wait_for("a", default=1),
+        lambda: byrd.wait_for("a", of=""),
+        lambda: byrd.wait_for("a", of="  "),
+        lambda: byrd.wait_for("a", of="x" * 201),
+        lambda: byrd.wait_for("a", of="a\0b"),
+        lambda: byrd.wait_for("a", of="a\nb"),
+        lambda: byrd.wait_for("a", of="a\x1b[31mb"),
+        lambda: byrd.wait_for("a", of="a\ud800"),
+        lambda: byrd.wait_for("a", of=7),  # type: ignore[arg-type]
+        lambda: byrd.wait_for("a", of=["ann"]),  # type: ignore[arg-type]
     ]
 )
 
@@ -195,6 +240,10 @@ def test_what_is_no_wait(wrong: Any) -> None:
         {"task": "byrd.sleep", "kwargs": {"second": 1}},
         {"task": "byrd.wait_for", "kwargs": {}},
         {"task": "byrd.wait_for", "kwargs": {"signal": "a", "default": 1}},
+        {"task": "byrd.wait_for", "kwargs": {"signal": "a", "of": ""}},
+        {"task": "byrd.wait_for", "kwargs": {"signal": "a", "of": 7}},
+        {"task": "byrd.wait_for", "kwargs": {"signal": "a", "whom": "ann"}},
+        {"task": "byrd.sleep", "kwargs": {"seconds": 1, "of": "ann"}},
     ],
 )
 def test_a_wait_written_by_hand_is_looked_at(shared: Any, canvas: Any) -> None:
@@ -258,9 +307,9 @@ def test_a_task_that_waits_holds_no_slot(shared: Any, shared_cluster: Cluster) -
     assert (step.worker_id, step.sends) == (None, 0)
     step = given_back(run, "offer")
     assert step.run_at.year == 9999
-    assert [(w.run_id, w.until) for w in shared.engine.waiting(signal="offer")] == [(run.id, None)]
+    assert [(w.run_id, w.of, w.until) for w in shared.engine.waiting(signal="off*")] == [(run.id, "the buyer", None)]
     [said] = run.why()
-    assert "waits for the signal 'offer' since" in said
+    assert "waits for the signal 'offer' of the buyer since" in said
     assert f"`byrd signal {run.id[:8]} offer [JSON]` sends it" in said
     shared_cluster.rows("SELECT byrd.signal(%s, 'offer', '1')", run.id)
     wait_until(lambda: "signal_delivered" in [row["event"] for row in run.history()])
@@ -285,7 +334,7 @@ def test_a_task_has_the_signals_that_came_before(shared: Any) -> None:
 
 def test_a_task_whose_signal_does_not_come_fails_and_may_wait_anew(shared: Any) -> None:
     run = shared.engine.submit(shared.negotiate.s(0, timeout=0.5))
-    with pytest.raises(SignalTimeoutError, match=r"the signal 'offer' did not come within 0\.5 s"):
+    with pytest.raises(SignalTimeoutError, match=r"the signal 'offer' of the buyer did not come within 0\.5 s"):
         run.get(timeout=30)
     assert run.wait(timeout=5) == "failed"
     run.retry()

@@ -28,6 +28,7 @@ STEP_RULES: Mapping[str, str] = {
     "saga_never_runs": "NEW.kind <> 'saga' OR NEW.status NOT IN ('ready','running')",
     "waiting_is_due": "NEW.status <> 'waiting' OR (NEW.kind IN ('wait','saga') AND NEW.wake_at IS NOT NULL)",
     "item_has_each": "NEW.kind <> 'item' OR (NEW.join_no IS NOT NULL AND NEW.join_pos IS NOT NULL)",
+    "signal_of_whom": "NEW.signal_of IS NULL OR NEW.signal IS NOT NULL",
     "fallback_of_wait": "NEW.kind = 'wait' OR NEW.fallback IS NULL",
     "step_running_has_worker": "(NEW.status = 'running') = (NEW.worker_id IS NOT NULL)",
     "step_running_has_claim": "(NEW.status = 'running') = (NEW.claim IS NOT NULL)",

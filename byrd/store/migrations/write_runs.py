@@ -13,7 +13,8 @@ CREATE FUNCTION byrd.write_runs(
     step_args text[], step_kwargs text[], options text[], compensations text[], afters int[], on_failures bool[],
     inputs int[], join_nos int[], join_poss int[], waitings int[], group_ids text[], countdowns float8[],
     etas timestamptz[], expires_ins float8[], expires_ats timestamptz[], solos bool[],
-    signals text[], fallbacks text[], limit_names text[], limit_keys text[], sagas int[], marks text[], told boolean)
+    signals text[], signal_ofs text[], fallbacks text[], limit_names text[], limit_keys text[], sagas int[],
+    marks text[], told boolean)
 RETURNS SETOF uuid
 LANGUAGE plpgsql VOLATILE
 SET plan_cache_mode = force_generic_plan
@@ -35,14 +36,14 @@ BEGIN
 
     INSERT INTO byrd.steps (run_id, id, no, kind, task, queue, args, kwargs, options, compensation, after, on_failure,
                             input, join_no, join_pos, waiting, group_id, countdown, eta, expires_in, expires_at, solo,
-                            signal, fallback, limit_name, limit_key, saga, mark, status, ready_at, run_at, wake_at,
-                            sends)
+                            signal, signal_of, fallback, limit_name, limit_key, saga, mark, status, ready_at, run_at,
+                            wake_at, sends)
     SELECT s.run_id, s.id, s.no, coalesce(s.kind, 'task'), s.task, s.queue, coalesce(s.args, '[]'),
            coalesce(s.kwargs, '{}'), coalesce(s.options, '{}'), s.compensation, s.after, coalesce(s.on_failure, false),
            s.input, s.join_no, s.join_pos, coalesce(s.waiting, 0), s.group_id, s.countdown, s.eta, s.expires_in,
            CASE WHEN f.first THEN coalesce(f.now + s.expires_in * interval '1 second', s.expires_at)
                 ELSE s.expires_at END,
-           coalesce(s.solo, false), s.signal, s.fallback, s.limit_name, s.limit_key, s.saga, s.mark,
+           coalesce(s.solo, false), s.signal, s.signal_of, s.fallback, s.limit_name, s.limit_key, s.saga, s.mark,
            CASE WHEN f.first THEN 'ready' ELSE 'pending' END,
            CASE WHEN f.first THEN f.now END, CASE WHEN f.first THEN f.run_at END,
            CASE WHEN f.first THEN CASE WHEN told AND f.run_at <= f.now THEN f.now + interval '2 seconds'
@@ -50,10 +51,10 @@ BEGIN
            CASE WHEN f.first AND told AND f.run_at <= f.now THEN 1 ELSE 0 END
       FROM unnest(step_runs, ids, nos, kinds, tasks, queues, step_args, step_kwargs, options, compensations, afters,
                   on_failures, inputs, join_nos, join_poss, waitings, group_ids, countdowns, etas, expires_ins,
-                  expires_ats, solos, signals, fallbacks, limit_names, limit_keys, sagas, marks)
+                  expires_ats, solos, signals, signal_ofs, fallbacks, limit_names, limit_keys, sagas, marks)
            AS s (run_id, id, no, kind, task, queue, args, kwargs, options, compensation, after, on_failure, input,
-                 join_no, join_pos, waiting, group_id, countdown, eta, expires_in, expires_at, solo, signal, fallback,
-                 limit_name, limit_key, saga, mark),
+                 join_no, join_pos, waiting, group_id, countdown, eta, expires_in, expires_at, solo, signal, signal_of,
+                 fallback, limit_name, limit_key, saga, mark),
            LATERAL (SELECT s.after IS NULL AND coalesce(s.kind, 'task') NOT IN ('join','saga') AS first, n.now,
                            coalesce(s.eta, n.now + coalesce(s.countdown, 0) * interval '1 second') AS run_at
                       FROM (SELECT clock_timestamp() AS now) n) f

@@ -122,8 +122,9 @@ def _steps() -> None:
         _time("expires_at"),
         # Of a wait, whose time is in countdown and eta: the signal, if it waits for one, and its value (JSON) when its
         # time comes; a sleep that has an input passes that on instead.  A task that has given its slot back for a
-        # signal has one, too.
+        # signal has one, too.  signal_of: who is to send it, for those who list what awaits whom.
         sa.Column("signal", sa.Text),
+        sa.Column("signal_of", sa.Text),
         sa.Column("fallback", sa.Text),
         # Of a step whose task has a limit: by which key it waits for its turn, with which ticket, and since when, or
         # from when on, it has a place.
