@@ -682,7 +682,12 @@ def test_whom_a_task_names_is_listed_until_it_has_its_signal(world: World) -> No
     fourth = world.claim(run, "a")
     assert fourth.attempt == third.attempt + 1
     world.do(waits.take, fourth.id, fourth.attempt, "more", "step:wait_for more", timeout=60)
-    world.do(waits.give_way, fourth.id, fourth.attempt, "last", "step:wait_for last", timeout=None)
-    assert awaited(world) == [("last", None)]
+    world.do(waits.give_way, fourth.id, fourth.attempt, "last", "step:wait_for last", timeout=60, of="bea")
+    assert awaited(world) == [("last", "bea")]
+    # The next attempt, of other code say, waits for something else.
+    send(world, run, "last", 3)
+    fifth = world.claim(run, "a")
+    world.do(waits.give_way, fifth.id, fifth.attempt, "other", "step:wait_for other", timeout=None)
+    assert awaited(world) == [("other", None)]
     world.do(runs.cancel, run)
     assert awaited(world) == []
