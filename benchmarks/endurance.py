@@ -143,7 +143,7 @@ def _samples(
                 last, since = done, time.monotonic()
             elif time.monotonic() - since > _STILL_SECONDS or not worker.is_running():
                 raise BenchmarkError(f"the worker made no step for {_STILL_SECONDS:g} s, after {done:,} steps")
-            if time.monotonic() >= next_look:
+            if time.monotonic() >= next_look or done >= steps:
                 next_look += look_seconds
                 processes = [worker, *children]
                 yield Sample(

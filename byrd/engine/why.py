@@ -15,6 +15,7 @@ from byrd.policies import retry_of, timeouts_of
 from byrd.store import Store, children, insight, items, limits, termination
 from byrd.store.insight import OpenStep, Standing
 from byrd.store.limits import Place, Turn
+from byrd.task.publisher import MOST_READ
 from byrd.waits import SUBWORKFLOW, UNDO_SUBWORKFLOW, of_whom
 from byrd.worker.bootstep import settings_of
 
@@ -532,15 +533,18 @@ def _message(case: _Case, step: OpenStep) -> str:
         so = ", but late: see the workers' logs for what keeps their relay from it" if late else ""
         return f"and about to be published to {queue}{so}{behind}"
     again = f"it is sent again {'at ' + moment(step.wake_at, now) if step.wake_at > now else 'now'}{behind}"
-    sent = f"was sent {step.sends:,} times to" if step.sends > 1 else "was sent to"
+    last = f" (last at {moment(step.sent_at, now)})" if step.sent_at is not None else ""
+    sent = f"was sent {step.sends:,} times{last} to" if step.sends > 1 else "was sent to"
     if fresh:
         return f"and its message {sent} {queue}, about to be taken; should it be lost, {again}"
     if depth is None:
         return f"and its message {sent} {queue} without being taken: should it be lost, {again}"
+    taken = "it was lost, or a worker that is busy or frozen took it"
     if depth == 0:
-        taken = "it was lost, or a worker that is busy or frozen took it"
         return f"and its message {sent} {queue}, which is empty: {taken}; {again}"
     held = count(depth, "message", "messages")
+    if step.solo and depth <= MOST_READ and case.engine.runtime.publisher.missing(step.queue, {step.id: step.attempt}):
+        return f"and its message {sent} {queue}, and is not among the {held} there: {taken}; {again}"
     return f"and its message {sent} {queue}, where {held} {'is' if depth == 1 else 'are'} not taken yet; {again}"
 
 

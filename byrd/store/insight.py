@@ -37,10 +37,13 @@ class Snapshot:
 class OpenStep:
     """A step that is ready, running or waiting, with its worker's lease and the end of its last attempt."""
 
+    id: str
     no: int
     kind: str
     task: str
     queue: str
+    #: It needs a message of its own.
+    solo: bool
     status: str
     signal: str | None
     signal_of: str | None
@@ -54,6 +57,7 @@ class OpenStep:
     run_at: datetime | None
     wake_at: datetime | None
     ready_at: datetime | None
+    sent_at: datetime | None
     started_at: datetime | None
     expires_at: datetime | None
     #: JSON: its policies are in it.
@@ -249,10 +253,10 @@ def standing(conn: Connection, run_id: str, *, limit: int = 2000) -> Standing:
 
 #: 'infinity' is how a paused run's steps stay out of the relay's sight; it is no time to show to anybody.
 _OPEN_STEPS = """
-SELECT s.no, s.kind, s.task, coalesce(s.queue, '') AS queue, s.status, s.signal, s.signal_of,
+SELECT s.id, s.no, s.kind, s.task, coalesce(s.queue, '') AS queue, s.solo, s.status, s.signal, s.signal_of,
        CASE WHEN s.signal IS NOT NULL THEN s.fallback END AS default, s.compensates, s.attempt, s.retries,
        s.preemptions, s.sends, coalesce(s.run_at <= clock_timestamp(), false) AS due, s.run_at,
-       nullif(s.wake_at, 'infinity') AS wake_at, s.ready_at,
+       nullif(s.wake_at, 'infinity') AS wake_at, s.ready_at, s.sent_at,
        s.started_at, s.expires_at, s.options, s.start_by, s.tried_since,
        CASE WHEN s.status = 'running' THEN greatest(s.started_at, (SELECT max(h.updated_at) FROM byrd.checkpoints h
           WHERE h.step_id = s.id AND h.attempt = s.attempt)) END AS alive_at,

@@ -23,11 +23,14 @@ _PASS_ON_AT_MOST = 30.0
 #: How many steps one statement of the relay writes, so that none takes long; what is left is due at once.
 _BATCH = 100
 #: The same for steps that are looked at again, each of which costs more: it is to be under 5 ms.
-_OVERDUE_BATCH = 50
+_OVERDUE_BATCH = 25
 #: With more messages than this in a queue, it is not asked whether some of ours are missing; patience sees to these.
 _COUNTED = 2000
 #: In the last, compensations of a saga that had failed before are all that is ready.
 _MOVING = "('running','compensating','cancelling')"
+#: When a step ``s`` that is published again now is looked at next.
+_PAUSE = f"""now() + interval '1 second'
+                       * least({_LONGEST_PAUSE_SECONDS}, {RESEND_SECONDS} * power(2, least(s.sends, 8)))"""
 #: The queues that hold published steps, each with the time of its first: one look at the index per queue.
 _QUEUES = """
     WITH RECURSIVE queues AS (
@@ -64,7 +67,7 @@ def take_due(conn: Connection, *, limit: int = _BATCH) -> list[Wakeup]:
 
 
 def overdue_queues(conn: Connection, *, solo: bool = True) -> dict[str, int]:
-    """Return, for each queue with published steps that nobody has claimed in time, how many of them (at most 50).
+    """Return, for each queue with published steps that nobody has claimed in time, how many of them (at most 25).
 
     ``solo``: of those that need a message of their own, or of the others.
     """
@@ -115,12 +118,50 @@ def take_overdue(
                 FROM overdue)
             UPDATE byrd.steps s
                SET sends = s.sends + (o.again AND r.status IN {_MOVING})::int,
+                   sent_at = CASE WHEN o.again AND r.status IN {_MOVING} THEN now() ELSE s.sent_at END,
                    wake_at = CASE WHEN r.status NOT IN {_MOVING} THEN 'infinity'::timestamptz
-                     ELSE now() + interval '1 second'
-                       * least({_LONGEST_PAUSE_SECONDS}, {RESEND_SECONDS} * power(2, least(s.sends, 8))) END
+                     ELSE {_PAUSE} END
               FROM ranked o, byrd.runs r WHERE s.id = o.id AND r.id = s.run_id
             RETURNING {WAKEUP}, o.again AND r.status IN {_MOVING} AS again""",
         {"queue": queue, "resend": resend, "limit": limit},
+    )
+    return wakeups_of(row for row in rows if row.again)
+
+
+def late_steps(conn: Connection, queue: str, *, solo: bool = True, limit: int = _OVERDUE_BATCH) -> dict[str, int]:
+    """Return the overdue steps of a queue that have been looked at least of late, each with its attempts so far."""
+    rows = query(
+        conn,
+        f"""SELECT id, attempt FROM byrd.steps
+             WHERE status = 'ready' AND sends > 0 AND {_WHICH[solo]} AND queue = %(queue)s AND wake_at <= now()
+             ORDER BY wake_at LIMIT %(limit)s""",
+        {"queue": queue, "limit": limit},
+    )
+    return {row.id: row.attempt for row in rows}
+
+
+def look_again(conn: Connection, late: Sequence[str], missing: Sequence[str]) -> list[Wakeup]:
+    """Return those late steps to publish again whose messages are ``missing``; look at the others again later.
+
+    That is after half the time for which they have waited, so that a long line costs little.
+    """
+    rows = query(
+        conn,
+        f"""WITH late AS MATERIALIZED (
+              SELECT id, id = ANY(%(missing)s) AS missing FROM byrd.steps
+               WHERE id = ANY(%(late)s) AND status || '' = 'ready' AND wake_at <= now() AND sends > 0
+               ORDER BY id FOR UPDATE SKIP LOCKED)
+            UPDATE byrd.steps s
+               SET sends = s.sends + (l.missing AND r.status IN {_MOVING})::int,
+                   sent_at = CASE WHEN l.missing AND r.status IN {_MOVING} THEN now() ELSE s.sent_at END,
+                   wake_at = CASE WHEN r.status NOT IN {_MOVING} THEN 'infinity'::timestamptz
+                     WHEN l.missing THEN {_PAUSE}
+                     ELSE now() + least({_LONGEST_PAUSE_SECONDS} * interval '1 second',
+                                        greatest(2 * {RESEND_SECONDS} * interval '1 second', (now() - s.ready_at) / 2))
+                     END
+              FROM late l, byrd.runs r WHERE s.id = l.id AND r.id = s.run_id
+            RETURNING {WAKEUP}, l.missing AND r.status IN {_MOVING} AS again""",
+        {"late": list(late), "missing": list(missing)},
     )
     return wakeups_of(row for row in rows if row.again)
 
@@ -138,6 +179,7 @@ def take_oldest(conn: Connection, queue: str, *, limit: int) -> list[Wakeup]:
                WHERE d.status = 'ready' AND d.wake_at <= now() AND d.sends > 0 AND NOT d.solo AND d.queue = %(queue)s
                ORDER BY d.wake_at LIMIT %(limit)s FOR UPDATE OF d SKIP LOCKED)
             UPDATE byrd.steps s SET sends = s.sends + o.moving::int,
+                   sent_at = CASE WHEN o.moving THEN now() ELSE s.sent_at END,
                    wake_at = CASE WHEN o.moving THEN s.wake_at ELSE 'infinity'::timestamptz END
               FROM oldest o WHERE s.id = o.id RETURNING {WAKEUP}, o.moving""",
         {"queue": queue, "limit": limit},

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -40,9 +41,13 @@ _CONSUMERS_SECONDS = 3.0
 _MANY = 1_000_000
 #: For so long what a queue had room for is remembered.
 _ROOM_SECONDS = 0.05
+#: In a queue of no more messages than this, it is looked which are there; of a longer one, it is known how many.
+MOST_READ = 500
 #: In the header of a wake-up for a step that needs no message of its own: whoever takes it may run others, too.
 SHARED = "byrd_shared"
 _SHARED = f'"{SHARED}": true'.encode()
+#: What a message says of its step, as ``_send`` writes it: the step's id, and its attempts so far.
+_STEP = re.compile(rb'"step": "((?:[^"\\]|\\.)*)", "no": \d+, "attempt": (\d+)')
 
 
 class Publisher:
@@ -137,9 +142,12 @@ class Publisher:
         enough = self._enough(queue)
         if enough >= _MANY:
             return enough
-        older = channel.client.lindex(f"{getattr(channel, 'global_keyprefix', '') or ''}{queue}", enough - 1)
+        with channel.client.pipeline(transaction=False) as pipe:
+            pipe.lindex(f"{_prefix(channel)}{queue}", enough - 1)
+            pipe.llen(queue)  # kombu prefixes this one by itself
+            older, length = pipe.execute()
         if older is None:
-            return enough
+            return max(1, enough - int(length))
         return 0 if _SHARED in older else 1
 
     def _enough(self, queue: str) -> int:
@@ -192,6 +200,31 @@ class Publisher:
                 return int(channel.queue_declare(queue=queue, passive=True).message_count)
             except connection.channel_errors:
                 return 0  # a queue that was never declared holds nothing
+
+    def missing(self, queue: str, attempts: Mapping[str, int]) -> list[str] | None:
+        """Return the steps of which no message waits in a queue of the broker; None when it does not say.
+
+        ``attempts``: of each step, the number of its attempts so far, for a message of an earlier one wakes up nobody.
+        """
+        try:
+            with self.app.producer_pool.acquire(block=True, timeout=5) as producer:
+                if producer.connection.transport.driver_type != "redis":
+                    return None
+                producer.connection.ensure_connection(max_retries=0, timeout=5)
+                channel = producer.connection.default_channel
+                with channel.client.pipeline(transaction=False) as pipe:
+                    for priority in channel.priority_steps:  # each has a list of its own
+                        pipe.lrange(f"{_prefix(channel)}{channel._q_for_pri(queue, priority)}", 0, -1)
+                    lists = pipe.execute()
+        except Exception as exc:  # noqa: BLE001 - each transport has errors of its own
+            self._complain("the broker does not answer (%r); the relay will ask again", exc)
+            return None
+        held = {found.groups() for messages in lists for message in messages for found in _STEP.finditer(message)}
+        return [
+            step_id
+            for step_id, attempt in attempts.items()
+            if (json.dumps(step_id)[1:-1].encode(), str(attempt).encode()) not in held
+        ]
 
     def is_marked(self, mark: str, *, leave: bool = False) -> bool | None:
         """Tell whether the broker holds a mark, or ``leave`` it there; None when it does not say.
@@ -270,6 +303,11 @@ class Publisher:
             producer, wakeup.task, message, **target, headers=headers, retry=False, serializer="json",
             **{k: v for k, v in options.items() if k in _PROPERTIES},
         )  # fmt: skip
+
+
+def _prefix(channel: Any) -> str:
+    """Return what kombu puts before the names of queues, in some of its commands."""
+    return getattr(channel, "global_keyprefix", "") or ""
 
 
 def _batch(producer: Any, messages: int) -> AbstractContextManager[Any]:

@@ -26,6 +26,7 @@ from byrd.store import Store, Wakeup, children, limits, runs, steps, sweeps, ter
 from byrd.store.database import exceeds_limit, is_outage, is_race
 from byrd.store.flow import RESEND_SECONDS
 from byrd.store.rows import CHANNEL
+from byrd.task.publisher import MOST_READ
 from byrd.task.runtime import Runtime
 from byrd.worker.clock import ServerClock
 from byrd.worker.loop import Loop
@@ -353,12 +354,7 @@ class Sweeper(Loop):
                     return sent  # the broker is away: it would be for the other queues, too
                 room = None if solo else publisher.room(queue)
                 if room is None:
-                    waiting = store.run(sweeps.sent_and_waiting, queue, solo=solo, at_most=depth + overdue)
-                    # No more than were counted: what is overdue only since then would be put off, as if its message
-                    # were there.
-                    lost: list[Wakeup] = store.run(
-                        sweeps.take_overdue, queue, solo=solo, resend=max(0, waiting - depth), limit=overdue
-                    )
+                    lost = self._lost(queue, overdue, depth, solo=solo)
                     publisher.publish(lost)
                     sent += len(lost)
                 else:
@@ -366,6 +362,16 @@ class Sweeper(Loop):
                     sent += self._wake_for(queue, min(overdue, room))
         self._woken = {queue: woken for queue, woken in self._woken.items() if queue in shared}
         return sent
+
+    def _lost(self, queue: str, overdue: int, depth: int, *, solo: bool) -> list[Wakeup]:
+        """Return what is to be sent again of a queue whose steps have each a message of their own."""
+        store = self.store
+        late = store.run(sweeps.late_steps, queue, solo=solo, limit=overdue)
+        if depth <= MOST_READ and (missing := self.runtime.publisher.missing(queue, late)) is not None:
+            return store.run(sweeps.look_again, list(late), missing)
+        waiting = store.run(sweeps.sent_and_waiting, queue, solo=solo, at_most=depth + overdue)
+        # No more than were counted: what is overdue only since then would be put off, as if its message were there.
+        return store.run(sweeps.take_overdue, queue, solo=solo, resend=max(0, waiting - depth), limit=overdue)
 
     def _wake_for(self, queue: str, most: int) -> int:
         """See that somebody wakes up for what is overdue in a queue whose steps need no messages of their own."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import secrets
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import pytest
@@ -20,7 +21,7 @@ import pytest
 from byrd.chaos.faults import Kind
 from byrd.chaos.targets import check_local
 from byrd.chaos.tasks import QUEUE
-from byrd.embedded import EmbeddedValkey
+from byrd.embedded import EmbeddedPostgres, EmbeddedValkey
 from byrd.errors import ConfigurationError
 from tests.cli.conftest import call
 from tests.cluster import ROOT, Cluster, ClusterFactory, Worker, wait_until
@@ -135,6 +136,48 @@ def test_named_workers_and_a_redis_with_commands(
     assert not any("worker3" in one["what"] for one in report["timeline"])
     check_database(cluster.database_url)
     assert cluster.rows("SELECT count(*) FROM byrd_chaos.effects") == [(0,)]
+
+
+@contextmanager
+def supervised(postgres: EmbeddedPostgres, folder: Path) -> Iterator[tuple[str, str]]:
+    """Have two commands that stop and start a Postgres, as a staging system's service manager does."""
+    told = threading.Event()
+    modes: Iterator[Literal["fast", "immediate"]] = itertools.cycle(("fast", "immediate"))
+    acts: dict[str, Callable[[], object]] = {"stop": lambda: postgres.stop(next(modes)), "start": postgres.start}
+
+    def manage() -> None:
+        while not told.wait(0.05):
+            for name, act in acts.items():
+                if (folder / name).exists():
+                    act()
+                    (folder / name).unlink()
+
+    thread = threading.Thread(target=manage)
+    thread.start()
+    script = folder / "manage.sh"
+    script.write_text(f'touch "{folder}/$1"; while [ -e "{folder}/$1" ]; do sleep 0.05; done')
+    try:
+        yield f"sh {script} stop", f"sh {script} start"
+    finally:
+        told.set()
+        thread.join()
+
+
+def test_a_postgres_with_commands_and_all_that_may_be_named(
+    cluster_on: ClusterFactory, own_postgres: EmbeddedPostgres, own_broker: EmbeddedValkey, tmp_path: Path
+) -> None:
+    cluster = cluster_on(database_url=own_postgres.url, broker_url=own_broker.url)
+    workers = [cluster.worker(APP, queues=["celery", QUEUE], options=["-I", "byrd.chaos.load"]) for _ in range(2)]
+    with kept_alive(*workers), supervised(own_postgres, tmp_path) as (stop, start):
+        status, report, told = chaos(
+            "-A", APP, "--for", "40s", "--every", "0.5s", "--seed", "7", "--open", "6", "--outage", "1s",
+            "--kill-worker", "worker*@*", "--pause-workers", "--flush-redis", "--drop", "0.05", "--duplicate", "0.05",
+            "--stop-postgres", stop, "--start-postgres", start, env=cluster.env,
+        )  # fmt: skip
+    assert_clean(status, report, told)
+    assert set(report["faults"]) == set(Kind) - {Kind.REDIS_RESTARTED}, told
+    assert sum(fault["hit"] for fault in report["timeline"] if fault["kind"] == Kind.POSTGRES_RESTARTED) >= 1
+    check_database(cluster.database_url)
 
 
 def test_own_workers_of_an_app(cluster: Cluster, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ def test_a_chord(app: Any, attempt: Try) -> None:
 
 
 @slow
-@pytest.mark.byrd_crash_points(skip=START)
+@pytest.mark.byrd_crash_points(skip=START, pairs=6)
 def test_nested_canvases(app: Any, attempt: Try) -> None:
     attempt(
         lambda: chain(group(app.add.s(1, 1), chord([app.add.s(1, 2)], app.total.s())), app.total.s()), check=value(5)

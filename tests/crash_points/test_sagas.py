@@ -56,7 +56,7 @@ def test_a_rollback_side_by_side(app: Any, attempt: Try) -> None:
 
 
 @slow
-@pytest.mark.byrd_crash_points(skip=START, every=EVERY)
+@pytest.mark.byrd_crash_points(skip=START, every=EVERY, pairs=6)
 def test_a_pivot_and_what_follows_it(app: Any, attempt: Try) -> None:
     def check(run: Any) -> None:
         assert run.get(timeout=0) == "up"

@@ -15,7 +15,8 @@ from byrd import embedded
 from byrd.embedded import EmbeddedValkey
 from byrd.store.sweeps import PATIENCE_SECONDS
 from tests.cluster import Cluster, ClusterFactory, wait_until
-from tests.reliability.outages import APP, BOUND_SECONDS, Struck, alive, measured, no_preemption, starts_after
+from tests.invariants import check_database
+from tests.reliability.outages import APP, BOUND_SECONDS, Struck, alive, log, measured, no_preemption, starts_after
 from tests.reliability.proxy import Proxy
 
 OUTAGE_SECONDS = 30.0
@@ -46,6 +47,32 @@ def test_flushed_in_mid_work(own: Cluster, tmp_path: Path) -> None:
     assert measured("Redis flushed", own, flushed, struck.queued) < BOUND_SECONDS
     no_preemption(own)
     alive(worker)
+
+
+def test_one_message_is_lost_of_a_queue_that_stays_full(own: Cluster, tmp_path: Path) -> None:
+    """Its step needs it, and it alone is sent again, though the queue does not look as if anything were missing."""
+    app, go = own.app(APP), tmp_path / "go"
+    own.worker(APP)
+    busy = [app.engine.submit(app.wait_for_file.s(str(go), n)) for n in (1, 2)]
+    wait_until(lambda: all(run.steps()[0].status == "running" for run in busy))
+    runs = [app.engine.submit(app.add.s(n, 1).set(time_limit=60)) for n in range(40)]
+    with own.redis() as client:
+        for _ in range(40):
+            client.lpush("celery", "{}")  # of others
+        messages = client.lrange("celery", 0, -1)
+        lost = [message for message in messages if runs[-1].steps()[0].id.encode() in message]
+        assert client.lrem("celery", 1, lost[0]) == 1
+        dropped = time.time()
+        wait_until(lambda: runs[-1].steps()[0].sends == 2, timeout=15, what="its message to be sent again")
+        log.info("the one message that was lost was sent again after %.1f s", time.time() - dropped)
+        there = b"".join(client.lrange("celery", 0, -1))
+        client.delete("celery")
+    held = [step for run in runs[:-1] for step in run.steps() if step.id.encode() in there]
+    assert len(held) > 20
+    assert {step.sends for step in held} == {1}
+    go.touch()
+    assert [run.get(timeout=60) for run in [*busy, *runs]] == [1, 2, *range(1, 41)]
+    check_database(own.database_url)
 
 
 @pytest.mark.parametrize("bindings", [False, True], ids=["queue", "queue and bindings"])

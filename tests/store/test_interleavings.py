@@ -825,7 +825,11 @@ class InterleavingMachine(RuleBasedStateMachine):
         if name in ("recover", "release_worker", "stop_worker"):
             self.workers[worker] = self.world.add_worker()
 
-    @move(name=st.sampled_from(["take_due", "take_overdue", "doubt_all"]), solo=st.booleans(), whole=WHOLE)
+    @move(
+        name=st.sampled_from(["take_due", "take_overdue", "look_again", "take_oldest", "make_solo", "doubt_all"]),
+        solo=st.booleans(),
+        whole=WHOLE,
+    )
     def relay(self, name: str, solo: bool, whole: bool) -> None:
         self.quietly(
             """UPDATE byrd.steps SET wake_at = now() - interval '1 s' WHERE id IN
@@ -834,6 +838,9 @@ class InterleavingMachine(RuleBasedStateMachine):
         functions: dict[str, Statement] = {
             "take_due": sweeps.take_due,
             "take_overdue": lambda conn: sweeps.take_overdue(conn, "work", solo=solo, resend=1),
+            "look_again": lambda conn: sweeps.look_again(conn, *[[*sweeps.late_steps(conn, "work", solo=solo)]] * 2),
+            "take_oldest": lambda conn: sweeps.take_oldest(conn, "work", limit=2),
+            "make_solo": lambda conn: sweeps.make_solo(conn, "work"),
             "doubt_all": sweeps.doubt_all,
         }
         self.start(Op(name, functions[name], _nothing_changes), whole=whole)

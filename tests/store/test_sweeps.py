@@ -95,6 +95,43 @@ def test_after_the_broker_lost_all_each_message_is_sent_again_however_full_the_q
     assert sorted(sent(world, run).values()) == [2] * 5
 
 
+def test_only_those_are_sent_again_whose_messages_are_missing(world: World) -> None:
+    run = world.submit(group(*[sig(f"t{n}") for n in range(4)]))
+    assert world.do(sweeps.late_steps, "work") == {}
+    pass_time(world, 20)
+    world.sql("UPDATE byrd.steps SET ready_at = now() - interval '20 s' RETURNING 1")
+    world.claim(run, "t3")
+    late = world.do(sweeps.late_steps, "work")
+    assert late == {world.step(run, f"t{n}").id: 0 for n in range(3)}
+    assert len(world.do(sweeps.late_steps, "work", limit=2)) == 2
+    world.claim(run, "t2")  # since then
+    t0, t1 = (world.step(run, name).id for name in ("t0", "t1"))
+    assert [wakeup.id for wakeup in world.do(sweeps.look_again, list(late), [t1, world.step(run, "t2").id])] == [t1]
+    assert sent(world, run) == {"t0": 1, "t1": 2}
+    assert world.do(sweeps.look_again, list(late), list(late)) == [], "the others have just been looked at"
+    pauses = world.sql("SELECT id, extract(epoch FROM wake_at - now()) AS pause FROM byrd.steps WHERE status = 'ready'")
+    assert {row.id: round(row.pause) for row in pauses} == {t0: 10, t1: round(RESEND_SECONDS * 2)}
+
+
+def test_a_step_that_waits_long_is_looked_at_ever_less_often(world: World) -> None:
+    world.submit(sig("a"))
+    looks = []
+    for age in (2, 4, 20, 100, 10_000):
+        pass_time(world, 1000)
+        world.sql("UPDATE byrd.steps SET ready_at = now() - %(age)s * interval '1 s' RETURNING 1", age=age)
+        assert world.do(sweeps.look_again, list(world.do(sweeps.late_steps, "work")), []) == []
+        looks.append(round(world.do(sweeps.seconds_until_due, at_most=1000.0)))
+    assert looks == [4, 4, 10, 50, 300]
+
+
+def test_what_is_missing_of_a_paused_run_is_parked(world: World) -> None:
+    run = world.submit(sig("a"))
+    world.sql("UPDATE byrd.runs SET status = 'paused' RETURNING 1")
+    pass_time(world, 1000)
+    assert world.do(sweeps.look_again, [world.step(run, "a").id], [world.step(run, "a").id]) == []
+    assert world.do(sweeps.late_steps, "work") == {}
+
+
 # ------------------------------------------------------------------------------- what whoever is awake may take
 
 
@@ -367,6 +404,8 @@ def test_no_sweep_reads_what_is_finished(old_store: Store) -> None:
         "overdue_queues": sweeps.overdue_queues,
         "sent_and_waiting": lambda conn: sweeps.sent_and_waiting(conn, "work", at_most=100),
         "take_overdue": lambda conn: sweeps.take_overdue(conn, "work", resend=10),
+        "late_steps": lambda conn: sweeps.late_steps(conn, "work"),
+        "look_again": lambda conn: sweeps.look_again(conn, [a.id, x.id], [a.id]),
         "take_oldest": lambda conn: sweeps.take_oldest(conn, "work", limit=10),
         "make_solo": lambda conn: sweeps.make_solo(conn, "work"),
         "seconds_until_due": lambda conn: sweeps.seconds_until_due(conn, at_most=1.0),

@@ -51,6 +51,33 @@ def test_a_wakeup_that_cannot_be_sent_does_not_hold_up_the_others(app: Celery, b
     assert _sent(broker_url) == [1, 3]
 
 
+@pytest.mark.parametrize("prefix", ["", "own."])
+def test_which_messages_are_missing(app: Celery, broker_url: str, prefix: str) -> None:
+    app.conf.broker_transport_options = {**app.conf.broker_transport_options, "global_keyprefix": prefix}
+    publisher, odd = Publisher(app), 'of "quotes", \\ and é'
+    kept = [_wakeup(1), _wakeup(2)._replace(options='{"priority": 9}'), _wakeup(3)._replace(id=odd)]
+    assert publisher.publish([*kept, _wakeup(4, queue="celery")._replace(attempt=2)])
+    ids = {wakeup.id: 0 for wakeup in kept}
+    assert publisher.missing("celery", {**ids, "step-4": 2}) == []
+    assert publisher.missing("celery", {**ids, "step-4": 3, "step-5": 0}) == ["step-4", "step-5"]
+    assert publisher.missing("other", ids) == list(ids)
+    with redis.Redis.from_url(broker_url) as client:
+        assert client.rpop(f"{prefix}celery")
+    assert publisher.missing("celery", ids) == ["step-1"]
+
+
+def test_a_dead_broker_does_not_say_what_is_missing(own_broker: EmbeddedValkey) -> None:
+    app = Celery("publisher", broker=own_broker.url, set_as_current=False)
+    own_broker.kill()
+    assert Publisher(app).missing("celery", {"step-1": 0}) is None
+    app.close()
+
+
+def test_a_broker_of_another_kind_does_not_say_what_is_missing() -> None:
+    with Celery("publisher", broker="memory://", set_as_current=False) as app:
+        assert Publisher(app).missing("celery", {"step-1": 0}) is None
+
+
 @pytest.mark.parametrize("count", [1, 250])
 def test_a_dead_broker_is_told_not_raised_and_served_again_once_it_is_back(
     own_broker: EmbeddedValkey, count: int

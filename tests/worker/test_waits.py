@@ -25,7 +25,7 @@ from tests.cluster import ROOT, Cluster, wait_until
 
 APP = "tests.apps.waiting"
 #: For how long a thousand runs sleep, in seconds: long enough to be submitted before.
-SLEEP = float(os.environ.get("BYRD_SLEEP_SECONDS", "20"))
+SLEEP = float(os.environ.get("BYRD_SLEEP_SECONDS", "30"))
 
 
 @pytest.fixture(scope="module")

@@ -146,6 +146,8 @@ def _steps() -> None:
         _time("run_at"),
         _time("wake_at"),
         _time("ready_at"),
+        # When it was last published again, for `byrd why`: NULL if it never was.
+        _time("sent_at"),
         _time("started_at"),
         _time("finished_at"),
         sa.Column("worker_id", pg.UUID(as_uuid=False)),
