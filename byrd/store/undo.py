@@ -105,10 +105,12 @@ def plan(conn: Connection, run_id: str, saga: int | None = None) -> int:
     undone |= _children_to_undo(conn, run_id, saga)
     if not undone:
         return 0
+    # An item comes before its each only: one that is not undone changes no rank, and there may be millions of these.
     edges = query(
         conn,
-        "SELECT no, after, join_no FROM byrd.steps WHERE run_id = %(run)s AND kind <> 'compensation' ORDER BY no",
-        params,
+        """SELECT no, after, join_no FROM byrd.steps WHERE run_id = %(run)s AND kind <> 'compensation'
+              AND (kind <> 'item' OR no = ANY(%(undone)s)) ORDER BY no""",
+        {**params, "undone": list(undone)},
     )
     ranks = _ranks([(row.no, row.after, row.join_no) for row in edges], undone)
     query(

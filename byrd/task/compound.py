@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from traceback import format_exception
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -71,7 +72,8 @@ class Compound:
         # What only ends this attempt is no failure: the next one goes on here.
         if isinstance(exc, Exception) and not isinstance(exc, Retry | Ignore | Reject):
             if self._failure is None:
-                self._remember("failed", self._attempt.runtime.app.backend.encoded_error(exc))
+                where = "".join(format_exception(exc))
+                self._remember("failed", self._attempt.runtime.app.backend.encoded_error(exc, where))
             self._undo()
 
     def _undo(self) -> None:
@@ -99,8 +101,11 @@ class Compound:
         raise self._task.retry(exc=exc, countdown=pause, max_retries=retries + 1) from exc
 
     def _decoded(self, error: str) -> BaseException:
-        exc, _ = self._attempt.runtime.app.backend.decoded_error(error)
-        return exc if isinstance(exc, BaseException) else CompoundError(str(exc))
+        found, where = self._attempt.runtime.app.backend.decoded_error(error)
+        exc = found if isinstance(found, BaseException) else CompoundError(str(found))
+        if where:  # or the history would show this attempt's traceback only, which says nothing of the cause
+            exc.add_note(f"An earlier attempt had left the block {self._name!r} because of this:\n{where}")
+        return exc
 
     def _remembered(self, name: str) -> str | None:
         return self._store.run(progress.remembered, self._attempt.step_id, self._key(name))

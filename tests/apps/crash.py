@@ -115,6 +115,26 @@ def count_up(self: byrd.CheckpointTask, name: str, most: int) -> int:
     return int(done.completed) + int(first)
 
 
+@app.task(bind=True, base=byrd.CheckpointTask)
+def all_or_nothing(self: byrd.CheckpointTask, *operations: str) -> list[str]:
+    """Do all of it, or nothing; what is called "refused" is not to be had."""
+    with self.compound() as op:
+        return [op.do(what, take, what, undo=give_back) for what in operations]
+
+
+def take(what: str) -> str:
+    """Do one of several operations."""
+    if what == "refused":
+        raise ValueError("it is not to be had")
+    log(f"take {what}")
+    return what.upper()
+
+
+def give_back(taken: str, what: str) -> None:
+    """Undo it."""
+    log(f"give back {taken} for {what}")
+
+
 @app.task(bind=True)
 def cancel_itself_and_stay(self: Task) -> None:
     """Cancel the task's own run with terminate, and go on until the run does without it."""
@@ -158,6 +178,22 @@ def reserve(what: str) -> str:
 def release(reservation: str, what: str) -> None:
     """Undo it: safe to repeat, as each compensation must be."""
     note(reservation, what)
+
+
+@app.task(base=byrd.SagaTask)
+def order_meal(what: str) -> str:
+    """Do what can be undone only the second time."""
+    return what.upper()
+
+
+@order_meal.compensation(max_retries=0)
+def send_back(meal: str, what: str) -> None:
+    """Undo it; raise the first time, though, and write down each call."""
+    with engine.runtime.user_store.engine.begin() as conn:
+        before = conn.execute(text("SELECT count(*) FROM effects WHERE name = :name"), {"name": meal}).scalar_one()
+        conn.execute(text("INSERT INTO effects (name, n) VALUES (:name, :n)"), {"name": meal, "n": before + 1})
+    if not before:
+        raise ConnectionError(f"{what} cannot be sent back")
 
 
 @engine.workflow("crash.stay")
@@ -220,6 +256,12 @@ def note(reservation: str, what: str) -> None:
             text("INSERT INTO effects (name, n) VALUES (:name, 1) ON CONFLICT DO NOTHING"),
             {"name": f"{reservation} {what}"},
         )
+
+
+def log(what: str) -> None:
+    """Leave a trace for each time, with its place among all."""
+    with engine.runtime.user_store.engine.begin() as conn:
+        conn.execute(text("INSERT INTO effects (name, n) SELECT :name, count(*) + 1 FROM effects"), {"name": what})
 
 
 @engine.workflow("crash.order")

@@ -133,6 +133,13 @@ def pages(first: int, most: int, size: int, cursor: Any = None) -> Any:
 
 
 @app.task
+def large_pages(most: int, size: int, cursor: int = 0) -> Any:
+    """Enumerate so many texts of 16 kB, a page at a time."""
+    to = min(most, (cursor or 0) + size)
+    return [str(n).rjust(16384) for n in range(cursor or 0, to)], (to if to < most else None)
+
+
+@app.task
 def bad_pages(cursor: Any = None) -> Any:
     """No page."""
     return [1, 2, 3]

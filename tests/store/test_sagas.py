@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from byrd.canvas import Plan, compile_canvas
 from byrd.errors import CanvasError, IllegalTransitionError, StepCancelled
 from byrd.model import StepKind
 from byrd.store import Store, growth, plans, progress, reading, runs, sagas, steps, sweeps, undo, waits
+from byrd.store.rows import query
 from tests.store.world import ERROR, World, app, plan_of, sig
 
 
@@ -88,6 +90,32 @@ def test_callbacks_belong_to_a_saga_and_errbacks_do_not() -> None:
 def test_what_is_no_saga_is_refused(build: Any, says: str) -> None:
     with pytest.raises(CanvasError, match=says):
         compile_canvas(build(), app)
+
+
+def test_items_that_are_not_undone_are_not_read_for_the_plan_of_a_rollback(world: World) -> None:
+    """There may be millions of them."""
+    run = world.submit(chain(sig("saga_a"), sig("b"), sig("saga_c"), sig("d")))
+    for task in ("saga_a", "b", "saga_c"):
+        world.settle(world.claim(run, task))
+    with world.store.engine.connect() as conn:  # rolled back: it has no each that these are items of
+        query(
+            conn,
+            """INSERT INTO byrd.steps (id, run_id, no, kind, task, queue, options, join_no, join_pos, status, result,
+                                       finished_at, compensation)
+               SELECT gen_random_uuid()::text, %(run)s, 100 + g, 'item', 'item', 'work', '{}', 1, g, 'succeeded', '1',
+                      now(), CASE g WHEN 7 THEN '{"task": "undo_item"}' END FROM generate_series(1, 20000) g""",
+            {"run": run},
+        )
+        tracemalloc.start()
+        try:
+            assert undo.plan(conn, run) == 3
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        sql = "SELECT compensates, rank FROM byrd.steps WHERE run_id = %(run)s AND rank > 0 ORDER BY rank"
+        ranks = query(conn, sql, {"run": run}).all()
+    assert [tuple(row) for row in ranks] == [(2, 1), (107, 2), (0, 3)]
+    assert peak < 2**20, peak
 
 
 # ------------------------------------------------------------------------------------------------- nested sagas

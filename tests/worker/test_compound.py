@@ -67,6 +67,7 @@ def test_an_undo_that_fails_is_tried_again(cluster: Cluster, app: Any, tmp_path:
     with pytest.raises(ValueError, match="c is not to be had"):
         run.get(timeout=60)
     assert lines(path) == ["a", "b", "undo B", "undo A"]
+    assert "in act" in str(run.info.error), "it should say where it was raised, in the first attempt"
     assert [event["event"] for event in run.history() if event["event"] == "retried"] == ["retried"] * 2
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from celery import chain, group
 from rich.console import Console
@@ -215,6 +216,35 @@ def test_no_more_than_the_limit_at_once_and_no_more_rows_than_a_page(own: Any) -
         most = max(most, now)
     assert 2 <= most <= 3
     assert max(waiting) <= 3 + 5
+    own.done()
+
+
+def test_the_number_of_items_costs_a_worker_no_memory(own: Any) -> None:
+    """2,000 items of 16 kB, 32 MB in all: neither they nor their values are in a process at once, nor do they wait."""
+    most, page, limit = 2000, 50, 8
+    worker = own.worker(concurrency=2)
+    pids = [worker.pid, *worker.pids()]
+    assert len(pids) == 3
+    pages = own.app.large_pages.s(most, page)
+    run = own.app.engine.submit(byrd.each(own.app.same.s(), over=pages, limit=limit))
+    early: dict[int, int] = {}
+    growth = dict.fromkeys(pids, 0)
+
+    def looked() -> bool:
+        counts = own.counts(run)
+        assert sum(n for status, n in counts.items() if status != "succeeded") <= page + 2 * limit, counts
+        if counts.get("succeeded", 0) >= 400:
+            for pid in pids:
+                now = psutil.Process(pid).memory_info().rss
+                growth[pid] = max(growth[pid], now - early.setdefault(pid, now))
+        return bool(run.status.final)
+
+    wait_until(looked, timeout=120)
+    found = run.get(timeout=0)
+    assert found == [str(n).rjust(16384) for n in range(most)]
+    assert worker.pids() == pids[1:]
+    # 0.04 MB in the main process, 1.8 to 3.5 MB in the others; 12 to 15 MB if each kept the pages that it brought in.
+    assert max(growth.values()) < 8 * 2**20, growth
     own.done()
 
 
