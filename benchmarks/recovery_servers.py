@@ -98,7 +98,8 @@ def _trial(load: Any, fault: Callable[[Servers], object], servers: Servers, go: 
     # Each in a process of its own: one may have claimed both, and gives one back when it sees how long they take.
     wait_until(lambda: len({run.steps()[0].pid for run in runs} - {None}) == _HELD)
     for number in range(_QUEUED):
-        canvas = load.add_one.s(number)
+        # With headers it needs its message; else a process that is awake would find it without.
+        canvas = load.add_one.s(number).set(headers={"needs": "its message"})
         for _ in range(_CHAIN - 1):
             canvas |= load.add_one.s()
         runs.append(engine.submit(canvas))

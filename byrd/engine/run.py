@@ -10,8 +10,9 @@ from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from celery.exceptions import TimeoutError as CeleryTimeoutError
+from sqlalchemy.exc import DBAPIError
 
-from byrd.errors import ArgumentError
+from byrd.errors import ArgumentError, ByrdError
 from byrd.model import FINAL_STEP, RunStatus
 from byrd.store import RunRow, StepRow, Store, Wakeup, reading, runs, sagas, termination, waits
 from byrd.task.attempt import text_of, to_json
@@ -189,12 +190,15 @@ class Run:
         return self.engine.runtime.store
 
     def _timed_out(self, status: str, timeout: float | None) -> CeleryTimeoutError:
+        from byrd.engine.why import explain
+
+        said = f"run {self.id} is {status} after {timeout} s"
         try:
-            why = " ".join(self.why())
-        except Exception as exc:  # noqa: BLE001 - what is asked besides must not hide that time is up
-            log.warning("run %s: why it takes so long cannot be told: %r", self.id, exc)
-            why = "no reason could be found"
-        return CeleryTimeoutError(f"run {self.id} is {status} after {timeout} s: {why} (`byrd why {self.id}`)")
+            reasons = explain(self.engine, self.id, ask_broker=False)
+        except (ByrdError, DBAPIError) as exc:  # what is asked besides must not hide that time is up
+            log.debug("run %s: why it takes so long cannot be told: %r", self.id, exc)
+            reasons = []
+        return CeleryTimeoutError(f"{said}: {' '.join(reasons)}" if reasons else f"{said}; `byrd why {self.id}`")
 
     def _publish(self, wakeups: list[Wakeup]) -> None:
         self.engine.runtime.publisher.publish(wakeups)

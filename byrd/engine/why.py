@@ -38,6 +38,7 @@ class _Case:
 
     engine: Byrd
     standing: Standing
+    ask_broker: bool = True
     _depths: dict[str, int | str | None] = field(default_factory=dict)
 
     @property
@@ -54,7 +55,7 @@ class _Case:
 
     def depth(self, queue: str) -> int | str | None:
         """Return how many messages are in a queue, or how the broker fails to say; None where no broker is known."""
-        if not self.engine.app.conf.broker_url:
+        if not self.engine.app.conf.broker_url or not self.ask_broker:
             return None
         if queue not in self._depths:
             try:
@@ -66,13 +67,14 @@ class _Case:
         return self._depths[queue]
 
 
-def explain(engine: Byrd, run_id: str) -> list[str]:
+def explain(engine: Byrd, run_id: str, *, ask_broker: bool = True) -> list[str]:
     """Return one sentence for each thing that the run waits for, or what is to say of its end.
 
+    ``ask_broker``: say what is in its queues, which may take seconds when it hangs.
     Raises :class:`RunNotFoundError` when there is no such run.
     """
     standing = engine.runtime.store.run(insight.standing, run_id)
-    case = _Case(engine, standing)
+    case = _Case(engine, standing, ask_broker)
     if standing.run.finished_at is not None:
         return _ended(case)
     status = RunStatus(standing.run.status)

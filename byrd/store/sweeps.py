@@ -18,6 +18,8 @@ _NOW = "clock_timestamp()"
 PATIENCE_SECONDS = 15.0
 #: After it was published again and again, a step is looked at this seldom; that Redis lost all is noticed otherwise.
 _LONGEST_PAUSE_SECONDS = 300.0
+#: The same of a step whose message was in the queue when it was looked at last: it may be lost since.
+_LONGEST_LOOK_SECONDS = 30.0
 #: The longest pause of a step whose messages come to workers that cannot run it.
 _PASS_ON_AT_MOST = 30.0
 #: How many steps one statement of the relay writes, so that none takes long; what is left is due at once.
@@ -129,12 +131,12 @@ def take_overdue(
 
 
 def late_steps(conn: Connection, queue: str, *, solo: bool = True, limit: int = _OVERDUE_BATCH) -> dict[str, int]:
-    """Return the overdue steps of a queue that have been looked at least of late, each with its attempts so far."""
+    """Return the steps of a queue that are to be looked at, the longest overdue first, with their attempts so far."""
     rows = query(
         conn,
         f"""SELECT id, attempt FROM byrd.steps
              WHERE status = 'ready' AND sends > 0 AND {_WHICH[solo]} AND queue = %(queue)s AND wake_at <= now()
-             ORDER BY wake_at LIMIT %(limit)s""",
+             ORDER BY wake_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED""",
         {"queue": queue, "limit": limit},
     )
     return {row.id: row.attempt for row in rows}
@@ -143,7 +145,7 @@ def late_steps(conn: Connection, queue: str, *, solo: bool = True, limit: int = 
 def look_again(conn: Connection, late: Sequence[str], missing: Sequence[str]) -> list[Wakeup]:
     """Return those late steps to publish again whose messages are ``missing``; look at the others again later.
 
-    That is after half the time for which they have waited, so that a long line costs little.
+    That is after half the time for which they have waited (4 to 30 s), so that a long line costs little.
     """
     rows = query(
         conn,
@@ -156,14 +158,29 @@ def look_again(conn: Connection, late: Sequence[str], missing: Sequence[str]) ->
                    sent_at = CASE WHEN l.missing AND r.status IN {_MOVING} THEN now() ELSE s.sent_at END,
                    wake_at = CASE WHEN r.status NOT IN {_MOVING} THEN 'infinity'::timestamptz
                      WHEN l.missing THEN {_PAUSE}
-                     ELSE now() + least({_LONGEST_PAUSE_SECONDS} * interval '1 second',
-                                        greatest(2 * {RESEND_SECONDS} * interval '1 second', (now() - s.ready_at) / 2))
-                     END
+                     ELSE now() + least({_LONGEST_LOOK_SECONDS} * interval '1 second',
+                                        greatest(2 * {RESEND_SECONDS} * interval '1 second',
+                                                 (now() - greatest(s.ready_at, s.run_at)) / 2)) END
               FROM late l, byrd.runs r WHERE s.id = l.id AND r.id = s.run_id
             RETURNING {WAKEUP}, l.missing AND r.status IN {_MOVING} AS again""",
         {"late": list(late), "missing": list(missing)},
     )
     return wakeups_of(row for row in rows if row.again)
+
+
+def not_sent(conn: Connection, step_ids: Sequence[str]) -> None:
+    """Note that these steps, which were to be published again, were not, or not all: they are looked at soon."""
+    query(
+        conn,
+        f"""WITH unsent AS MATERIALIZED (
+              SELECT id FROM byrd.steps WHERE id = ANY(%(ids)s) AND status || '' = 'ready' AND sends > 1
+               ORDER BY id FOR UPDATE SKIP LOCKED)
+            UPDATE byrd.steps s SET sends = s.sends - 1, sent_at = NULL,
+                   wake_at = CASE WHEN s.wake_at < 'infinity' AND s.solo
+                     THEN now() + {RESEND_SECONDS} * interval '1 second' ELSE s.wake_at END
+              FROM unsent WHERE s.id = unsent.id""",
+        {"ids": list(step_ids)},
+    )
 
 
 def take_oldest(conn: Connection, queue: str, *, limit: int) -> list[Wakeup]:
@@ -471,9 +488,9 @@ def running_here(conn: Connection, worker_id: str, step_id: str) -> Any:
 def make_solo(conn: Connection, queue: str, *, limit: int = _OVERDUE_BATCH) -> None:
     """Have steps of a queue sent by messages of their own that whoever is awake may take, but nobody does.
 
-    No worker that consumes the queue shares their task, so they have come to the front of the line, and stay there.
-    What waits for nothing but its turn is left alone: a message of its own would have to wait for all that are in the
-    queue, and others would be taken meanwhile.
+    No worker that consumes the queue shares their task, so they come to the front of the line, and stay there.  What
+    waits for nothing but its turn is left alone: a message of its own would have to wait for all that are in the queue,
+    and others would be taken meanwhile.
     """
     query(
         conn,
@@ -484,7 +501,7 @@ def make_solo(conn: Connection, queue: str, *, limit: int = _OVERDUE_BATCH) -> N
                WHERE d.status = 'ready' AND d.sends > 0 AND NOT d.solo AND d.queue = %(queue)s
                  AND d.wake_at <= now() - {PATIENCE_SECONDS} * interval '1 second'
                ORDER BY d.wake_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED)
-            UPDATE byrd.steps s SET solo = true FROM late
+            UPDATE byrd.steps s SET solo = true, sends = 1, sent_at = NULL FROM late
              WHERE s.id = late.id AND s.status = 'ready' AND EXISTS (SELECT 1 FROM consumers)
                AND NOT EXISTS (SELECT 1 FROM consumers c WHERE late.task = ANY(c.shares))""",
         {"queue": queue, "limit": limit},

@@ -43,6 +43,8 @@ _MANY = 1_000_000
 _ROOM_SECONDS = 0.05
 #: In a queue of no more messages than this, it is looked which are there; of a longer one, it is known how many.
 MOST_READ = 500
+#: Nor is it looked when all of them are larger than this: whoever else uses the queue may put large messages there.
+_MOST_BYTES = 8_000_000
 #: In the header of a wake-up for a step that needs no message of its own: whoever takes it may run others, too.
 SHARED = "byrd_shared"
 _SHARED = f'"{SHARED}": true'.encode()
@@ -202,7 +204,7 @@ class Publisher:
                 return 0  # a queue that was never declared holds nothing
 
     def missing(self, queue: str, attempts: Mapping[str, int]) -> list[str] | None:
-        """Return the steps of which no message waits in a queue of the broker; None when it does not say.
+        """Return the steps of which no message waits in a queue of the broker; None when it does not say, or too much.
 
         ``attempts``: of each step, the number of its attempts so far, for a message of an earlier one wakes up nobody.
         """
@@ -212,10 +214,18 @@ class Publisher:
                     return None
                 producer.connection.ensure_connection(max_retries=0, timeout=5)
                 channel = producer.connection.default_channel
+                # Each priority has a list of its own.
+                keys = [f"{_prefix(channel)}{channel._q_for_pri(queue, step)}" for step in channel.priority_steps]
                 with channel.client.pipeline(transaction=False) as pipe:
-                    for priority in channel.priority_steps:  # each has a list of its own
-                        pipe.lrange(f"{_prefix(channel)}{channel._q_for_pri(queue, priority)}", 0, -1)
+                    for key in keys:
+                        pipe.memory_usage(key, samples=50)
+                    if sum(size or 0 for size in pipe.execute()) > _MOST_BYTES:
+                        return None
+                    for key in keys:
+                        pipe.lrange(key, 0, MOST_READ)
                     lists = pipe.execute()
+                if any(len(messages) > MOST_READ for messages in lists):
+                    return None
         except Exception as exc:  # noqa: BLE001 - each transport has errors of its own
             self._complain("the broker does not answer (%r); the relay will ask again", exc)
             return None

@@ -14,7 +14,7 @@ import select
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -250,7 +250,8 @@ class Keeper(Loop):
 class Sweeper(Loop):
     """Relay and recovery: publishes ready steps that nobody has been told of, and finds work whose owner is gone.
 
-    Any number may run; an advisory lock picks one for each sweep.
+    Any number may run: advisory locks let one at a time publish what has become due, and one recover.  What is looked
+    at again is locked step by step, and no two take the same.
     """
 
     def __init__(self, runtime: Runtime, settings: Settings) -> None:
@@ -355,8 +356,7 @@ class Sweeper(Loop):
                 room = None if solo else publisher.room(queue)
                 if room is None:
                     lost = self._lost(queue, overdue, depth, solo=solo)
-                    publisher.publish(lost)
-                    sent += len(lost)
+                    sent += len(lost) if self._sent_again(lost) else 0
                 else:
                     shared.add(queue)
                     sent += self._wake_for(queue, min(overdue, room))
@@ -381,11 +381,21 @@ class Sweeper(Loop):
             return 0
         self.store.run(sweeps.make_solo, queue)
         again: list[Wakeup] = self.store.run(sweeps.take_oldest, queue, limit=most) if most else []
-        self.runtime.publisher.publish(again)
+        if not again or not self._sent_again(again):
+            self._woken[queue] = replace(last, until=now + self.settings.sweep_seconds)
+            return 0
         ids = frozenset(wakeup.id for wakeup in again)
-        pause = min(_LONGEST_PAUSE_SECONDS, 2 * last.pause) if ids & last.ids else RESEND_SECONDS
-        self._woken[queue] = _Woken(ids, pause, now + (pause if again else self.settings.sweep_seconds))
+        # Where others are taken it is not in vain.
+        pause = min(_LONGEST_PAUSE_SECONDS, 2 * last.pause) if ids <= last.ids else RESEND_SECONDS
+        self._woken[queue] = _Woken(ids, pause, now + pause)
         return len(again)
+
+    def _sent_again(self, wakeups: list[Wakeup]) -> bool:
+        """Publish what was taken to be sent again; if the broker does not take it, it was not sent."""
+        if self.runtime.publisher.publish(wakeups):
+            return True
+        self.store.run(sweeps.not_sent, [wakeup.id for wakeup in wakeups])
+        return False
 
     def _look_for_losses(self) -> None:
         """Notice that Redis lost everything: else each step would wait until it is looked at again, up to 5 min."""
@@ -398,13 +408,10 @@ class Sweeper(Loop):
             return
         # A broker that is new has lost nothing.  It is marked last: whoever dies before that leaves it to the others,
         # and to look twice costs a few messages only.
-        if (
-            not marked
-            and self.store.run(sweeps.knows_broker, self._mark)
-            and (lost := self.store.run(sweeps.doubt_all))
-        ):
-            log.warning("the broker has lost its messages; %d steps that wait are looked at again", lost)
+        if not marked and self.store.run(sweeps.knows_broker, self._mark):
             self._woken.clear()
+            if lost := self.store.run(sweeps.doubt_all):
+                log.warning("the broker has lost its messages; %d steps that wait are looked at again", lost)
         self.store.run(sweeps.know_broker, self._mark)
         self._knows_broker = True
         if not marked:

@@ -22,9 +22,21 @@ BOUND_SECONDS = 3 * FIGURE_SECONDS
 
 
 class Struck:
-    """Steps that run when the outage comes (``held``), and steps whose messages are in Redis then (``queued``)."""
+    """Steps that run when the outage comes (``held``), and steps whose messages are in Redis then (``queued``).
 
-    def __init__(self, cluster: Cluster, go: Path, *, held: int = 2, queued: int = 20, queue: str = "celery") -> None:
+    ``own_messages``: each of these needs its message; else a process that is awake may find it without.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        go: Path,
+        *,
+        held: int = 2,
+        queued: int = 20,
+        queue: str = "celery",
+        own_messages: bool = False,
+    ) -> None:
         self.cluster, self.go = cluster, go
         app = cluster.app(APP)
         self.held = [
@@ -32,7 +44,8 @@ class Struck:
             for n in range(held)
         ]
         wait_until(lambda: all(run.steps()[0].status == "running" for run in self.held), what="steps that run")
-        self.queued = [app.engine.submit(app.add.s(n, 1).set(queue=queue)) for n in range(queued)]
+        options = {"headers": {"needs": "its message"}} if own_messages else {}
+        self.queued = [app.engine.submit(app.add.s(n, 1).set(queue=queue, **options)) for n in range(queued)]
 
     def finish(self) -> None:
         """Let the held steps end."""

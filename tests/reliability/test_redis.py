@@ -14,6 +14,7 @@ import redis
 from byrd import embedded
 from byrd.embedded import EmbeddedValkey
 from byrd.store.sweeps import PATIENCE_SECONDS
+from byrd.worker import Settings, Sweeper
 from tests.cluster import Cluster, ClusterFactory, wait_until
 from tests.invariants import check_database
 from tests.reliability.outages import APP, BOUND_SECONDS, Struck, alive, log, measured, no_preemption, starts_after
@@ -30,7 +31,7 @@ def own(cluster_on: ClusterFactory, database_url: str, own_broker: EmbeddedValke
 
 def test_flushed_in_mid_work(own: Cluster, tmp_path: Path) -> None:
     worker = own.worker(APP)
-    struck = Struck(own, tmp_path / "go")
+    struck = Struck(own, tmp_path / "go", own_messages=True)
     with own.redis() as client:
         assert 1 < client.llen("celery") <= len(struck.queued)
         client.flushall()
@@ -75,11 +76,37 @@ def test_one_message_is_lost_of_a_queue_that_stays_full(own: Cluster, tmp_path: 
     check_database(own.database_url)
 
 
+def test_what_a_redis_refuses_for_long_is_not_taken_for_sent(own: Cluster) -> None:
+    """Redis still tells what is in its queues, so the relay tries again and again; each time it could not send."""
+    app = own.app(APP)
+    alone, shared = app.engine.submit(app.add.s(1, 1).set(time_limit=60)), app.engine.submit(app.add.s(2, 2))
+    sweeper = Sweeper(app.engine.runtime, Settings(sweep_seconds=0.1))
+    try:
+        sweeper.relay()
+        with own.redis() as client:
+            client.delete("celery")
+            fill(client)
+            for _ in range(8):
+                own.rows("UPDATE byrd.steps SET wake_at = now() - interval '1 s' RETURNING 1")
+                time.sleep(0.15)
+                sweeper.relay()
+            assert [(step.sends, step.status) for run in (alone, shared) for step in run.steps()] == [(1, "ready")] * 2
+            [(pause,)] = own.rows("SELECT max(wake_at - now()) FROM byrd.steps")
+            assert pause.total_seconds() <= 2.1
+            client.delete("junk")
+            wait_until(lambda: sweeper.relay() and client.llen("celery") == 2, timeout=15, what="both to be sent again")
+    finally:
+        sweeper.stop()
+    own.worker(APP)
+    assert [run.get(timeout=30) for run in (alone, shared)] == [2, 4]
+    check_database(own.database_url)
+
+
 @pytest.mark.parametrize("bindings", [False, True], ids=["queue", "queue and bindings"])
 def test_a_queue_that_is_evicted(own: Cluster, tmp_path: Path, *, bindings: bool) -> None:
     """A Redis that evicts may take the queue's list and leave the relay's mark, so that nothing tells of it."""
     worker = own.worker(APP)
-    struck = Struck(own, tmp_path / "go")
+    struck = Struck(own, tmp_path / "go", own_messages=True)
     with own.redis() as client:
         [mark] = wait_until(lambda: client.keys("byrd.relay.*"))
         assert 1 < client.llen("celery") <= len(struck.queued)
@@ -99,7 +126,7 @@ def test_restarted_without_persistence(cluster_on: ClusterFactory, database_url:
     with embedded.valkey(persistence=False) as server:
         own = cluster_on(database_url=database_url, broker_url=server.url)
         worker = own.worker(APP)
-        struck = Struck(own, tmp_path / "go")
+        struck = Struck(own, tmp_path / "go", own_messages=True)
         server.kill()
         server.start()
         answers = time.time()
@@ -203,7 +230,7 @@ def test_failover_to_an_empty_replica(
         link.cut()
         own = cluster_on(database_url=database_url, broker_url=f"redis://127.0.0.1:{address.port}/0")
         worker = own.worker(APP)
-        struck = Struck(own, tmp_path / "go")
+        struck = Struck(own, tmp_path / "go", own_messages=True)
         own_broker.kill()
         with redis.Redis.from_url(replica.url) as client:
             client.replicaof("NO", "ONE")

@@ -114,6 +114,7 @@ TOLD = """SELECT s.id FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id JOIN
                  AND g.status NOT IN ('pending', 'succeeded')))"""
 #: Whether an operation is carried out at once, or statement by statement between those of others.
 WHOLE = st.sampled_from([True, True, False])
+RELAYS = ("take_due", "take_overdue", "look_again", "not_sent", "take_oldest", "make_solo", "doubt_all")
 REFUSALS = (StaleAttempt, StepCancelled, IllegalTransitionError)
 
 LOG = """
@@ -826,7 +827,7 @@ class InterleavingMachine(RuleBasedStateMachine):
             self.workers[worker] = self.world.add_worker()
 
     @move(
-        name=st.sampled_from(["take_due", "take_overdue", "look_again", "take_oldest", "make_solo", "doubt_all"]),
+        name=st.sampled_from(RELAYS),
         solo=st.booleans(),
         whole=WHOLE,
     )
@@ -838,7 +839,8 @@ class InterleavingMachine(RuleBasedStateMachine):
         functions: dict[str, Statement] = {
             "take_due": sweeps.take_due,
             "take_overdue": lambda conn: sweeps.take_overdue(conn, "work", solo=solo, resend=1),
-            "look_again": lambda conn: sweeps.look_again(conn, *[[*sweeps.late_steps(conn, "work", solo=solo)]] * 2),
+            "look_again": lambda conn: _look_again(conn, solo=solo),
+            "not_sent": lambda conn: sweeps.not_sent(conn, list(sweeps.late_steps(conn, "work", solo=solo))),
             "take_oldest": lambda conn: sweeps.take_oldest(conn, "work", limit=2),
             "make_solo": lambda conn: sweeps.make_solo(conn, "work"),
             "doubt_all": sweeps.doubt_all,
@@ -1007,6 +1009,12 @@ def _if_open(function: Statement, run_id: str) -> Statement:
             raise
 
     return act
+
+
+def _look_again(conn: Connection, *, solo: bool) -> Any:
+    """Look at all that is late, as if each second message were missing."""
+    late = list(sweeps.late_steps(conn, "work", solo=solo))
+    return sweeps.look_again(conn, late, late[::2])
 
 
 def _nothing_changes(_result: Any, changes: list[Change]) -> None:

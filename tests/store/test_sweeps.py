@@ -116,12 +116,45 @@ def test_only_those_are_sent_again_whose_messages_are_missing(world: World) -> N
 def test_a_step_that_waits_long_is_looked_at_ever_less_often(world: World) -> None:
     world.submit(sig("a"))
     looks = []
-    for age in (2, 4, 20, 100, 10_000):
+    for age in (2, 4, 20, 50, 10_000):
         pass_time(world, 1000)
-        world.sql("UPDATE byrd.steps SET ready_at = now() - %(age)s * interval '1 s' RETURNING 1", age=age)
+        # Ready for long, for it had to wait for its time: that is no age.
+        world.sql(
+            """UPDATE byrd.steps SET ready_at = now() - interval '1 day', run_at = now() - %(age)s * interval '1 s'
+               RETURNING 1""",
+            age=age,
+        )
         assert world.do(sweeps.look_again, list(world.do(sweeps.late_steps, "work")), []) == []
         looks.append(round(world.do(sweeps.seconds_until_due, at_most=1000.0)))
-    assert looks == [4, 4, 10, 50, 300]
+    assert looks == [4, 4, 10, 25, 30]
+
+
+def test_what_the_broker_did_not_take_was_not_sent(world: World) -> None:
+    run = world.submit(group(sig("a"), sig("b")))
+    shared = world.submit(sig("c"), shared=True)
+    ids = [step.id for each in (run, shared) for step in world.steps(each) if step.task]
+    world.do(sweeps.not_sent, ids)  # sent once, by whoever submitted them
+    assert {**sent(world, run), **sent(world, shared)} == {"a": 1, "b": 1, "c": 1}
+    pass_time(world, 1000)
+    a, b, _ = ids
+    world.do(sweeps.look_again, [a, b], [a, b])
+    world.do(sweeps.take_oldest, "work", limit=5)
+    world.claim(run, "b")
+    world.do(sweeps.not_sent, ids)
+    assert {**sent(world, run), **sent(world, shared)} == {"a": 1, "c": 1}
+    assert world.do(sweeps.overdue_queues, solo=False) == {"work": 1}, "it has kept its place"
+    assert 1 < world.do(sweeps.seconds_until_due, at_most=9.0, shared=False) <= RESEND_SECONDS
+    assert world.step(run, "b").status == "running"
+    assert world.sql("SELECT 1 FROM byrd.steps WHERE sent_at IS NOT NULL AND status = 'ready'") == []
+
+
+def test_a_step_that_somebody_holds_does_not_hide_those_behind_it(world: World) -> None:
+    run = world.submit(group(sig("a"), sig("b")))
+    pass_time(world, 1000)
+    a, b = (world.step(run, name).id for name in ("a", "b"))
+    with world.store.engine.begin() as conn:
+        query(conn, "SELECT 1 FROM byrd.steps WHERE id = %(id)s FOR UPDATE", {"id": a})
+        assert list(world.do(sweeps.late_steps, "work", limit=1)) == [b]
 
 
 def test_what_is_missing_of_a_paused_run_is_parked(world: World) -> None:
@@ -406,6 +439,7 @@ def test_no_sweep_reads_what_is_finished(old_store: Store) -> None:
         "take_overdue": lambda conn: sweeps.take_overdue(conn, "work", resend=10),
         "late_steps": lambda conn: sweeps.late_steps(conn, "work"),
         "look_again": lambda conn: sweeps.look_again(conn, [a.id, x.id], [a.id]),
+        "not_sent": lambda conn: sweeps.not_sent(conn, [a.id, x.id]),
         "take_oldest": lambda conn: sweeps.take_oldest(conn, "work", limit=10),
         "make_solo": lambda conn: sweeps.make_solo(conn, "work"),
         "seconds_until_due": lambda conn: sweeps.seconds_until_due(conn, at_most=1.0),

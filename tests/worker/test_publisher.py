@@ -66,6 +66,15 @@ def test_which_messages_are_missing(app: Celery, broker_url: str, prefix: str) -
     assert publisher.missing("celery", ids) == ["step-1"]
 
 
+@pytest.mark.parametrize(("messages", "size", "told"), [(400, 10, True), (501, 10, False), (100, 100_000, False)])
+def test_a_queue_that_is_too_long_or_too_large_is_not_read(
+    app: Celery, broker_url: str, messages: int, size: int, *, told: bool
+) -> None:
+    with redis.Redis.from_url(broker_url) as client:
+        client.lpush("celery", *["x" * size] * messages)
+    assert Publisher(app).missing("celery", {"step-1": 0}) == (["step-1"] if told else None)
+
+
 def test_a_dead_broker_does_not_say_what_is_missing(own_broker: EmbeddedValkey) -> None:
     app = Celery("publisher", broker=own_broker.url, set_as_current=False)
     own_broker.kill()

@@ -200,7 +200,11 @@ def test_expires(pool: str, app: Any) -> None:
 def test_chord_with_failing_header(pool: str, app: Any) -> None:
     run = app.engine.submit(chord([app.expected.s(), app.before_byrd.s(1)], app.gather.s()))
     assert run.wait(timeout=30) == "failed"
-    assert [s.status for s in run.steps()] == ["failed", "succeeded", "failed", "failed"]
+    first, second, join, body = run.steps()
+    assert [s.status for s in (first, second, join, body)] == ["failed", "succeeded", "failed", "failed"]
+    assert "ChordError" in str(body.error)
+    assert body.finished_at >= second.finished_at
+    assert any("fail" in sentence for sentence in run.why())
 
 
 def test_a_retry_that_was_asked_for_survives_ignore(pool: str, app: Any) -> None:

@@ -117,11 +117,15 @@ def test_a_worker_that_dies_before_the_time_is_over_costs_an_attempt_only(
 def test_a_step_that_nobody_starts_fails(cluster: Cluster, app: Any) -> None:
     cluster.worker(APP)
     timeouts = byrd.Timeouts(schedule_to_start=1.5)
-    run = app.engine.submit(chain(app.echo.s(1), app.echo.s().set(queue="nobody", byrd_timeouts=timeouts)))
+    nobodys = app.echo.s().set(queue="nobody", byrd_timeouts=timeouts)
+    nobodys.link_error(app.echo.si("told"))
+    run = app.engine.submit(chain(app.echo.s(1), nobodys))
     wait_until(lambda: any("ScheduleToStartTimeoutError" in reason for reason in run.why()), timeout=5)
     with pytest.raises(ScheduleToStartTimeoutError, match=r"nobody has started it within 1\.5 s"):
         run.get(timeout=30)
+    assert run.wait(timeout=30) == "failed"
     assert run.steps()[1].attempt == 0
+    assert [(step.status, step.result) for step in run.steps() if step.kind == "errback"] == [("succeeded", "told")]
     assert "ScheduleToStartTimeoutError: nobody has started it within 1.5 s" in run.why()[0]
     check_database(cluster.database_url)
 
