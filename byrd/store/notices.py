@@ -19,7 +19,7 @@ _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 15.0, 600.0
 
 
 class Notice(NamedTuple):
-    """A rollback that is stuck: in which run, at which compensation, of which step, and since when."""
+    """A rollback that is stuck: in which run, at which compensation, of which step, and since when; who was told."""
 
     id: int
     run_id: str
@@ -31,6 +31,7 @@ class Notice(NamedTuple):
     undoes: int | None
     error: str | None
     at: datetime
+    told: list[str]
 
 
 def take(conn: Connection, *, limit: int = 20) -> list[Notice]:
@@ -43,13 +44,23 @@ def take(conn: Connection, *, limit: int = 20) -> list[Notice]:
             taken AS (
               UPDATE byrd.notices n SET tries = n.tries + 1, due_at = {_NOW} + interval '1 second'
                        * least({_LONGEST_PAUSE_SECONDS}, {_FIRST_PAUSE_SECONDS} * power(2, least(n.tries, 10)))
-                FROM due WHERE n.id = due.id RETURNING n.id, n.run_id, n.step_no, n.at)
-            SELECT t.id, t.run_id::text, r.workflow, r.title, r.status, t.step_no, s.task, s.compensates, s.error, t.at
+                FROM due WHERE n.id = due.id RETURNING n.id, n.run_id, n.step_no, n.at, n.told)
+            SELECT t.id, t.run_id::text, r.workflow, r.title, r.status, t.step_no, s.task, s.compensates, s.error, t.at,
+                   t.told
               FROM taken t JOIN byrd.runs r ON r.id = t.run_id
               JOIN byrd.steps s ON s.run_id = t.run_id AND s.no = t.step_no ORDER BY t.id""",
         {"limit": limit},
     )
     return [Notice._make(row) for row in rows]
+
+
+def told(conn: Connection, notice_id: int, whom: str) -> None:
+    """Record that somebody was told, of all that are to be."""
+    query(
+        conn,
+        "UPDATE byrd.notices SET told = array_append(told, %(whom)s) WHERE id = %(id)s AND %(whom)s <> ALL(told)",
+        {"id": notice_id, "whom": whom},
+    )
 
 
 def delivered(conn: Connection, notice_id: int) -> None:

@@ -1,7 +1,7 @@
 """Tells somebody outside that a rollback is stuck: the setting ``byrd_rollback_stuck_hook`` says whom.
 
 It is a Celery task of the app by its name, the URL of a webhook, or several of these.  A task is submitted as a run,
-once for each notice; a webhook is sent a POST with JSON, at least once.
+once for each notice; a webhook is sent a POST with JSON, at least once.  Each is told by itself.
 """
 
 from __future__ import annotations
@@ -83,14 +83,22 @@ class Notifier(Loop):
         self.store.close()
 
     def _deliver(self, notice: Notice) -> None:
+        """Tell all who have not been told; one who cannot be keeps nobody else from it, and is told again later."""
+        errors = []
         for hook in self.hooks:
+            if hook in notice.told:
+                continue
             try:
                 self._tell(hook, notice)
             except (OSError, HTTPException, ValueError, ByrdError) as exc:
                 log.warning("run %s is stuck, of which %s could not be told: %s", notice.run_id, hook, exc)
-                self.store.run(notices.failed, notice.id, f"{hook}: {exc}")
-                return
-        self.store.run(notices.delivered, notice.id)
+                errors.append(f"{hook}: {exc}")
+            else:
+                self.store.run(notices.told, notice.id, hook)
+        if errors:
+            self.store.run(notices.failed, notice.id, "; ".join(errors))
+        else:
+            self.store.run(notices.delivered, notice.id)
 
     def _tell(self, hook: str, notice: Notice) -> None:
         payload = payload_of(notice)

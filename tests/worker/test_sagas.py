@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -346,11 +347,13 @@ def test_a_stuck_rollback_is_told_to_a_task_and_a_webhook(cluster: Cluster, tmp_
     cluster.worker(APP, env={"SAGA_FILES": str(tmp_path), "SAGA_HOOKS": hooks})
     run = stuck(app, tmp_path, "loud")
     wait_until(lambda: webhook.got)
+    # That it could not be told keeps nobody else from it.
+    wait_until(lambda: cluster.rows("SELECT 1 FROM effects WHERE what = 'told'"))
     # The server was in trouble: the notice is delivered again, by a worker that has only just been started.
     cluster.workers[0].kill()
     cluster.rows("UPDATE byrd.notices SET due_at = now()")
     cluster.worker(APP, env={"SAGA_FILES": str(tmp_path), "SAGA_HOOKS": hooks})
-    wait_until(lambda: cluster.rows("SELECT 1 FROM effects WHERE what = 'told'"))
+    wait_until(lambda: len(webhook.got) == 2)
     first, second = webhook.got
     assert first == second
     payload, key = first
@@ -359,6 +362,31 @@ def test_a_stuck_rollback_is_told_to_a_task_and_a_webhook(cluster: Cluster, tmp_
     assert key == f"byrd-notice-{payload['notice']}"
     wait_until(lambda: cluster.rows("SELECT 1 FROM byrd.notices WHERE delivered_at IS NOT NULL"))
     assert cluster.rows("SELECT run FROM effects WHERE what = 'told'") == [(run.id,)]
+
+
+def test_who_has_been_told_is_not_told_again_when_others_cannot_be(
+    cluster: Cluster, tmp_path: Path, webhook: Webhook
+) -> None:
+    app = cluster.app(APP)
+    cluster.rows(app.TABLE)
+    webhook.got.append(({}, None))  # the call that it refuses
+    with socket.socket() as taken:  # bound, and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        dead = f"http://127.0.0.1:{taken.getsockname()[1]}/"
+        hooks = json.dumps([dead, webhook.url, f"{APP}.told"])
+        cluster.worker(APP, env={"SAGA_FILES": str(tmp_path), "SAGA_HOOKS": hooks})
+        stuck(app, tmp_path, "loud")
+        tries = "SELECT tries, delivered_at IS NOT NULL, error FROM byrd.notices"
+        for number in (1, 2, 3):
+            [(_, delivered, error)] = wait_until(
+                lambda number=number: [row for row in cluster.rows(tries) if row[0] == number and row[2]]  # type: ignore[misc]
+            )
+            assert not delivered
+            assert error.startswith(dead)
+            assert webhook.url not in error
+            cluster.rows("UPDATE byrd.notices SET due_at = now(), error = NULL RETURNING 1")
+    assert len(webhook.got) == 2
+    assert len(cluster.rows("SELECT 1 FROM effects WHERE what = 'told'")) == 1
 
 
 @pytest.mark.parametrize("hook", ["file:///etc/passwd", "http://", 7, [""]])

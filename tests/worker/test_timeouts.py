@@ -125,7 +125,7 @@ def test_a_step_that_nobody_starts_fails(cluster: Cluster, app: Any) -> None:
         run.get(timeout=30)
     assert run.wait(timeout=30) == "failed"
     assert run.steps()[1].attempt == 0
-    assert [(step.status, step.result) for step in run.steps() if step.kind == "errback"] == [("succeeded", "told")]
+    assert [(step.status, step.result) for step in run.steps() if step.kind == "errback"] == [("succeeded", '"told"')]
     assert "ScheduleToStartTimeoutError: nobody has started it within 1.5 s" in run.why()[0]
     check_database(cluster.database_url)
 

@@ -288,6 +288,8 @@ def _notices() -> None:
         # When it is to be told, or told again unless whoever tells it just now says that it is done.
         _time("due_at", nullable=False),
         _zero("tries"),
+        # Who has been told, by the setting's words: they are not told again when others could not be.
+        sa.Column("told", pg.ARRAY(sa.Text), nullable=False, server_default=sa.text("'{}'")),
         sa.Column("error", sa.Text),
         _time("delivered_at"),
         sa.CheckConstraint("tries >= 0", name="notice_counts"),
