@@ -10,13 +10,18 @@ from typing import Any, TypeVar
 from celery import Task
 
 from byrd.errors import ConfigurationError
-from byrd.policies import RETRY
+from byrd.policies import RETRY, Retry
 from byrd.sagas import NOT_DONE
 from byrd.task.attempt import Attempt, Compensation, attempt_of, current_attempt
 from byrd.task.durable import DurableTask
 
 #: A compensation is more patient than the step that it undoes: the world should end up whole.
-PATIENCE = {"max_retries": 10, "retry_backoff": True, "retry_backoff_max": 300, "autoretry_for": (Exception,)}
+PATIENCE: dict[str, Any] = {
+    "max_retries": 10,
+    "retry_backoff": True,
+    "retry_backoff_max": 300,
+    "autoretry_for": (Exception,),
+}
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -61,16 +66,16 @@ class SagaTask(DurableTask):
         """Name the function that undoes this task: called with the step's result, then with the step's arguments.
 
         ``options`` are Celery task options: ``max_retries``, ``queue``, ``time_limit``, ...; or Byrd's own: a retry
-        policy, ``byrd_retry``, takes the place of the ten retries.  A Celery task will do as well, with its own.  Of
-        a step that may have taken effect, but was never recorded, the result is None, unless :meth:`confirm` knows
-        better.
+        policy, ``byrd_retry``, takes the place of the ten retries (of twice those of this task, if that is more).  A
+        Celery task will do as well, with its own.  Of a step that may have taken effect, but was never recorded, the
+        result is None, unless :meth:`confirm` knows better.
         """
         if fun is None:
             return lambda fun: self.compensation(fun, **options)
         if self.compensation_task is not None:
             raise ConfigurationError(f"{self.name} has a compensation already: {self.compensation_task.name}")
         known = fun if isinstance(fun, Task) else None
-        patience = {} if options.get(RETRY) is not None else PATIENCE
+        patience = {} if options.get(RETRY) is not None else {**PATIENCE, "max_retries": _retries(self)}
         settings = {**patience, "name": f"{self.name}.compensation", **options}
         # Retries come from autoretry_for, which takes its limit from retry_kwargs or the task's max_retries.
         task = known if known is not None else self.app.task(fun, shared=False, **settings)
@@ -97,6 +102,19 @@ def current_compensation() -> Compensation | None:
     """Return what the compensation that this thread runs undoes, and why; None where none is run."""
     attempt = current_attempt()
     return attempt.undoes if attempt is not None else None
+
+
+def _retries(task: Any) -> int:
+    """Return how often the compensation of a task is retried, unless its options say so.
+
+    More often than the task itself; but where that has no limit, somebody is to learn that the rollback is stuck.
+    """
+    policy = getattr(task, RETRY, None)
+    if isinstance(policy, Retry):
+        most = policy.max_attempts - 1 if policy.max_attempts is not None else None
+    else:
+        most = (getattr(task, "retry_kwargs", None) or {}).get("max_retries", task.max_retries)
+    return max(int(PATIENCE["max_retries"]), 2 * (most or 0))
 
 
 def _wrap(task: Any, around: Callable[..., Any]) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from celery import chain, group
+from celery import Celery, chain, group
 
+import byrd
 from byrd.errors import ConfigurationError, IllegalTransitionError
 from tests.cluster import Cluster, wait_until
 
@@ -98,6 +99,36 @@ def test_a_compensation_that_keeps_failing_is_stuck_and_can_be_retried(shared: A
     run.retry()
     assert run.wait(timeout=30) == "failed"
     assert noted(notes, "stuck")[-1] == ["release", "hotel", "HOTEL"]
+
+
+@pytest.mark.parametrize(
+    ("options", "retries"),
+    [
+        ({}, 10),
+        ({"max_retries": 20}, 40),
+        ({"max_retries": None}, 10),
+        ({"autoretry_for": (OSError,), "retry_kwargs": {"max_retries": 8}}, 16),
+        ({"byrd_retry": byrd.Retry(max_attempts=31)}, 60),
+        ({"byrd_retry": byrd.Retry(max_attempts=None, budget=60)}, 10),
+    ],
+)
+def test_a_compensation_is_more_patient_than_its_task(options: dict[str, Any], retries: int) -> None:
+    app = Celery("patience", set_as_current=False)
+
+    @app.task(base=byrd.SagaTask, **options)
+    def reserve() -> None: ...
+
+    @reserve.compensation
+    def release(_: Any) -> None: ...
+
+    @app.task(base=byrd.SagaTask, **options)
+    def other() -> None: ...
+
+    @other.compensation(max_retries=1)
+    def undo_other(_: Any) -> None: ...
+
+    assert (release.max_retries, undo_other.max_retries) == (retries, 1)
+    app.close()
 
 
 def test_one_compensation_per_task(shared: Any) -> None:
