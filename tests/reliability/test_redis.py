@@ -33,7 +33,7 @@ def test_flushed_in_mid_work(own: Cluster, tmp_path: Path) -> None:
     worker = own.worker(APP)
     struck = Struck(own, tmp_path / "go", own_messages=True)
     with own.redis() as client:
-        assert 1 < client.llen("celery") <= len(struck.queued)
+        assert client.llen("celery") > 1  # of a step that a worker holds, it may have a second one
         client.flushall()
     flushed = time.time()
     # One that has waited for minutes: it was sent again and again, at ever longer intervals, for it needs its message.
@@ -109,7 +109,7 @@ def test_a_queue_that_is_evicted(own: Cluster, tmp_path: Path, *, bindings: bool
     struck = Struck(own, tmp_path / "go", own_messages=True)
     with own.redis() as client:
         [mark] = wait_until(lambda: client.keys("byrd.relay.*"))
-        assert 1 < client.llen("celery") <= len(struck.queued)
+        assert client.llen("celery") > 1  # of a step that a worker holds, it may have a second one
         client.delete("celery", *client.keys("_kombu.binding.*") if bindings else ())
         evicted = time.time()
         struck.finish()
