@@ -198,6 +198,33 @@ def test_a_host_that_wants_a_pause_gets_it_from_all_runs(cluster: Cluster, limit
     check_database(cluster.database_url)
 
 
+def test_an_item_that_wants_a_pause_gives_the_slot_back(cluster: Cluster, limited: Any) -> None:
+    cluster.worker(APP, concurrency=1)
+    # One of them within the batch, and one at the further try of an item that has failed.
+    run = limited.engine.submit(limited.crawl.s("plain", 8, {"3": ["4"], "5": ["no", "1"]}))
+    wait_until(lambda: [row for row in run.history() if row["event"] == "retried"])
+    other = limited.engine.submit(limited.crawl.s("plain", 0, {}))
+    assert limited.engine.submit(limited.free.s(1)).get(timeout=30) == 1
+    assert values(cluster, "crawl plain") == ["0", "1", "2", "3"]
+    wait_until(lambda: any("it is parked until" in reason for reason in other.why()))
+    assert run.get(timeout=30) == [8, 0, 3, 0]
+    assert values(cluster, "crawl plain") == ["0", "1", "2", "3", "3", "4", "5", "6", "7", "5", "5"]
+    assert other.get(timeout=30)[:2] == [0, 0]
+    check_database(cluster.database_url)
+
+
+@pytest.mark.parametrize("options", [{"parallelism": 3}, {"timeout": 30}])
+def test_so_does_one_of_a_batch_in_threads(cluster: Cluster, limited: Any, options: dict[str, Any]) -> None:
+    cluster.worker(APP, concurrency=1)
+    says = {"0": ["1"], "6": ["1"], "9": ["no", "1"]}
+    run = limited.engine.submit(limited.crawl.s("threads", 20, says, batch_size=20, **options))
+    completed, failed, _, retries = run.get(timeout=60)
+    assert (completed, failed, retries) == (20, 0, 0)
+    asked = values(cluster, "crawl threads")
+    assert {asked.count(str(n)) for n in range(15, 20)} == {1}, "what comes after it is not asked for"
+    check_database(cluster.database_url)
+
+
 def test_a_pause_is_seconds_a_timedelta_or_what_the_header_says() -> None:
     def pause(said: Any) -> float:
         return byrd.LimitedError("429", retry_after=said).retry_after
