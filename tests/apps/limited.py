@@ -81,11 +81,11 @@ def touch(path: str) -> str:
 
 
 @app.task(bind=True, byrd_limit=byrd.Limit("1000/s", burst=1000, key="host", name="hosts"), max_retries=0)
-def fetch(self: Task, host: str, value: int) -> list[Any]:
+def fetch(self: Task, host: str, value: int, pause: str = "2") -> list[Any]:
     """Be told by the host, the first time, to come back later."""
     with witnessed(f"fetch {host}", value):
         if host == "busy" and value == 0 and self.request.byrd.number == 1:
-            raise byrd.LimitedError("429 Too Many Requests", retry_after="2")
+            raise byrd.LimitedError("429 Too Many Requests", retry_after=pause)
         return [host, value, self.request.retries]
 
 

@@ -198,6 +198,33 @@ def test_a_host_that_wants_a_pause_gets_it_from_all_runs(cluster: Cluster, limit
     check_database(cluster.database_url)
 
 
+def test_a_pause_holds_back_one_key_on_all_workers_and_no_process_of_theirs(
+    cluster: Cluster, limited: Any, tmp_path: Path
+) -> None:
+    """Each process of two workers is free for another key, while four runs wait for the pause of one to be over."""
+    for _ in range(2):
+        cluster.worker(APP, concurrency=1)
+    told = limited.engine.submit(limited.fetch.s("busy", 0, pause="12"))
+    wait_until(lambda: [row for row in told.history() if row["event"] == "retried"])
+    others = [limited.engine.submit(limited.fetch.s("busy", n)) for n in (1, 2, 3)]
+    for run in others:
+        wait_until(lambda run=run: any("it is parked until" in reason for reason in run.why()))  # type: ignore[misc]
+    paths = [str(tmp_path / name) for name in ("one", "two")]
+    held = [limited.engine.submit(limited.hold.s(None, path)) for path in paths]
+    for path in paths:  # both at once
+        wait_until(lambda path=path: values(cluster, f"hold {path}"))  # type: ignore[misc]
+    running = cluster.rows("SELECT count(DISTINCT worker_id) FROM byrd.steps WHERE status = 'running'")
+    for path in paths:
+        Path(path).touch()
+    assert [run.get(timeout=30) for run in held] == [1, 1]
+    assert values(cluster, "fetch busy") == ["0"], "the pause was over too early for this test to say anything"
+    assert running == [(2,)]
+    assert [run.get(timeout=60) for run in (told, *others)] == [["busy", n, 0] for n in range(4)]
+    assert min(starts(cluster, "fetch busy")[1:]) >= 12
+    assert [run.steps()[0].attempt for run in (told, *others)] == [2, 1, 1, 1]
+    check_database(cluster.database_url)
+
+
 def test_an_item_that_wants_a_pause_gives_the_slot_back(cluster: Cluster, limited: Any) -> None:
     cluster.worker(APP, concurrency=1)
     # One of them within the batch, and one at the further try of an item that has failed.
