@@ -58,6 +58,8 @@ from typing import Any
 _LONGEST_PAUSE_SECONDS = 1e8
 #: For how long a key is parked when the other side wants a pause and does not say, or not legibly, how long.
 _UNKNOWN_PAUSE_SECONDS = 30.0
+#: A key is parked for so long at least: its pauses cost no retry, and a host that says 0 is not to be called in a loop.
+_LEAST_PARKED_SECONDS = 1.0
 _SECONDS = re.compile(r"[0-9]+(\.[0-9]*)?")
 
 
@@ -189,12 +191,13 @@ class LimitedError(ByrdError):
 
     ``retry_after``: seconds, a timedelta, or the text of the header, which is seconds or a date, by this machine's
     clock.  None, and text that says no time, are 30 s: the pause was asked for, and the step is not to fail because of
-    how.  Raises ValueError for a number that is no pause.  The attribute is in seconds.
+    how.  What is less than a second, or a date that is past, is one second.  Raises ValueError for a number that is no
+    pause.  The attribute is in seconds.
     """
 
     def __init__(self, message: str = "", *, retry_after: float | timedelta | str | None = None) -> None:
         pause = _pause_given(retry_after)
-        self.retry_after: float = _UNKNOWN_PAUSE_SECONDS if pause is None else pause
+        self.retry_after: float = _UNKNOWN_PAUSE_SECONDS if pause is None else max(_LEAST_PARKED_SECONDS, pause)
         super().__init__(message or f"to be tried again after {self.retry_after:g} s")
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -210,8 +213,8 @@ class RetryLater(ByrdError):
 
     It counts as an attempt.  Any exception with an attribute ``retry_after`` does the same.
 
-    ``retry_after``: as of :class:`LimitedError`; but None, and text that says no time, leave the pause to the policy,
-    and are None as the attribute.
+    ``retry_after``: as of :class:`LimitedError`, from 0; but None, and text that says no time, leave the pause to the
+    policy, and are None as the attribute.
     """
 
     def __init__(self, retry_after: float | timedelta | str | None, message: str = "") -> None:

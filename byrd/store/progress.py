@@ -109,6 +109,22 @@ def remember(conn: Connection, step_id: str, attempt: int, name: str, value: str
         raise StaleAttempt(f"step {step_id}: attempt {attempt} may not record {name!r}: another one owns the step")
 
 
+def outlived(conn: Connection, step_id: str, name: str) -> bool:
+    """Tell whether the attempt that memoised this last has failed, or is tried again, on record, with nothing after it.
+
+    What a block of operations notes of itself, by names with a colon, is nothing; nor is a sign of life.
+    """
+    row = query(
+        conn,
+        """SELECT 1 FROM byrd.checkpoints c JOIN byrd.attempts a ON a.step_id = c.step_id AND a.attempt = c.attempt
+            WHERE c.step_id = %(id)s AND c.name = %(name)s AND c.done AND a.outcome IN ('failed','retried')
+              AND NOT EXISTS (SELECT 1 FROM byrd.checkpoints l WHERE l.step_id = c.step_id
+                    AND l.updated_at > c.updated_at AND l.name <> %(beat)s AND NOT l.name ~ '^step:.*: :')""",
+        {"id": step_id, "name": name, "beat": BEAT},
+    ).first()
+    return row is not None
+
+
 def put_failed(conn: Connection, step_id: str, name: str, items: Iterable[FailedItem]) -> None:
     """Record items that failed; the caller has checked the fence in this transaction."""
     for item in items:

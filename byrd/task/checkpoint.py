@@ -33,6 +33,7 @@ from byrd.store.database import MOST_EXCESSES, exceeds_limit, is_outage, is_race
 from byrd.store.progress import FailedItem
 from byrd.task.attempt import Attempt, encoded, text_of, to_json
 from byrd.task.compound import CompoundTask
+from byrd.task.limited import wants_pause
 from byrd.task.values import loads
 
 log = logging.getLogger(__name__)
@@ -141,7 +142,8 @@ class CheckpointTask(CompoundTask):
         it gets None at the very start, and the last saved cursor when the step resumes.
         ``process(item)`` is called in up to ``parallelism`` threads.  An exception fails that item alone: it is
         recorded, tried again up to ``item_retries`` times with ``item_retry_delay`` seconds (doubled each time)
-        between, then quarantined (:meth:`quarantined`); the others go on.
+        between, then quarantined (:meth:`quarantined`); the others go on.  But :class:`LimitedError` of a task that has
+        a limit ends the attempt, and the next one goes on with the item.
         ``save(conn, outcomes)`` is called in the transaction that saves the checkpoint, with the batch's successes:
         what it writes on ``conn`` is committed exactly once.
         ``min_interval``: seconds at least between the starts of two batches.  ``timeout``: seconds for one batch;
@@ -293,23 +295,26 @@ class CheckpointTask(CompoundTask):
     ) -> Counts:
         cursor = loads(counts.cursor) if counts.cursor is not None else None
         held, saved_at, behind = _Held(attempt, settings.name), time.monotonic(), False
+        batch: list[tuple[Cursor, Item]] = []
         try:
-            for batch in _batches(enumerator(cursor), settings.batch_size):
+            for whole in _batches(enumerator(cursor), settings.batch_size):
                 pool.keep_interval(attempt)
-                done: list[tuple[_Try, Any]] = []
-                if settings.plain:
-                    failed = _failures(settings.process, batch)
+                if not settings.plain:
+                    done, failed = pool.run([_Try(cursor, item, 1) for cursor, item in whole])
                 else:
-                    done, failed = pool.run([_Try(cursor, item, 1) for cursor, item in batch])
+                    done, failed = [], pool.failures(whole)
+                batch = whole[: pool.reached]
                 after = counts._replace(completed=counts.completed + len(batch) - len(failed))
-                if settings.alone or failed or time.monotonic() - saved_at > _HOLD_SECONDS:
+                if batch and (settings.alone or failed or time.monotonic() - saved_at > _HOLD_SECONDS):
                     held.drop()
                     after = after._replace(cursor=encoded(attempt, batch[-1][0], "the cursor"))
                     counts = self._commit(attempt, settings, counts, after, done, failed)
                     saved_at, behind = time.monotonic(), False
-                else:  # with the next one
+                elif batch:  # with the next one
                     counts, behind = after, True
                     held.hold(counts, batch[-1][0])
+                if pool.pause is not None:
+                    raise pool.pause
             if behind:
                 counts = counts._replace(cursor=encoded(attempt, batch[-1][0], "the cursor"))
         except BaseException:
@@ -331,6 +336,8 @@ class CheckpointTask(CompoundTask):
             done, failed = pool.run([_Try(loads(i.cursor), loads(i.item), i.tries + 1) for i in due])
             after = counts._replace(completed=counts.completed + len(done))
             counts = self._commit(attempt, settings, counts, after, done, failed)
+            if pool.pause is not None:
+                raise pool.pause
         return counts
 
     def _commit(
@@ -439,6 +446,9 @@ class _Pool:
         self._request = task.request_stack.top
         self._threads: ThreadPoolExecutor | None = None
         self._next_start = 0.0
+        #: What an item has raised that ends the attempt, if one has; and how many of the last batch come before it.
+        self.pause: BaseException | None = None
+        self.reached = 0
 
     def __enter__(self) -> Self:
         return self
@@ -470,7 +480,10 @@ class _Pool:
         self._task.request_stack.push(self._request)
         _task_stack.push(self._task)
         try:
-            return _caught(self.settings.process, item)
+            good, value = (False, self.pause) if self.pause is not None else _caught(self.settings.process, item)
+            if not good and wants_pause(self._task, value):
+                self.pause = value
+            return good, value
         finally:
             _task_stack.pop()
             self._task.request_stack.pop()
@@ -480,15 +493,34 @@ class _Pool:
             return future.result()
         return False, TimeoutError(f"not done when the batch's time-out of {self.settings.timeout} s was over")
 
-    @staticmethod
     def _sorted(
-        results: Iterable[tuple[_Try, tuple[bool, Any]]],
+        self, results: Iterable[tuple[_Try, tuple[bool, Any]]]
     ) -> tuple[list[tuple[_Try, Any]], list[tuple[_Try, BaseException]]]:
         done: list[tuple[_Try, Any]] = []
         failed: list[tuple[_Try, BaseException]] = []
         for tried, (good, value) in results:
+            if not good and wants_pause(self._task, value):
+                self.pause = value
+                break
             (done if good else failed).append((tried, value))
+        self.reached = len(done) + len(failed)
         return done, failed
+
+    def failures(self, batch: list[tuple[Cursor, Item]]) -> list[tuple[_Try, BaseException]]:
+        """Process a batch whose values nobody wants, one item after the other; return what failed."""
+        failed: list[tuple[_Try, BaseException]] = []
+        process, rest, self.reached = self.settings.process, iter(batch), len(batch)
+        for cursor, item in rest:
+            try:
+                process(item)
+            except _NOT_AN_ITEMS:
+                raise
+            except Exception as exc:  # noqa: BLE001 - any error is the item's, and is recorded
+                if wants_pause(self._task, exc):
+                    self.pause, self.reached = exc, len(batch) - 1 - len(list(rest))
+                    break
+                failed.append((_Try(cursor, item, 1), exc))
+        return failed
 
 
 def _caught(process: Callable[[Item], Any], item: Item) -> tuple[bool, Any]:
@@ -498,19 +530,6 @@ def _caught(process: Callable[[Item], Any], item: Item) -> tuple[bool, Any]:
         raise
     except Exception as exc:  # noqa: BLE001 - any error is the item's, and is recorded
         return False, exc
-
-
-def _failures(process: Callable[[Item], Any], batch: list[tuple[Cursor, Item]]) -> list[tuple[_Try, BaseException]]:
-    """Process a batch whose values nobody wants, one item after the other; return what failed."""
-    failed: list[tuple[_Try, BaseException]] = []
-    for cursor, item in batch:
-        try:
-            process(item)
-        except _NOT_AN_ITEMS:
-            raise
-        except Exception as exc:  # noqa: BLE001 - any error is the item's, and is recorded
-            failed.append((_Try(cursor, item, 1), exc))
-    return failed
 
 
 def _failed_item(attempt: Attempt, settings: _Iteration, tried: _Try, exc: BaseException) -> FailedItem:

@@ -96,6 +96,11 @@ def _failed(runtime: Runtime, header: Mapping[str, Any], task: Task, exc: LimitK
 # -- pauses ----------------------------------------------------------------------------------------
 
 
+def wants_pause(task: Any, exc: BaseException | None) -> bool:
+    """Tell whether an exception of a task's is no failure of whatever it left, but only ends this attempt."""
+    return isinstance(exc, LimitedError) and _option(task) is not None
+
+
 def _pausing(task: Any, plain: Callable[..., Any]) -> Callable[..., Any]:
     """Return the task's function, in which :class:`LimitedError` is a retry."""
 

@@ -39,15 +39,23 @@ class _Info(TraceInfo):
     def handle_error_state(self, task: Task, req: Any, eager: bool = False, call_errbacks: bool = True) -> Any:  # noqa: FBT001, FBT002 - Celery's
         attempt, exc = attempt_of(req), self.retval
         if self.state == states.FAILURE and attempt is not None and not isinstance(exc, _FOR_GOOD):
-            pause = _pause(attempt, exc)
-            if pause is not None:
-                attempt.retry_with = RetryRequest(countdown=pause)
+            again = asked_for(attempt, exc)
+            if again is not None:
                 try:
-                    raise CeleryRetry(exc=exc, when=pause) from exc
+                    raise again from exc
                 except CeleryRetry as reason:
                     self.state, self.retval = states.RETRY, reason
                     return super().handle_error_state(task, req, eager=eager, call_errbacks=False)
         return super().handle_error_state(task, req, eager=eager, call_errbacks=call_errbacks)
+
+
+def asked_for(attempt: Attempt, exc: BaseException) -> CeleryRetry | None:
+    """Have an error of the task become a retry, if the step's policy says so; return what is to be raised then."""
+    pause = _pause(attempt, exc)
+    if pause is None:
+        return None
+    attempt.retry_with = RetryRequest(countdown=pause)
+    return CeleryRetry(exc=exc, when=pause)
 
 
 def _pause(attempt: Attempt, exc: BaseException) -> float | None:

@@ -90,3 +90,110 @@ def twice(self: byrd.CheckpointTask) -> Any:
     with self.compound() as op:
         op.do("a", int, undo=print)
         op.do("a", int, undo=print)
+
+
+# -- what is tried again ---------------------------------------------------------------------------
+
+
+class Untiring(byrd.CheckpointTask, byrd.SagaTask):
+    """A checkpoint task that may be a retriable step."""
+
+    abstract = True
+
+
+def counted(path: str) -> int:
+    """Count how often it was called for this file."""
+    with Path(path).open("a+", encoding="utf-8") as file:
+        file.write("x")
+        file.seek(0)
+        return len(file.read())
+
+
+def kill_worker() -> None:
+    """End all processes of the worker."""
+    os.killpg(os.getpgid(os.getppid()), signal.SIGKILL)
+    time.sleep(60)
+
+
+def in_rounds(self: Any, path: str, failures: int = 1, dies: str = "") -> list[str]:
+    """Do a and b, which is not to be had so often; tell what was done, and in which round of the block.
+
+    ``dies``: what kills the worker, the first time: "undone", or b.
+    """
+
+    def act(what: str) -> str:
+        if what == "b" and counted(f"{path}.tries") <= failures:
+            raise ValueError("b is not to be had")
+        note(path, f"{what}{op.key.rpartition(':')[2]}")
+        if dies == what and counted(f"{path}.deaths") == 1:
+            kill_worker()
+        return what.upper()
+
+    try:
+        with self.compound() as op:
+            return [op.do(what, act, what, undo=lambda done, what: note(path, f"undo {done}")) for what in "ab"]
+    except ValueError:
+        if dies == "undone" and counted(f"{path}.deaths") == 1:
+            kill_worker()
+        raise
+
+
+SOON = byrd.Retry(max_attempts=4, first=0.05, factor=1)
+by_policy = app.task(bind=True, base=byrd.CheckpointTask, byrd_retry=SOON, name="by_policy")(in_rounds)
+by_celery = app.task(
+    bind=True, base=byrd.CheckpointTask, autoretry_for=(ValueError,), default_retry_delay=0, name="by_celery"
+)(in_rounds)
+retriable = app.task(bind=True, base=Untiring, retriable=True, compensation=None, name="retriable")(in_rounds)
+by_hand = app.task(bind=True, base=byrd.CheckpointTask, name="by_hand")(in_rounds)
+
+
+@app.task(bind=True, base=byrd.CheckpointTask, byrd_retry=SOON)
+def another_way(self: byrd.CheckpointTask, path: str) -> str:
+    """Do one thing, which is not to be had at first, else another; fail once after that."""
+
+    def act(what: str) -> str:
+        note(path, what)
+        if what == "one" and counted(f"{path}.tries") == 1:
+            raise ValueError("one is not to be had")
+        return what
+
+    with_one = False
+    try:
+        with self.compound() as op:
+            op.do("one", act, "one", undo=print)
+            with_one = True
+    except ValueError:
+        self.step("another", act, "another")
+    if self.request.retries == 0:
+        raise ConnectionError("not now")
+    return "one" if with_one else "another"
+
+
+# -- what only postpones the attempt ---------------------------------------------------------------
+
+
+def told_to_wait(self: Any, path: str, where: str, times: int = 1) -> list[str]:
+    """Do a and b; be told so often to come back, by b or by the undo of a."""
+    error = byrd.LimitedError("429", retry_after=1) if hasattr(self, "byrd_limit") else byrd.RetryLater(0.1)
+
+    def act(what: str) -> str:
+        if what == "b" and where == "b" and counted(f"{path}.tries") <= times:
+            raise error
+        if what == "b" and where == "undo":
+            raise ValueError("b is not to be had")
+        note(path, what)
+        return what.upper()
+
+    def undo(done: str, _what: str) -> None:
+        if where == "undo" and counted(f"{path}.tries") <= times:
+            raise error
+        note(path, f"undo {done}")
+
+    with self.compound() as op:
+        return [op.do(what, act, what, undo=undo) for what in "ab"]
+
+
+limited = app.task(
+    bind=True, base=byrd.CheckpointTask, byrd_limit=byrd.Limit(concurrency=1, key="path"), name="limited"
+)(told_to_wait)
+later = app.task(bind=True, base=byrd.CheckpointTask, byrd_retry=byrd.Retry(max_attempts=3), name="later")(told_to_wait)

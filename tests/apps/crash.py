@@ -122,6 +122,17 @@ def all_or_nothing(self: byrd.CheckpointTask, *operations: str) -> list[str]:
         return [op.do(what, take, what, undo=give_back) for what in operations]
 
 
+@app.task(bind=True, base=byrd.CheckpointTask, byrd_retry=byrd.Retry(first=0.05))
+def all_at_the_second_time(self: byrd.CheckpointTask, *operations: str) -> list[str]:
+    """The last of them is not to be had at first."""
+
+    def last(what: str) -> str:
+        return take(what if self.request.retries else "refused")
+
+    with self.compound() as op:
+        return [op.do(what, last if what == operations[-1] else take, what, undo=give_back) for what in operations]
+
+
 def take(what: str) -> str:
     """Do one of several operations."""
     if what == "refused":

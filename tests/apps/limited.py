@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -80,11 +81,11 @@ def touch(path: str) -> str:
 
 
 @app.task(bind=True, byrd_limit=byrd.Limit("1000/s", burst=1000, key="host", name="hosts"), max_retries=0)
-def fetch(self: Task, host: str, value: int) -> list[Any]:
+def fetch(self: Task, host: str, value: int, pause: str = "2") -> list[Any]:
     """Be told by the host, the first time, to come back later."""
     with witnessed(f"fetch {host}", value):
         if host == "busy" and value == 0 and self.request.byrd.number == 1:
-            raise byrd.LimitedError("429 Too Many Requests", retry_after="2")
+            raise byrd.LimitedError("429 Too Many Requests", retry_after=pause)
         return [host, value, self.request.retries]
 
 
@@ -94,6 +95,29 @@ def tried(self: Task) -> list[int]:
     if self.request.byrd.number < 3:
         raise byrd.LimitedError(retry_after=0.1)
     return [self.request.byrd.number, self.request.retries]
+
+
+#: How often each item was asked for, in this process.
+_ASKED: Counter[tuple[str, int]] = Counter()
+
+
+@app.task(bind=True, base=byrd.CheckpointTask, byrd_limit=byrd.Limit(concurrency=1, key="name"))
+def crawl(self: byrd.CheckpointTask, name: str, count: int, says: dict[str, list[str]], **options: Any) -> list[Any]:
+    """Go over numbers; ``says``: what some of them are answered with before they are to be had."""
+
+    def process(n: int) -> None:
+        with witnessed(f"crawl {name}", n):
+            _ASKED[name, n] += 1
+            answers = says.get(str(n), [])
+            if _ASKED[name, n] <= len(answers):
+                answer = answers[_ASKED[name, n] - 1]
+                raise byrd.LimitedError("429", retry_after=answer) if answer.isdigit() else ValueError(answer)
+
+    def numbers(cursor: int | None) -> Iterator[tuple[int, int]]:
+        return ((n, n) for n in range(0 if cursor is None else cursor + 1, count))
+
+    done = self.iterate(numbers, process, item_retries=1, item_retry_delay=0.05, **options)
+    return [done.completed, done.failed, self.request.byrd.number, self.request.retries]
 
 
 @app.task

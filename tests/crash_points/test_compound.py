@@ -50,3 +50,15 @@ def test_or_all_are_undone(app: Any, attempt: Try) -> None:
     canvas = lambda: app.all_or_nothing.s("a", "b", "refused")  # noqa: E731
     report = attempt(canvas, check=check, same=lambda run: str(run.status), least=18)
     assert sum("effects" in name for name in report.boundaries) >= 16, report.boundaries
+
+
+@slow
+@pytest.mark.byrd_crash_points(skip=BUT_THE_TASK, pairs=PAIRS)
+def test_all_are_undone_and_then_done_anew(app: Any, attempt: Try) -> None:
+    def check(run: Any) -> None:
+        assert run.get(timeout=0) == ["A", "B"]
+        assert run.steps()[0].retries == 1
+        all_in_order(app, run, "take a", "give back A for a", "take a", "take b")
+
+    report = attempt(lambda: app.all_at_the_second_time.s("a", "b"), check=check, least=15)
+    assert sum("effects" in name for name in report.boundaries) >= 16, report.boundaries

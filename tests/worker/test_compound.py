@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from byrd.errors import CheckpointError, CompoundError
+from byrd.errors import CheckpointError, CompoundError, RetryLater
 from tests.cluster import Cluster, wait_until
 
 APP = "tests.apps.compound"
@@ -98,3 +98,93 @@ def test_two_of_one_name(cluster: Cluster, app: Any) -> None:
     cluster.worker(APP)
     with pytest.raises(CheckpointError, match="two operations called 'a'"):
         app.engine.submit(app.twice.s()).get(timeout=30)
+
+
+# -- what is tried again ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["by_policy", "by_celery", "retriable"])
+def test_a_block_that_was_undone_begins_anew(cluster: Cluster, app: Any, tmp_path: Path, task: str) -> None:
+    cluster.worker(APP)
+    path = tmp_path / "notes"
+    run = app.engine.submit(getattr(app, task).s(str(path), failures=2))
+    assert run.get(timeout=60) == ["A", "B"]
+    assert lines(path) == ["a1", "undo A", "a2", "undo A", "a3", "b3"]
+    assert run.steps()[0].attempt == 3
+
+
+def test_and_so_it_does_by_a_retry_of_the_run(cluster: Cluster, app: Any, tmp_path: Path) -> None:
+    cluster.worker(APP)
+    path = tmp_path / "notes"
+    run = app.engine.submit(app.by_hand.s(str(path), failures=2))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="b is not to be had"):
+            run.get(timeout=30)
+        run.retry()
+    assert run.get(timeout=30) == ["A", "B"]
+    assert lines(path) == ["a1", "undo A", "a2", "undo A", "a3", "b3"]
+
+
+@pytest.mark.parametrize("dies", ["undone", "b"])
+def test_a_worker_dies_before_the_failure_is_recorded_or_in_the_new_round(
+    cluster: Cluster, app: Any, tmp_path: Path, dies: str
+) -> None:
+    first = cluster.worker(APP, concurrency=1)
+    path = tmp_path / "notes"
+    run = app.engine.submit(app.by_policy.s(str(path), failures=1, dies=dies))
+    wait_until(lambda: first.exit_status is not None, what="end of the worker")
+    cluster.worker(APP, concurrency=1)
+    assert run.get(timeout=60) == ["A", "B"]
+    ended = [event["event"] for event in run.history() if event["event"] in ("preempted", "retried")]
+    if dies == "undone":  # the error is raised again, and only then is it on record
+        assert ended == ["preempted", "retried"]
+        assert lines(path) == ["a1", "undo A", "a2", "b2"]
+    else:
+        assert ended == ["retried", "preempted"]
+        assert lines(path) == ["a1", "undo A", "a2", "b2", "b2"]
+
+
+def test_a_task_that_went_another_way_stays_there(cluster: Cluster, app: Any, tmp_path: Path) -> None:
+    cluster.worker(APP)
+    path = tmp_path / "notes"
+    run = app.engine.submit(app.another_way.s(str(path)))
+    assert run.get(timeout=30) == "another"
+    assert run.steps()[0].attempt == 2
+    assert lines(path) == ["one", "another"]
+
+
+# -- what only postpones the attempt ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("task", "retries"), [("limited", 0), ("later", 2)])
+def test_what_only_postpones_the_attempt_undoes_nothing(
+    cluster: Cluster, app: Any, tmp_path: Path, task: str, retries: int
+) -> None:
+    cluster.worker(APP)
+    path = tmp_path / "notes"
+    run = app.engine.submit(getattr(app, task).s(str(path), "b", times=2))
+    assert run.get(timeout=30) == ["A", "B"]
+    assert lines(path) == ["a", "b"]
+    [step] = run.steps()
+    assert (step.attempt, step.retries) == (3, retries)
+
+
+def test_the_last_attempt_to_be_told_later_undoes_the_block(cluster: Cluster, app: Any, tmp_path: Path) -> None:
+    cluster.worker(APP)
+    path = tmp_path / "notes"
+    run = app.engine.submit(app.later.s(str(path), "b", times=99))
+    with pytest.raises(RetryLater):
+        run.get(timeout=30)
+    assert run.steps()[0].attempt == 3
+    assert lines(path) == ["a", "undo A"]
+
+
+def test_a_pause_in_an_undo_is_no_failure_of_it(cluster: Cluster, app: Any, tmp_path: Path) -> None:
+    cluster.worker(APP)
+    path = tmp_path / "notes"
+    run = app.engine.submit(app.limited.s(str(path), "undo", times=1))
+    with pytest.raises(ValueError, match="b is not to be had"):
+        run.get(timeout=30)
+    assert lines(path) == ["a", "undo A"]
+    [step] = run.steps()
+    assert (step.attempt, step.retries) == (2, 0)

@@ -198,23 +198,71 @@ def test_a_host_that_wants_a_pause_gets_it_from_all_runs(cluster: Cluster, limit
     check_database(cluster.database_url)
 
 
+def test_a_pause_holds_back_one_key_on_all_workers_and_no_process_of_theirs(
+    cluster: Cluster, limited: Any, tmp_path: Path
+) -> None:
+    """Each process of two workers is free for another key, while four runs wait for the pause of one to be over."""
+    for _ in range(2):
+        cluster.worker(APP, concurrency=1)
+    told = limited.engine.submit(limited.fetch.s("busy", 0, pause="12"))
+    wait_until(lambda: [row for row in told.history() if row["event"] == "retried"])
+    others = [limited.engine.submit(limited.fetch.s("busy", n)) for n in (1, 2, 3)]
+    for run in others:
+        wait_until(lambda run=run: any("it is parked until" in reason for reason in run.why()))  # type: ignore[misc]
+    paths = [str(tmp_path / name) for name in ("one", "two")]
+    held = [limited.engine.submit(limited.hold.s(None, path)) for path in paths]
+    for path in paths:  # both at once
+        wait_until(lambda path=path: values(cluster, f"hold {path}"))  # type: ignore[misc]
+    running = cluster.rows("SELECT count(DISTINCT worker_id) FROM byrd.steps WHERE status = 'running'")
+    for path in paths:
+        Path(path).touch()
+    assert [run.get(timeout=30) for run in held] == [1, 1]
+    assert values(cluster, "fetch busy") == ["0"], "the pause was over too early for this test to say anything"
+    assert running == [(2,)]
+    assert [run.get(timeout=60) for run in (told, *others)] == [["busy", n, 0] for n in range(4)]
+    assert min(starts(cluster, "fetch busy")[1:]) >= 12
+    assert [run.steps()[0].attempt for run in (told, *others)] == [2, 1, 1, 1]
+    check_database(cluster.database_url)
+
+
+def test_an_item_that_wants_a_pause_gives_the_slot_back(cluster: Cluster, limited: Any) -> None:
+    cluster.worker(APP, concurrency=1)
+    # One of them within the batch, and one at the further try of an item that has failed.
+    run = limited.engine.submit(limited.crawl.s("plain", 8, {"3": ["4"], "5": ["no", "1"]}))
+    wait_until(lambda: [row for row in run.history() if row["event"] == "retried"])
+    other = limited.engine.submit(limited.crawl.s("plain", 0, {}))
+    assert limited.engine.submit(limited.free.s(1)).get(timeout=30) == 1
+    assert values(cluster, "crawl plain") == ["0", "1", "2", "3"]
+    wait_until(lambda: any("it is parked until" in reason for reason in other.why()))
+    assert run.get(timeout=30) == [8, 0, 3, 0]
+    assert values(cluster, "crawl plain") == ["0", "1", "2", "3", "3", "4", "5", "6", "7", "5", "5"]
+    assert other.get(timeout=30)[:2] == [0, 0]
+    check_database(cluster.database_url)
+
+
+@pytest.mark.parametrize("options", [{"parallelism": 3}, {"timeout": 30}])
+def test_so_does_one_of_a_batch_in_threads(cluster: Cluster, limited: Any, options: dict[str, Any]) -> None:
+    cluster.worker(APP, concurrency=1)
+    says = {"0": ["1"], "6": ["1"], "9": ["no", "1"]}
+    run = limited.engine.submit(limited.crawl.s("threads", 20, says, batch_size=20, **options))
+    completed, failed, _, retries = run.get(timeout=60)
+    assert (completed, failed, retries) == (20, 0, 0)
+    asked = values(cluster, "crawl threads")
+    assert {asked.count(str(n)) for n in range(15, 20)} == {1}, "what comes after it is not asked for"
+    check_database(cluster.database_url)
+
+
 def test_a_pause_is_seconds_a_timedelta_or_what_the_header_says() -> None:
     def pause(said: Any) -> float:
         return byrd.LimitedError("429", retry_after=said).retry_after
 
-    assert [pause(said) for said in (2, 0.5, 0, timedelta(minutes=1), "120", " 7 ", "1.5")] == [
-        2,
-        0.5,
-        0,
-        60,
-        120,
-        7,
-        1.5,
-    ]
+    assert [pause(said) for said in (2, timedelta(minutes=1), "120", " 7 ", "1.5")] == [2, 60, 120, 7, 1.5]
+    # Uncounted as it is, it never asks for a loop.
+    assert [pause(said) for said in (0.5, 0, 0.0, timedelta(0), "0", "0.2")] == [1] * 6
     moment = datetime.now(UTC) + timedelta(seconds=100)
     for form in ("%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y"):
         assert 80 < pause(moment.strftime(form)) <= 100, form
-    assert pause("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert pause("Wed, 21 Oct 2015 07:28:00 GMT") == 1
     assert pause("9" * 400) == pause("Fri, 31 Dec 9999 23:59:59 GMT") == 1e8
     # It did ask for a pause: the task does not fail over how.
     for said in (None, "", "soon", "-1", "120, 60", "٣", "Wed, 99 Foo 2015", "Wed, 21 Oct 2015 99:28:00 GMT"):
