@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from celery import chain, group
+from celery import chain, group, signature
 
 import byrd
 from byrd.errors import (
@@ -376,6 +376,42 @@ def test_a_saga_task_has_to_say_how_it_is_undone(shared: Any, module_cluster: Cl
     with pytest.raises(CompensationError, match="compensation=None"):
         shared.engine.submit(chain(shared.do.si("a"), shared.forgetful.si()))
     assert module_cluster.rows("SELECT count(*) FROM byrd.runs") == before
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [
+        (lambda s: byrd.saga(s.do.map(["a", "b"])), f"{APP}.do .*celery.map.*group of its calls, or byrd.each"),
+        (lambda s: chain(s.until.si("x"), s.do.starmap([("a",)])), f"{APP}.do .*celery.starmap"),
+        (lambda s: s.do.chunks([("a",), ("b",)], 1), f"{APP}.do "),
+        (lambda s: group(s.fail.si(), s.do.chunks([("a",), ("b",)], 1).group()), f"{APP}.do "),
+        (lambda s: byrd.saga(s.do.map(["a"])).on_error(s.fail.s()), f"{APP}.do "),
+        (lambda s: s.fail.si().on_error(s.do.map(["a"])), f"{APP}.do "),
+        (lambda s: json.loads(json.dumps(s.do.map(["a"]))), f"{APP}.do "),
+        (lambda s: signature("celery.map", kwargs={"task": f"{APP}.do", "it": ["a"]}, app=s.app), f"{APP}.do "),
+        (lambda s: s.pay.map([1]), f"{APP}.pay .*use a group of its calls, where"),
+        (lambda s: s.mail.map(["a"]), f"{APP}.mail "),
+        (lambda s: s.forgetful.starmap([()]), f"{APP}.forgetful .*compensation=None"),
+    ],
+    ids=["map", "starmap", "chunks", "group", "saga", "errback", "json", "by name", "pivot", "retriable", "forgetful"],
+)  # fmt: skip
+def test_a_saga_task_that_a_map_would_call_is_refused(
+    shared: Any, module_cluster: Cluster, build: Any, says: str
+) -> None:
+    """One step calls it for all items: none of its effects would ever be undone, without a word."""
+    before = module_cluster.rows("SELECT count(*) FROM byrd.runs")
+    with pytest.raises(CompensationError, match=says):
+        shared.engine.submit(build(shared))
+    assert module_cluster.rows("SELECT count(*) FROM byrd.runs") == before
+
+
+def test_a_map_of_a_task_with_nothing_to_undo_is_not_refused(shared: Any) -> None:
+    @shared.app.task(base=byrd.SagaTask, compensation=None, shared=False, name="sagas.nothing")
+    def nothing(name: str) -> str:
+        return name
+
+    for canvas in (nothing.map(["a"]), shared.until.chunks([("a",)], 1), byrd.saga(shared.told.map([{}]))):
+        assert shared.engine.runtime.plan(canvas).steps
 
 
 def test_a_task_is_not_both_pivot_and_retriable(shared: Any) -> None:
