@@ -272,6 +272,19 @@ def told(payload: dict[str, Any]) -> None:
 
 
 @app.task(base=byrd.SagaTask)
+def insure(name: str) -> str:
+    """What somebody has to agree to, before it is undone."""
+    return name
+
+
+@insure.compensation(bind=True, base=byrd.CheckpointTask)
+def end_insurance(self: Any, _result: str, name: str) -> None:
+    """Wait for somebody."""
+    answer = self.wait_for("agreed", of="the insurance")
+    write("undo", self.request.root_id, name, self.request.id, str(answer))
+
+
+@app.task(base=byrd.SagaTask)
 def forgetful() -> None:
     """A saga task that does not say how it is undone."""
 

@@ -259,6 +259,15 @@ def test_a_task_that_there_is_already_undoes(shared: Any, module_cluster: Cluste
     assert shared.engine.submit(shared.pay_back.si("nothing", "bike")).get(timeout=30) == "paid back bike"
 
 
+def test_a_compensation_waits_for_a_signal(shared: Any, module_cluster: Cluster) -> None:
+    run = shared.engine.submit(chain(shared.insure.si("car"), shared.fail.si()))
+    wait_until(lambda: [w for w in shared.engine.waiting(of="the insurance") if w.run_id == run.id])
+    assert run.status == "compensating"
+    run.signal("agreed", "yes", by="ann")
+    assert run.wait(timeout=30) == "failed"
+    assert details(module_cluster, run, "car") == ["yes"]
+
+
 # -- what an operator does -------------------------------------------------------------------------
 
 
