@@ -371,7 +371,10 @@ def revoke(
     owner: str | None = None,
     pid: int | None = None,
 ) -> list[Wakeup]:
-    """ready, waiting, or running in ``attempt``, → cancelled: Celery's revoke, or it expired before it started."""
+    """ready, waiting, or running in ``attempt``, → cancelled: Celery's revoke, or it expired before it started.
+
+    Not a saga that is waiting: it has failed, and ends when what it had done is undone.
+    """
     error = error_json("TaskRevokedError", "celery.exceptions", [reason])
     row = None
     if attempt is not None:
@@ -381,7 +384,7 @@ def revoke(
             conn,
             f"""UPDATE byrd.steps s SET status = 'cancelled', error = %(error)s, finished_at = {_NOW}, limit_slot = NULL
                 FROM {SHARE_RUN_OF_STEP}
-                WHERE s.id = %(id)s AND s.status IN ('ready','waiting') RETURNING {_ENDED}""",
+                WHERE s.id = %(id)s AND s.status IN ('ready','waiting') AND s.kind <> 'saga' RETURNING {_ENDED}""",
             {"id": step_id, "error": error},
         ).first()
     return _after_failure(conn, row) if row is not None else []
@@ -394,7 +397,7 @@ def revoke_waiting(conn: Connection, step_id: str) -> list[Wakeup]:
     query(
         conn,
         f"""UPDATE byrd.steps SET expires_in = NULL, expires_at = {flow.REVOKED}, solo = true
-            WHERE id = %(id)s AND status = 'pending' AND kind <> 'join'""",
+            WHERE id = %(id)s AND status = 'pending' AND kind NOT IN ('join','saga')""",
         {"id": step_id},
     )
     return revoke(conn, step_id, "revoked")

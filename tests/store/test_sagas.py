@@ -270,6 +270,24 @@ def test_a_pause_holds_a_rollback_and_a_resume_goes_on_with_it(world: World) -> 
     assert undone(world) == ["undo_saga_b", "undo_saga_a"]
 
 
+def test_celerys_revoke_of_a_saga_changes_nothing(world: World) -> None:
+    """It is no task; while it waits for its undoing, nobody else would see to the end of that."""
+    world.failing = {"bad"}
+    run = world.submit(chain(byrd.saga(sig("saga_a"), sig("bad")), sig("c")))
+    saga = world.step(run, "byrd.saga")
+    for names in ((), ("saga_a", "bad")):
+        for name in names:
+            world.settle(world.claim(run, name))
+        world.end_waits()
+        before = world.rows()
+        assert world.do(steps.revoke_waiting, saga.id) == []
+        assert world.rows() == before
+    assert world.step(run, "byrd.saga").status == "waiting"
+    assert world.drive(run).status == "failed"
+    assert undone(world) == ["undo_saga_a"]
+    assert world.step(run, "byrd.saga").error == ERROR
+
+
 def test_a_run_with_a_saga_that_failed_without_undoing_anything_can_be_retried(world: World) -> None:
     world.failing = {"bad"}
     run = world.submit(chain(sig("a"), byrd.saga(sig("b"), sig("bad"))))
