@@ -199,6 +199,8 @@ def roll_back(
     if run.pivot is not None:
         raise _past_pivot(run_id, run.pivot)
     if run.status == "paused":
+        if not undo.compensable_once_stopped(conn, run_id):
+            raise _nothing_to_undo(run_id, "has completed, or runs; `byrd cancel` ends it")
         return cancel(conn, run_id, compensate=True, by=by, reason=reason, token=token)
     if run.status not in sources(RUN_TRANSITIONS, "roll_back"):
         allowed = ", ".join(sorted(str(s) for s in sources(RUN_TRANSITIONS, "roll_back")))
@@ -207,7 +209,7 @@ def roll_back(
             "pause it first, or cancel it with its compensations"
         )
     if not undo.compensable(conn, run_id):
-        raise IllegalTransitionError(f"run {run_id} has nothing to undo: no step with a compensation has completed")
+        raise _nothing_to_undo(run_id, "has completed")
     detail = {**_by(by), **({"reason": reason} if reason else {})}
     record(conn, run_id, "rollback_requested", detail, token=token)
     query(
@@ -472,6 +474,10 @@ def _asked(conn: Connection, run_id: str, event: str) -> dict[str, Any]:
         {"run": run_id, "event": event},
     ).scalar()
     return {key: value for key, value in json.loads(detail or "{}").items() if key in ("by", "reason")}
+
+
+def _nothing_to_undo(run_id: str, why: str) -> IllegalTransitionError:
+    return IllegalTransitionError(f"run {run_id} has nothing to undo: no step with a compensation {why}")
 
 
 def _past_pivot(run_id: str, pivot: int) -> IllegalTransitionError:

@@ -52,6 +52,24 @@ def compensable(conn: Connection, run_id: str) -> bool:
     return query(conn, sql, {"run": run_id}).first() is not None or bool(_children_to_undo(conn, run_id))
 
 
+def compensable_once_stopped(conn: Connection, run_id: str) -> bool:
+    """Tell whether something of a run that goes on can be undone, or may be once it is cancelled: what runs counts."""
+    sql = f"""SELECT 1 FROM byrd.steps s WHERE s.run_id = %(run)s AND (s.compensation IS NOT NULL
+                 AND (s.status = 'running' OR s.status IN ('pending','ready') AND EXISTS
+                      (SELECT 1 FROM byrd.attempts a WHERE a.step_id = s.id AND {_UNKNOWN}))
+               OR s.status = 'running' AND s.task = '{SUBWORKFLOW}') LIMIT 1"""
+    if compensable(conn, run_id) or query(conn, sql, {"run": run_id}).first() is not None:
+        return True
+    children = query(
+        conn,
+        f"""SELECT c.id::text FROM byrd.steps s JOIN byrd.runs c ON c.parent_step = s.id AND c.pivot IS NULL
+             WHERE s.run_id = %(run)s AND s.task = '{SUBWORKFLOW}'
+               AND s.status NOT IN ('succeeded','failed','skipped','cancelled')""",
+        {"run": run_id},
+    ).all()
+    return any(compensable_once_stopped(conn, child.id) for child in children)
+
+
 def _children_to_undo(conn: Connection, run_id: str, saga: int | None = None) -> set[int]:
     """Return the steps of a run whose own runs, past no pivot, have something to undo, or may have once they end."""
     inside = f"{INSIDE} " if saga is not None else ""

@@ -780,6 +780,29 @@ def test_a_run_that_goes_on_or_has_nothing_to_undo_is_not(world: World) -> None:
         world.do(runs.roll_back, plain)
 
 
+def test_a_run_that_is_paused_with_nothing_to_undo_is_not(world: World) -> None:
+    run = world.submit(chain(sig("a"), sig("saga_b")))
+    world.drive(run, until=["a"])
+    world.do(runs.pause, run)
+    before = world.rows()
+    with pytest.raises(IllegalTransitionError, match="nothing to undo: no step with a compensation has completed, or"):
+        world.do(runs.roll_back, run)
+    assert world.rows() == before
+    world.do(runs.resume, run)
+    assert world.drive(run).status == "succeeded"
+
+
+def test_a_run_that_is_paused_while_what_can_be_undone_runs_is_rolled_back(world: World) -> None:
+    run = world.submit(sig("saga_a"))
+    claim = world.claim(run, "saga_a")
+    world.do(runs.pause, run)
+    world.do(runs.roll_back, run)
+    assert world.run(run).status == "cancelling"
+    world.settle(claim)
+    assert world.drive(run).status == "cancelled"
+    assert undone(world) == ["undo_saga_a"]
+
+
 def test_plans_with_sagas_are_written_in_one_statement_or_one_by_one(world: World) -> None:
     canvas = chain(byrd.saga(sig("a")), byrd.saga(sig("b")))
     plan: Plan = plan_of(canvas)
