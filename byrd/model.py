@@ -183,7 +183,7 @@ RUN_TRANSITIONS: tuple[Transition, ...] = (
     _run(
         "retry_rollback",
         "rollback_stuck",
-        "running cancelling compensating",
+        "running paused cancelling compensating",
         "an operator had the compensation tried again, skipped it, or did by hand what it should do",
     ),
     _run("retry_run", "failed cancelled", "running", "an operator asked to try again what did not succeed"),

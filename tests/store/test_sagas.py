@@ -689,6 +689,52 @@ def test_a_stuck_saga_holds_the_rest_of_its_run(world: World) -> None:
     assert "y" in world.ran
 
 
+@pytest.mark.parametrize("how", ["retry", "skip"])
+def test_a_run_that_was_paused_when_a_saga_got_stuck_is_paused_again(world: World, how: str) -> None:
+    world.failing = {"bad", "undo_saga_b"}
+    run = world.submit(group(byrd.saga(sig("saga_a"), sig("saga_b"), sig("bad")), chain(sig("x"), sig("y"))))
+    for name in ("saga_a", "saga_b", "bad"):
+        world.settle(world.claim(run, name))
+    world.end_waits()
+    x, undo_b = world.claim(run, "x"), world.claim(run, "undo_saga_b")
+    world.do(runs.pause, run)
+    world.settle(undo_b)
+    assert world.run(run).status == "rollback_stuck"
+    world.settle(x)
+    world.failing = set()
+    if how == "retry":
+        world.do(runs.retry, run)
+    else:
+        world.do(sagas.skip, run, undo_b.no, reason="so")
+    assert world.run(run).status == "paused"
+    assert world.do(sweeps.seconds_until_due, at_most=9.0) == 9.0, "a paused run costs the relay nothing"
+    world.check()
+    before = len(world.ran)
+    assert world.drive(run).status == "paused"
+    assert len(world.ran) == before
+    world.do(runs.resume, run)
+    assert world.drive(run).status == "failed"
+    assert sorted(world.ran[before:]) == sorted(["y", "undo_saga_a", *["undo_saga_b"] * (how == "retry")])
+
+
+def test_a_run_that_was_resumed_or_retried_since_its_pause_goes_on_after_a_stuck_saga(world: World) -> None:
+    world.failing = {"early"}
+    run = world.submit(chain(sig("early"), byrd.saga(sig("saga_b"), sig("bad"))))
+    world.do(runs.pause, run)
+    world.do(runs.resume, run)
+    claim = world.claim(run, "early")
+    world.do(runs.pause, run)
+    world.settle(claim)
+    assert world.run(run).status == "failed"
+    world.failing = {"bad", "undo_saga_b"}
+    world.do(runs.retry, run)
+    assert world.drive(run).status == "rollback_stuck"
+    world.failing = {"bad"}
+    world.do(runs.retry, run)
+    assert world.run(run).status == "running"
+    assert world.drive(run).status == "failed"
+
+
 def test_two_that_are_stuck_need_an_operator_each(world: World) -> None:
     world.failing = {"bad", "undo_saga_a", "undo_saga_b"}
     run = world.submit(group(sig("saga_a"), sig("saga_b"), sig("bad")))

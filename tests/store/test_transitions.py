@@ -486,6 +486,15 @@ def saga_rolled_back(outcome: str | None) -> Callable[..., str]:
     return build
 
 
+def saga_rolled_back_in_a_pause(world: World, status: str) -> str:
+    """The same, in a run that was paused when the compensation failed."""
+    run = saga_rolled_back(None)(world, "running")
+    world.do(runs.pause, run)
+    put_run(world, run, status)
+    world.sql("UPDATE byrd.runs SET outcome = NULL WHERE id = %(id)s RETURNING 1", id=run)
+    return run
+
+
 def roll_back_what_has_ended(conn: Any, run_id: str) -> None:
     """Roll back, unless the run is paused: then it is cancelled first, which has drivers of its own."""
     if reading.get(conn, run_id).status == "paused":
@@ -517,6 +526,7 @@ RUN_DRIVERS: dict[str, list[RunDriver]] = {
         (rolled_back, retry),
         (saga_rolled_back(None), retry),
         (saga_rolled_back("cancelled"), retry),
+        (saga_rolled_back_in_a_pause, retry),
     ],
     "retry_run": [(all_done(failed=True), retry)],
 }
