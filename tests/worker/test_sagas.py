@@ -189,6 +189,49 @@ def test_one_that_a_pause_has_stopped_is_asked_for_before_it_is_undone(
     assert (undo.status, undo.result) == ("succeeded", "null")
 
 
+@pytest.mark.parametrize(
+    ("says", "value", "calls"),
+    [("false", "lent f false", 2), ("null", None, 1), ("true", True, 1), ("raises", True, 1)],
+    ids=["False", "None", "True", "raises"],
+)
+def test_what_a_confirm_says_before_another_attempt(
+    shared: Any, module_cluster: Cluster, files: Path, says: str, value: Any, calls: int
+) -> None:
+    """False is no; what raises is asked again in the next attempt; anything else is the step's value."""
+    name = f"f {says}"
+    (files / f"{name}.says").write_text(says)
+    (files / f"{name}.die").touch()
+    run = shared.engine.submit(shared.lend.si(name))
+    assert run.get(timeout=60) == value
+    assert effects(module_cluster, run) == [("do", name)] * calls
+    assert run.steps()[0].attempt == (3 if says == "raises" else 2)
+
+
+@pytest.mark.parametrize(
+    ("says", "undone"),
+    [
+        ("false", []), ("null", ["None, known: True"]), ("true", ["True, known: True"]),
+        ("raises", ["True, known: True"]),
+    ],
+    ids=["False", "None", "True", "raises"],
+)  # fmt: skip
+def test_what_a_confirm_says_before_an_undo(
+    shared: Any, module_cluster: Cluster, files: Path, says: str, undone: list[str]
+) -> None:
+    name = f"b {says}"
+    (files / f"{name}.says").write_text(says)
+    (files / f"{name}.loops").touch()
+    run = shared.engine.submit(shared.lend.si(name))
+    wait_until(lambda: effects(module_cluster, run))
+    run.pause()
+    wait_until(lambda: run.steps()[0].status == "ready")
+    run.rollback()
+    assert run.wait(timeout=30) == "cancelled"
+    assert details(module_cluster, run, name) == undone
+    [undo] = [s for s in run.steps() if s.kind == "compensation"]
+    assert (undo.status, undo.attempt) == ("succeeded", 2 if says == "raises" else 1)
+
+
 def test_a_rollback_outlives_a_compensation_that_kills_its_worker(
     shared: Any, module_cluster: Cluster, files: Path
 ) -> None:
