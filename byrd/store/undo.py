@@ -41,9 +41,17 @@ _COMPENSABLE = f"""s.run_id = %(run)s AND s.compensation IS NOT NULL
           (SELECT 1 FROM byrd.attempts a WHERE a.step_id = s.id AND {_UNKNOWN})))
     AND NOT EXISTS (SELECT 1 FROM byrd.steps c WHERE c.run_id = s.run_id AND c.compensates = s.no)"""
 
-#: The step ``s`` failed by itself, not because of another; a saga did, as far as what is around it is concerned.
-_ROOT = """s.status IN ('failed','cancelled') AND s.kind IN ('task','wait','callback','saga')
-    AND (CASE WHEN s.kind = 'saga' THEN s.ready_at IS NOT NULL ELSE s.cause IS NULL END)"""
+#: The step ``x`` failed by itself, not because of another, and is not retriable; a saga did, as far as what is around
+#: it is concerned.
+_CAUSE = """x.status IN ('failed','cancelled') AND x.kind IN ('task','wait','callback','saga')
+    AND (CASE WHEN x.kind = 'saga' THEN x.ready_at IS NOT NULL ELSE x.cause IS NULL END)
+    AND x.mark IS DISTINCT FROM 'retriable'"""
+
+#: The pivot ``s`` of the run ``r`` would forbid the rollback that is to come, for a step has failed.  One that may have
+#: taken effect has to go on, for it would not be undone.
+POINTLESS = f"""(s.mark = 'pivot' AND s.kind IN ('task','callback') AND r.pivot IS NULL
+    AND EXISTS (SELECT 1 FROM byrd.steps x WHERE x.run_id = s.run_id AND {_CAUSE})
+    AND NOT EXISTS (SELECT 1 FROM byrd.attempts a WHERE a.step_id = s.id AND {_UNKNOWN}))"""
 
 
 def compensable(conn: Connection, run_id: str) -> bool:
@@ -102,11 +110,11 @@ def cause_of(conn: Connection, run_id: str, saga: int | None = None) -> int | No
     One that is retriable is none.
     """
     inside = f"{INSIDE} " if saga is not None else ""
-    where = "AND s.no IN (SELECT no FROM inside)" if saga is not None else ""
+    where = "AND x.no IN (SELECT no FROM inside)" if saga is not None else ""
     found: int | None = query(
         conn,
-        f"""{inside}SELECT s.no FROM byrd.steps s WHERE s.run_id = %(run)s AND {_ROOT} {where}
-              AND s.mark IS DISTINCT FROM 'retriable' ORDER BY s.status <> 'failed', s.finished_at, s.no LIMIT 1""",
+        f"""{inside}SELECT x.no FROM byrd.steps x WHERE x.run_id = %(run)s AND {_CAUSE} {where}
+             ORDER BY x.status <> 'failed', x.finished_at, x.no LIMIT 1""",
         {"run": run_id, "saga": saga},
     ).scalar()
     return found

@@ -424,9 +424,122 @@ def test_a_pivot_that_succeeds_last_of_all_still_counts(world: World) -> None:
     world.failing = {"bad"}
     run = world.submit(group(chain(sig("saga_a"), sig("pivot")), sig("bad")))
     world.settle(world.claim(run, "saga_a"))
+    pivot = world.claim(run, "pivot")
     world.settle(world.claim(run, "bad"))
-    world.settle(world.claim(run, "pivot"))
+    world.settle(pivot)
     assert world.run(run).status == "failed"
+    assert not undone(world)
+
+
+def beside(world: World, *, saga: str) -> str:
+    """Return a run in which a step beside a pivot, or a saga beside it, has failed before the pivot starts."""
+    world.failing = {"bad"}
+    pays: Any = chain(sig("saga_a"), sig("pivot", link_error=sig("oops")), sig("after"))
+    fails = sig("bad")
+    if saga == "pivot's":
+        pays = byrd.saga(pays)
+    elif saga == "other's":
+        fails = byrd.saga(sig("saga_x"), fails)
+    run = world.submit(group(pays, fails))
+    for name in ("saga_a", *(["saga_x"] if saga == "other's" else []), "bad"):
+        world.settle(world.claim(run, name))
+    return run
+
+
+@pytest.mark.parametrize("saga", ["none", "pivot's", "other's"])
+def test_a_pivot_that_has_not_started_when_a_step_fails_never_does(world: World, saga: str) -> None:
+    """Its success would keep what the others had done from being undone: paid, and half of it booked."""
+    run = beside(world, saga=saga)
+    pivot = world.step(run, "pivot")
+    assert pivot.status == "ready"
+    assert world.try_claim(pivot.id, pivot.attempt) is None
+    stopped = world.step(run, "pivot")
+    assert (stopped.status, stopped.error) == ("cancelled", ERROR)
+    assert "pivot_stopped" in events(world, run)
+    row = world.drive(run)
+    assert (row.status, row.error, row.pivot) == ("failed", ERROR, None)
+    assert "undo_saga_a" in undone(world)
+    assert not {"pivot", "after", "oops"} & set(world.ran)
+
+
+def test_a_pivot_is_stopped_once_and_no_other_step_is(world: World) -> None:
+    run = beside(world, saga="none")
+    before = world.rows()
+    for name in ("saga_a", "bad", "after"):
+        assert world.do(sagas.stop_pivot, world.step(run, name).id) == []
+    assert world.rows() == before
+    pivot = world.step(run, "pivot").id
+    [undo_a] = world.do(sagas.stop_pivot, pivot)
+    assert undo_a.task == "undo_saga_a"
+    before = world.rows()
+    assert world.do(sagas.stop_pivot, pivot) == []
+    assert world.rows() == before
+
+
+def test_after_a_retry_of_the_run_the_pivot_that_was_stopped_starts(world: World) -> None:
+    world.failing = {"bad"}
+    run = world.submit(group(chain(sig("a"), sig("pivot")), sig("bad")))
+    for name in ("a", "bad"):
+        world.settle(world.claim(run, name))
+    assert world.drive(run).status == "failed"
+    assert "pivot" not in world.ran
+    world.failing = set()
+    world.do(runs.retry, run)
+    assert world.drive(run).status == "succeeded"
+    assert world.result(run) == ["pivot", "bad"]
+
+
+def test_a_pivot_that_is_paused_is_stopped_when_its_run_is_resumed(world: World) -> None:
+    run = beside(world, saga="none")
+    pivot = world.step(run, "pivot")
+    world.do(runs.pause, run)
+    assert world.try_claim(pivot.id, pivot.attempt) is None
+    assert world.step(run, "pivot").status == "ready"
+    world.do(runs.resume, run)
+    assert world.drive(run).status == "failed"
+    assert undone(world) == ["undo_saga_a"]
+
+
+@pytest.mark.parametrize("how", ["lost", "handed back"])
+def test_a_pivot_that_may_have_taken_effect_goes_on_whatever_fails(world: World, how: str) -> None:
+    """Stopped, it would leave behind what it has perhaps done: nothing undoes it."""
+    world.failing = {"bad"}
+    run = world.submit(group(chain(sig("saga_a"), sig("pivot")), sig("bad")))
+    world.settle(world.claim(run, "saga_a"))
+    claim = world.claim(run, "pivot")
+    if how == "lost":
+        world.do(steps.preempt, world.worker_id, reason="gone")
+    else:
+        world.do(steps.hand_back, claim.id, claim.attempt)
+    world.settle(world.claim(run, "bad"))
+    assert world.drive(run).status == "failed"
+    assert not undone(world)
+    assert "pivot" in world.ran
+
+
+def test_a_pivot_that_only_raised_so_far_is_not_tried_again(world: World) -> None:
+    run = world.submit(group(chain(sig("saga_a"), sig("pivot")), sig("bad")))
+    world.failing = {"bad"}
+    world.settle(world.claim(run, "saga_a"))
+    claim = world.claim(run, "pivot")
+    world.do(steps.retry, claim.id, claim.attempt, ERROR)
+    world.settle(world.claim(run, "bad"))
+    assert world.drive(run).status == "failed"
+    assert undone(world) == ["undo_saga_a"]
+
+
+def test_a_pivot_starts_beside_a_retriable_step_that_fails_or_after_another_pivot(world: World) -> None:
+    run = world.submit(group(chain(sig("saga_a"), sig("pivot")), sig("retriable")))
+    world.settle(world.claim(run, "saga_a"))
+    fail_for_good(world, run, "retriable")
+    assert world.drive(run).status == "failed"
+    assert "pivot" in world.ran
+    run = world.submit(group(chain(sig("saga_a"), sig("pivot1"), sig("pivot2")), sig("bad")))
+    for name in ("saga_a", "pivot1"):
+        world.settle(world.claim(run, name))
+    fail_for_good(world, run, "bad")
+    assert world.drive(run).status == "failed"
+    assert world.step(run, "pivot2").status == "succeeded"
     assert not undone(world)
 
 

@@ -106,6 +106,37 @@ def test_after_the_pivot_a_step_is_tried_again(shared: Any, module_cluster: Clus
         run.rollback()
 
 
+def test_a_pivot_in_a_nested_saga_holds_for_what_is_around_it(
+    shared: Any, module_cluster: Cluster, files: Path
+) -> None:
+    (files / "inner.down").touch()
+    inner = byrd.saga(shared.do.si("b"), shared.pay.si(), shared.down.si("inner"))
+    run = shared.engine.submit(byrd.saga(shared.do.si("a"), inner, shared.do.si("c")))
+    wait_until(lambda: [s for s in run.steps() if s.task == f"{APP}.down" and s.attempt >= 2])
+    with pytest.raises(IllegalTransitionError, match="forward only"):
+        run.cancel(compensate=True)
+    (files / "inner.down").unlink()
+    assert run.wait(timeout=30) == "succeeded"
+    assert effects(module_cluster, run) == [("do", "a"), ("do", "b"), ("do", "pay"), ("do", "c")]
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["run", "saga"])
+def test_a_pivot_that_has_not_started_when_a_step_fails_never_does(
+    shared: Any, module_cluster: Cluster, files: Path, nested: bool
+) -> None:
+    go = f"go {nested}"
+    pays = chain(shared.do.si("a"), shared.until.si(go), shared.pay.si())
+    run = shared.engine.submit(group(byrd.saga(pays) if nested else pays, shared.fail.si()))
+    wait_until(lambda: [s for s in run.steps() if s.task == f"{APP}.fail" and s.status == "failed"])
+    (files / go).touch()
+    with pytest.raises(ValueError, match="no"):
+        run.get(timeout=30)
+    assert run.wait(timeout=30) == "failed"
+    assert effects(module_cluster, run) == [("do", "a"), ("undo", "a")]
+    [pay] = [s for s in run.steps() if s.task == f"{APP}.pay"]
+    assert (pay.status, pay.attempt) == ("cancelled", 0)
+
+
 def test_a_retriable_step_is_tried_again(shared: Any, files: Path) -> None:
     (files / "box.down").touch()
     run = shared.engine.submit(chain(shared.do.si("a"), shared.mail.si("box")))
