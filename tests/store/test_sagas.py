@@ -15,7 +15,7 @@ import byrd
 from byrd.canvas import Plan, compile_canvas
 from byrd.errors import CanvasError, IllegalTransitionError, StepCancelled
 from byrd.model import StepKind
-from byrd.store import Store, growth, plans, progress, reading, runs, sagas, steps, sweeps, undo, waits
+from byrd.store import Store, growth, plans, progress, reading, runs, sagas, steps, sweeps, timeouts, undo, waits
 from byrd.store.rows import query
 from tests.store.world import ERROR, World, app, plan_of, sig
 
@@ -200,6 +200,30 @@ def test_what_runs_in_a_saga_that_fails_is_told_to_stop_and_awaited(world: World
     assert {s.compensates for s in world.steps(run) if s.kind == "compensation"} == {x.no, y.no}
     assert world.drive(run).status == "failed"
     assert sorted(undone(world)) == ["undo_saga_x", "undo_saga_y"]
+
+
+@pytest.mark.parametrize(("timeout", "status"), [("heartbeat", "cancelled"), ("start_to_close", "failed")])
+def test_a_step_that_hangs_in_a_saga_that_fails_is_fenced_and_undone(world: World, timeout: str, status: str) -> None:
+    world.failing = {"bad"}
+    run = world.submit(chain(byrd.saga(group(sig("bad"), chain(sig("saga_a"), sig("saga_b")))), sig("after")))
+    world.settle(world.claim(run, "saga_a"))
+    hangs = world.claim(run, "saga_b")
+    options = json.dumps({"byrd_timeouts": {timeout: 1e-6}})
+    world.sql("UPDATE byrd.steps SET options = %(o)s WHERE id = %(id)s", o=options, id=hangs.id)
+    world.settle(world.claim(run, "bad"))
+    world.end_waits()
+    assert world.step(run, "byrd.saga").status == "waiting"
+    assert not undone(world), "it may still be at work"
+    world.do(timeouts.time_out, hangs.id, hangs.attempt)
+    world.check()
+    world.end_waits()
+    assert world.step(run, "saga_b").status == status
+    assert world.stale(steps.complete, hangs.id, hangs.attempt, "1")
+    assert world.stale(progress.remember, hangs.id, hangs.attempt, "step:x", "1")
+    assert world.do(undo.compensated_call, world.step(run, "undo_saga_b").id).result is None
+    assert world.drive(run).status == "failed"
+    assert undone(world) == ["undo_saga_b", "undo_saga_a"]
+    assert world.step(run, "byrd.saga").error == ERROR
 
 
 def test_a_step_that_comes_back_ready_in_a_saga_that_failed_is_cancelled_and_undone(world: World) -> None:
