@@ -35,8 +35,9 @@ _FROZEN_OPTIONS = frozenset({
     "link", "link_error", "producer", "publisher", "connection", "add_to_parent", "router", "result_cls",
     "replaced_task_nesting", "use_link",
 })  # fmt: skip
-#: A clone of one of these is an ordinary signature: only the task's name tells.
-_MAPS = frozenset({"celery.map", "celery.starmap"})
+#: Tasks of Celery's that call another one, ``kwargs["task"]``, for each item.  A clone of one of these is an ordinary
+#: signature: only the task's name tells.
+MAPS = frozenset({"celery.map", "celery.starmap"})
 _CHUNKS = "celery.chunks"
 _DELAYS = frozenset({"countdown", "eta"})
 _TIMES = _DELAYS | {"expires"}
@@ -272,9 +273,9 @@ class _Builder:
         task, own = sig.task, sig.options
         options = _merged(own, given.options)
         kwargs = dict(sig.kwargs)
-        if task in _MAPS:
+        if task in MAPS:
             kwargs["it"] = list(kwargs["it"])
-            options.setdefault("route_name", _task_name(kwargs.get("task")))
+            options.setdefault("route_name", task_name(kwargs.get("task")))
         if sig.immutable:
             literal: tuple[Any, ...] = tuple(sig.args)
             source = None
@@ -572,5 +573,8 @@ def _merged(own: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, An
     return merged
 
 
-def _task_name(task: Any) -> str | None:
+def task_name(task: Any) -> str | None:
+    """Return the name of the task that a signature, its dictionary form, a task or a name stands for."""
+    if isinstance(task, str):
+        return task
     return task.get("task") if isinstance(task, Mapping) else getattr(task, "name", None)

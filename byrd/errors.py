@@ -128,7 +128,7 @@ class ArgumentError(SubmitError):
 
 
 class CompensationError(SubmitError):
-    """A step of a saga has no compensation, and does not say that it needs none."""
+    """A saga task has no compensation, and does not say that it needs none; or a map calls it, which nothing undoes."""
 
 
 class DuplicateStepError(SubmitError):

@@ -154,6 +154,7 @@ STEP_TRANSITIONS: tuple[Transition, ...] = (
     _step("terminate", "running", "cancelled", "its run is cancelled with terminate, and it did not stop in time"),
     _step("ignore", "running", "cancelled", "its task raised Ignore"),
     _step("expire", "ready waiting", "cancelled", "its time to start was over"),
+    _step("stop_pivot", "ready", "cancelled", "it is a pivot, and a step of its run has failed before it started"),
     _step("finish_join", "pending", "succeeded failed", "all that it waits for is done"),
     _step("fail_saga", "pending", "waiting", "a step of the saga failed: what it had done is about to be undone"),
     _step("end_saga", "waiting", "failed", "what the saga had done is undone, or must not be"),
@@ -183,7 +184,7 @@ RUN_TRANSITIONS: tuple[Transition, ...] = (
     _run(
         "retry_rollback",
         "rollback_stuck",
-        "running cancelling compensating",
+        "running paused cancelling compensating",
         "an operator had the compensation tried again, skipped it, or did by hand what it should do",
     ),
     _run("retry_run", "failed cancelled", "running", "an operator asked to try again what did not succeed"),

@@ -20,7 +20,7 @@ _BODY = "canvas"
 
 
 class _NotDone:
-    """What a task's ``confirm`` returns when the effect did not take place; there is one."""
+    """What a task's ``confirm`` returns, or False, when the effect did not take place; there is one."""
 
     def __repr__(self) -> str:
         return "byrd.NOT_DONE"

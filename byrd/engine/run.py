@@ -177,7 +177,7 @@ class Run:
 
         Signals of one name are delivered in the order in which they were sent, each to one wait.
         Raises :class:`ArgumentError` for a payload that JSON cannot hold or that is too large, :class:`CanvasError` for
-        what is no name of a signal, and :class:`IllegalTransitionError` for a run that has ended or is being stopped.
+        what is no name of a signal, and :class:`IllegalTransitionError` for a run that has ended.
         """
         checked_name(name)
         text = _payload_json(name, payload)

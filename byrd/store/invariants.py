@@ -157,7 +157,8 @@ RULES = {
          WHERE m.kind = 'item' AND m.status IN ('pending','ready') AND s.status NOT IN {_OPEN_STEP}""",
     "a task that gave its slot back for a signal that came goes on": """
         SELECT s.run_id, s.no, s.signal FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
-         WHERE s.status = 'ready' AND s.signal IS NOT NULL AND r.status = 'running' AND s.run_at > clock_timestamp()
+         WHERE s.status = 'ready' AND s.signal IS NOT NULL AND s.run_at > clock_timestamp()
+           AND r.status IN ('running','compensating','cancelling','rollback_stuck')
            AND EXISTS (SELECT 1 FROM byrd.signals g WHERE g.run_id = s.run_id AND g.name = s.signal
                         AND g.delivered_at IS NULL)
            AND NOT EXISTS (SELECT 1 FROM byrd.steps o WHERE o.run_id = s.run_id AND o.no <> s.no
@@ -174,7 +175,7 @@ RULES = {
          WHERE g.delivered_at IS NOT NULL AND s.no IS NULL""",
     "a signal that is awaited is about to be delivered": """
         SELECT s.run_id, s.no, s.signal FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
-         WHERE s.status = 'waiting' AND s.signal IS NOT NULL AND r.status IN ('running','paused')
+         WHERE s.status = 'waiting' AND s.signal IS NOT NULL AND r.status IN ('running','paused','rollback_stuck')
            AND (s.expires_at IS NULL OR s.expires_at > s.ready_at)
            AND EXISTS (SELECT 1 FROM byrd.signals g WHERE g.run_id = s.run_id AND g.name = s.signal
                         AND g.delivered_at IS NULL)

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from byrd.errors import IllegalTransitionError, RunNotFoundError
-from byrd.model import RUN_TRANSITIONS, sources
+from byrd.model import RUN_TRANSITIONS, RunStatus, sources
 from byrd.store import flow, locks, undo
 from byrd.store.rows import CHANNEL, WAKEUP, Wakeup, query, wakeups_of
 from byrd.waits import SUBWORKFLOW
@@ -114,10 +114,7 @@ def pause(conn: Connection, run_id: str, *, by: str | None = None, token: str | 
     if done_before(conn, run_id, token):
         return
     _move(conn, run_id, "pause", "paused")
-    # 'infinity' takes the steps out of the relay's sight, so that a paused run costs it nothing.
-    query(
-        conn, "UPDATE byrd.steps SET wake_at = 'infinity' WHERE run_id = %(run)s AND status = 'ready'", {"run": run_id}
-    )
+    _hold(conn, run_id)
     record(conn, run_id, "paused", _by(by), token=token)
 
 
@@ -199,6 +196,8 @@ def roll_back(
     if run.pivot is not None:
         raise _past_pivot(run_id, run.pivot)
     if run.status == "paused":
+        if not undo.compensable_once_stopped(conn, run_id):
+            raise _nothing_to_undo(run_id, "has completed, or runs; `byrd cancel` ends it")
         return cancel(conn, run_id, compensate=True, by=by, reason=reason, token=token)
     if run.status not in sources(RUN_TRANSITIONS, "roll_back"):
         allowed = ", ".join(sorted(str(s) for s in sources(RUN_TRANSITIONS, "roll_back")))
@@ -207,7 +206,7 @@ def roll_back(
             "pause it first, or cancel it with its compensations"
         )
     if not undo.compensable(conn, run_id):
-        raise IllegalTransitionError(f"run {run_id} has nothing to undo: no step with a compensation has completed")
+        raise _nothing_to_undo(run_id, "has completed")
     detail = {**_by(by), **({"reason": reason} if reason else {})}
     record(conn, run_id, "rollback_requested", detail, token=token)
     query(
@@ -250,7 +249,10 @@ def go_on_undoing(conn: Connection, run_id: str, saga: int | None) -> list[Wakeu
 
 
 def unstick(conn: Connection, run_id: str) -> list[Wakeup]:
-    """rollback_stuck → what the run was before, unless another compensation of it is stuck."""
+    """rollback_stuck → what the run was before, unless another compensation of it is stuck.
+
+    One that was paused is paused again: what is due goes on when it is resumed.
+    """
     params = {"run": run_id}
     stuck = """SELECT 1 FROM byrd.steps WHERE run_id = %(run)s AND compensates IS NOT NULL
                  AND status IN ('failed','cancelled') LIMIT 1"""
@@ -260,12 +262,18 @@ def unstick(conn: Connection, run_id: str) -> list[Wakeup]:
         conn,
         """SELECT CASE WHEN EXISTS (SELECT 1 FROM byrd.steps s WHERE s.run_id = r.id AND s.compensates IS NOT NULL
                                      AND s.saga IS NULL) THEN 'compensating'
-                       WHEN r.outcome IS NOT NULL THEN 'cancelling' ELSE 'running' END
+                       WHEN r.outcome IS NOT NULL THEN 'cancelling'
+                       WHEN 'paused' = (SELECT e.event FROM byrd.events e WHERE e.run_id = r.id
+                                         AND e.event IN ('paused','resumed','retried') ORDER BY e.id DESC LIMIT 1)
+                       THEN 'paused' ELSE 'running' END
              FROM byrd.runs r WHERE r.id = %(run)s""",
         params,
     ).scalar_one()
     _move(conn, run_id, "retry_rollback", was)
     query(conn, "UPDATE byrd.runs SET parent_told = false WHERE id = %(run)s AND parent_told", params)
+    if was == RunStatus.PAUSED:
+        _hold(conn, run_id)
+        return []
     wakeups = _wake(conn, run_id)
     open_rollbacks = query(
         conn,
@@ -417,6 +425,13 @@ def reopen(conn: Connection, run_id: str, which: str, params: Mapping[str, Any] 
     return [row.no for row in rows]
 
 
+def _hold(conn: Connection, run_id: str) -> None:
+    """Take the ready steps of a paused run out of the relay's sight, so that it costs it nothing."""
+    query(
+        conn, "UPDATE byrd.steps SET wake_at = 'infinity' WHERE run_id = %(run)s AND status = 'ready'", {"run": run_id}
+    )
+
+
 def _wake(conn: Connection, run_id: str) -> list[Wakeup]:
     rows = query(
         conn,
@@ -472,6 +487,10 @@ def _asked(conn: Connection, run_id: str, event: str) -> dict[str, Any]:
         {"run": run_id, "event": event},
     ).scalar()
     return {key: value for key, value in json.loads(detail or "{}").items() if key in ("by", "reason")}
+
+
+def _nothing_to_undo(run_id: str, why: str) -> IllegalTransitionError:
+    return IllegalTransitionError(f"run {run_id} has nothing to undo: no step with a compensation {why}")
 
 
 def _past_pivot(run_id: str, pivot: int) -> IllegalTransitionError:

@@ -14,8 +14,9 @@ from sqlalchemy import Connection
 from byrd.errors import IllegalTransitionError
 from byrd.model import STEP_TRANSITIONS as TRANSITIONS
 from byrd.model import RunStatus, StepKind, sources
-from byrd.store import flow, runs, undo
+from byrd.store import flow, runs, steps, undo
 from byrd.store.flow import error_json
+from byrd.store.locks import SHARE_RUN_OF_STEP
 from byrd.store.rows import Wakeup, query
 
 _NOW = "clock_timestamp()"
@@ -115,6 +116,46 @@ def _look_again(conn: Connection, row: Any, seconds: float | None) -> None:
             WHERE run_id = %(run)s AND no = %(saga)s AND status = 'waiting'""",
         {"run": row.run_id, "saga": row.no, "seconds": seconds},
     )
+
+
+# -- a pivot beside what has failed ----------------------------------------------------------------
+
+
+def not_started(conn: Connection, step_id: str) -> list[Wakeup]:
+    """ready → cancelled for a step that nobody could claim, if it never will start: it is too late, or in vain."""
+    return steps.expire(conn, step_id) or stop_pivot(conn, step_id)
+
+
+def stop_pivot(conn: Connection, step_id: str) -> list[Wakeup]:
+    """ready → cancelled for a pivot that has not started when another step of its run has failed for good.
+
+    Its success would forbid the rollback.  It has that step's error, and nobody calls its errbacks.
+    """
+    stops = f"s.id = %(id)s AND s.status = 'ready' AND r.status = 'running' AND {undo.POINTLESS}"
+    found = query(
+        conn,
+        f"SELECT s.run_id::text FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id WHERE {stops}",
+        {"id": step_id},
+    ).first()
+    if found is None:
+        return []
+    query(conn, f"SELECT 1 FROM {SHARE_RUN_OF_STEP}", {"id": step_id})
+    row = query(
+        conn,
+        f"""UPDATE byrd.steps s SET status = 'cancelled', finished_at = {_NOW}, limit_slot = NULL, cause = x.no,
+                   error = x.error
+              FROM byrd.runs r, byrd.steps x
+             WHERE {stops} AND r.id = s.run_id AND x.run_id = s.run_id AND x.no = %(cause)s
+            RETURNING s.no, s.join_no, s.cause""",
+        {"id": step_id, "cause": undo.cause_of(conn, found.run_id)},
+    ).first()
+    if row is None:
+        return []
+    runs.record(conn, found.run_id, "pivot_stopped", {"cause": row.cause}, step_no=row.no)
+    flow.skip_errbacks(conn, found.run_id, row.no)
+    wakeups = runs.advance(conn, found.run_id, row.no, row.join_no, succeeded=False)
+    flow.look_at_sagas(conn, found.run_id)
+    return wakeups
 
 
 # -- what an operator does about a compensation ----------------------------------------------------

@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 from byrd.errors import StaleAttempt
 from byrd.items import EACH
 from byrd.model import Mark, Outcome, RunStatus, StepKind, StepStatus
-from byrd.store import flow, items, runs
+from byrd.store import flow, items, runs, undo
 from byrd.store.flow import COMPLETED_AT, RESEND_SECONDS, error_json
 from byrd.store.locks import SHARE_RUN_OF_STEP, TRY_SHARE_RUN
 from byrd.store.rows import UNCLAIMED, WAKEUP, Claim, Wakeup, query, wakeups_of
@@ -47,7 +47,7 @@ UPDATE byrd.steps s
  WHERE s.id = %(id)s AND s.status = 'ready' AND s.attempt = %(attempt)s AND s.wake_at < 'infinity'
    AND s.run_at <= {_NOW} AND (s.attempt > 0 OR s.expires_at IS NULL OR s.expires_at > {_NOW})
    AND s.task = %(task)s AND r.id = s.run_id AND (s.preemptions < %(suspect)s OR %(alone)s)
-   AND {_MAY_GO_ON}
+   AND {_MAY_GO_ON} AND CASE WHEN s.mark = 'pivot' THEN NOT {undo.POINTLESS} ELSE true END
    AND w.lease_until > {_NOW} AND NOT w.stopping
 RETURNING s.id
 """
@@ -84,8 +84,9 @@ def claim(
     """ready → running.  ``attempt``: the number of the last attempt, as the message says it.
 
     Returns None when there is nothing to claim: a duplicate or stale message, a step whose time has not come
-    or is over, a run that is paused or cancelled, a worker without a lease.  ``token`` is this call's own: a
-    claim whose answer was lost is found again by it.
+    or is over, a run that is paused or cancelled, a worker without a lease, a pivot that must not start any more
+    (:func:`byrd.store.sagas.stop_pivot`).  ``token`` is this call's own: a claim whose answer was lost is found again
+    by it.
     """
     params = {
         "id": step_id, "attempt": attempt, "task": task, "worker": worker_id, "pid": pid, "claim": token,
@@ -371,7 +372,10 @@ def revoke(
     owner: str | None = None,
     pid: int | None = None,
 ) -> list[Wakeup]:
-    """ready, waiting, or running in ``attempt``, → cancelled: Celery's revoke, or it expired before it started."""
+    """ready, waiting, or running in ``attempt``, → cancelled: Celery's revoke, or it expired before it started.
+
+    Not a saga that is waiting: it has failed, and ends when what it had done is undone.
+    """
     error = error_json("TaskRevokedError", "celery.exceptions", [reason])
     row = None
     if attempt is not None:
@@ -381,7 +385,7 @@ def revoke(
             conn,
             f"""UPDATE byrd.steps s SET status = 'cancelled', error = %(error)s, finished_at = {_NOW}, limit_slot = NULL
                 FROM {SHARE_RUN_OF_STEP}
-                WHERE s.id = %(id)s AND s.status IN ('ready','waiting') RETURNING {_ENDED}""",
+                WHERE s.id = %(id)s AND s.status IN ('ready','waiting') AND s.kind <> 'saga' RETURNING {_ENDED}""",
             {"id": step_id, "error": error},
         ).first()
     return _after_failure(conn, row) if row is not None else []
@@ -394,7 +398,7 @@ def revoke_waiting(conn: Connection, step_id: str) -> list[Wakeup]:
     query(
         conn,
         f"""UPDATE byrd.steps SET expires_in = NULL, expires_at = {flow.REVOKED}, solo = true
-            WHERE id = %(id)s AND status = 'pending' AND kind <> 'join'""",
+            WHERE id = %(id)s AND status = 'pending' AND kind NOT IN ('join','saga')""",
         {"id": step_id},
     )
     return revoke(conn, step_id, "revoked")

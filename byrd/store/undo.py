@@ -41,15 +41,41 @@ _COMPENSABLE = f"""s.run_id = %(run)s AND s.compensation IS NOT NULL
           (SELECT 1 FROM byrd.attempts a WHERE a.step_id = s.id AND {_UNKNOWN})))
     AND NOT EXISTS (SELECT 1 FROM byrd.steps c WHERE c.run_id = s.run_id AND c.compensates = s.no)"""
 
-#: The step ``s`` failed by itself, not because of another; a saga did, as far as what is around it is concerned.
-_ROOT = """s.status IN ('failed','cancelled') AND s.kind IN ('task','wait','callback','saga')
-    AND (CASE WHEN s.kind = 'saga' THEN s.ready_at IS NOT NULL ELSE s.cause IS NULL END)"""
+#: The step ``x`` failed by itself, not because of another, and is not retriable; a saga did, as far as what is around
+#: it is concerned.
+_CAUSE = """x.status IN ('failed','cancelled') AND x.kind IN ('task','wait','callback','saga')
+    AND (CASE WHEN x.kind = 'saga' THEN x.ready_at IS NOT NULL ELSE x.cause IS NULL END)
+    AND x.mark IS DISTINCT FROM 'retriable'"""
+
+#: The pivot ``s`` of the run ``r`` would forbid the rollback that is to come, for a step has failed.  One that may have
+#: taken effect has to go on, for it would not be undone.
+POINTLESS = f"""(s.mark = 'pivot' AND s.kind IN ('task','callback') AND r.pivot IS NULL
+    AND EXISTS (SELECT 1 FROM byrd.steps x WHERE x.run_id = s.run_id AND {_CAUSE})
+    AND NOT EXISTS (SELECT 1 FROM byrd.attempts a WHERE a.step_id = s.id AND {_UNKNOWN}))"""
 
 
 def compensable(conn: Connection, run_id: str) -> bool:
     """Tell whether something of the run can be undone."""
     sql = f"SELECT 1 FROM byrd.steps s WHERE {_COMPENSABLE} LIMIT 1"
     return query(conn, sql, {"run": run_id}).first() is not None or bool(_children_to_undo(conn, run_id))
+
+
+def compensable_once_stopped(conn: Connection, run_id: str) -> bool:
+    """Tell whether something of a run that goes on can be undone, or may be once it is cancelled: what runs counts."""
+    sql = f"""SELECT 1 FROM byrd.steps s WHERE s.run_id = %(run)s AND (s.compensation IS NOT NULL
+                 AND (s.status = 'running' OR s.status IN ('pending','ready') AND EXISTS
+                      (SELECT 1 FROM byrd.attempts a WHERE a.step_id = s.id AND {_UNKNOWN}))
+               OR s.status = 'running' AND s.task = '{SUBWORKFLOW}') LIMIT 1"""
+    if compensable(conn, run_id) or query(conn, sql, {"run": run_id}).first() is not None:
+        return True
+    children = query(
+        conn,
+        f"""SELECT c.id::text FROM byrd.steps s JOIN byrd.runs c ON c.parent_step = s.id AND c.pivot IS NULL
+             WHERE s.run_id = %(run)s AND s.task = '{SUBWORKFLOW}'
+               AND s.status NOT IN ('succeeded','failed','skipped','cancelled')""",
+        {"run": run_id},
+    ).all()
+    return any(compensable_once_stopped(conn, child.id) for child in children)
 
 
 def _children_to_undo(conn: Connection, run_id: str, saga: int | None = None) -> set[int]:
@@ -84,11 +110,11 @@ def cause_of(conn: Connection, run_id: str, saga: int | None = None) -> int | No
     One that is retriable is none.
     """
     inside = f"{INSIDE} " if saga is not None else ""
-    where = "AND s.no IN (SELECT no FROM inside)" if saga is not None else ""
+    where = "AND x.no IN (SELECT no FROM inside)" if saga is not None else ""
     found: int | None = query(
         conn,
-        f"""{inside}SELECT s.no FROM byrd.steps s WHERE s.run_id = %(run)s AND {_ROOT} {where}
-              AND s.mark IS DISTINCT FROM 'retriable' ORDER BY s.status <> 'failed', s.finished_at, s.no LIMIT 1""",
+        f"""{inside}SELECT x.no FROM byrd.steps x WHERE x.run_id = %(run)s AND {_CAUSE} {where}
+             ORDER BY x.status <> 'failed', x.finished_at, x.no LIMIT 1""",
         {"run": run_id, "saga": saga},
     ).scalar()
     return found

@@ -22,8 +22,6 @@ from byrd.store.rows import CHANNEL, Wakeup, query
 
 #: How many waits, and of how many runs, one transaction ends, so that none takes long; what is left is due at once.
 BATCH = 200
-#: In a run with one of these statuses a signal is delivered; in the first, time passes too.
-SIGNALLED = (RunStatus.RUNNING, RunStatus.PAUSED)
 
 _NOW = "clock_timestamp()"
 #: In the place of no time-out, until the row says infinity.
@@ -64,13 +62,13 @@ def signal(
 ) -> list[Wakeup]:
     """Record a signal with its payload (JSON); waiting → succeeded for the first step that waits for it, if one does.
 
-    Raises :class:`IllegalTransitionError` unless the run is running or paused.
+    Raises :class:`IllegalTransitionError` for a run that has ended.  In one that is rolled back compensations may wait.
     """
     if runs.done_before(conn, run_id, token):
         return []
     run = runs.locked(conn, run_id)
-    if run.status not in SIGNALLED:
-        raise IllegalTransitionError(f"run {run_id} is {run.status}: a signal needs it to be running or paused")
+    if RunStatus(run.status).final:
+        raise IllegalTransitionError(f"run {run_id} is {run.status}: a signal needs a run that has not ended")
     query(
         conn,
         "SELECT byrd.signal(%(run)s::uuid, %(name)s, %(payload)s, %(by)s, %(token)s::uuid)",

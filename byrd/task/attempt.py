@@ -19,7 +19,7 @@ from kombu.utils.json import dumps
 from byrd.canvas import Plan
 from byrd.errors import CheckpointError, StaleAttempt
 from byrd.policies import default_of, timeouts_of
-from byrd.store import Claim, Wakeup, flow, growth, limits, progress, steps
+from byrd.store import Claim, Wakeup, flow, growth, limits, progress, sagas, steps
 from byrd.store.limits import Place
 from byrd.task.runtime import Runtime
 from byrd.task.values import loads
@@ -227,7 +227,7 @@ def claim_step(runtime: Runtime, header: Mapping[str, Any], *, task: str, pid: i
         max_preemptions=runtime.max_preemptions,
     )
     if claim is None:
-        runtime.publisher.publish(store.run(steps.expire, step_id))
+        runtime.publisher.publish(store.run(sagas.not_started, step_id))
         return None
     return Attempt(runtime, claim)
 

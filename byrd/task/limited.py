@@ -14,7 +14,7 @@ from celery.exceptions import Retry
 
 from byrd.errors import LimitedError, LimitKeyError
 from byrd.limits import OPTION, Limit, check_declaration, key_of, limit_of
-from byrd.store import Claim, limits, steps
+from byrd.store import Claim, limits, sagas
 from byrd.store.limits import Admission, Place
 from byrd.task.attempt import Attempt, RetryRequest, attempt_of, claim_step
 from byrd.task.runtime import Runtime
@@ -55,7 +55,7 @@ def claim(runtime: Runtime, header: Mapping[str, Any], task: Task, limit: Limit,
     step_id, store = header["step"], runtime.patient_store
     ready = store.run(limits.look, step_id, header["attempt"], task=task.name)
     if ready is None:
-        runtime.publisher.publish(store.run(steps.expire, step_id))
+        runtime.publisher.publish(store.run(sagas.not_started, step_id))
         return f"step {step_id:.100} is not ready for attempt {header['attempt']}"
     try:
         key = key_of(limit, task.run, *arguments(task, Attempt(runtime, ready)))
@@ -82,7 +82,7 @@ def claim(runtime: Runtime, header: Mapping[str, Any], task: Task, limit: Limit,
         return Attempt(runtime, found, place=place)
     if found is Admission.WAITS:
         return f"step {step_id} waits for the limit {place.name!r} of {place.key!r}"
-    runtime.publisher.publish(store.run(steps.expire, step_id))
+    runtime.publisher.publish(store.run(sagas.not_started, step_id))
     return f"step {step_id} was taken meanwhile"
 
 

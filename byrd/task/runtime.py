@@ -21,7 +21,7 @@ from sqlalchemy.engine import URL
 
 from byrd import policies
 from byrd.arguments import checked_priority, json_of
-from byrd.canvas import Plan, Step, compile_canvas, enumerator_of, item_of
+from byrd.canvas import MAPS, Plan, Step, compile_canvas, enumerator_of, item_of, task_name
 from byrd.errors import ArgumentError, CanvasError, CompensationError, ConfigurationError, UnknownTaskError
 from byrd.items import EACH, Each, each_of
 from byrd.limits import key_of, limit_of
@@ -232,6 +232,8 @@ class Runtime:
             policies.freeze(options, retry)
         if compensation is None:
             _check_compensation(task)
+        if step.task in MAPS:
+            self._check_mapped(step)
         if step.task == EACH:
             queue, options = self._nature_of_each(step, queue, options)
         limit_name, limit_key = _place(step, task)
@@ -239,6 +241,20 @@ class Runtime:
         step.solo, step.queue, step.options = _is_solo(step, task, options), queue, options
         step.compensation, step.limit_name, step.limit_key = compensation, limit_name, limit_key
         return step
+
+    def _check_mapped(self, step: Step) -> None:
+        """Refuse a map of a saga task: it is one step, of a task of Celery's, which nothing undoes."""
+        name = task_name(loads(step.kwargs).get("task"))
+        task = self.app.tasks.get(name)
+        mark = _mark(task)
+        if mark is None and not any(getattr(task, what, None) for what in ("compensation_task", "confirm_function")):
+            _check_compensation(task)
+            return
+        instead = "a group of its calls" if mark is not None else "a group of its calls, or byrd.each"
+        raise CompensationError(
+            f"{name} is a SagaTask that map, starmap and chunks call as a plain function, in one step of {step.task}: "
+            f"nothing would undo it, or know its marks; use {instead}, where each call is a step"
+        )
 
     def item(self, spec: Each, item: Any, retry: Retry | None, *, template: tuple[Step, bool] | None = None) -> Step:
         """Return the step of one item of an each; ``template``: what :func:`byrd.canvas.item_of` says of its spec."""
@@ -421,7 +437,7 @@ def _task_options(task: Any) -> dict[str, Any]:
 def _check_arguments(task: Any, step: Step) -> None:
     """Refuse arguments that the task cannot take, as ``apply_async`` does, before anything is written."""
     check = getattr(task, "__header__", None)
-    if check is None or not task.typing or step.task in ("celery.map", "celery.starmap", "celery.chunks"):
+    if check is None or not task.typing or step.task in MAPS:
         return
     try:
         check(*loads(step.args), **loads(step.kwargs))

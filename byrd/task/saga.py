@@ -89,7 +89,8 @@ class SagaTask(DurableTask):
         It is called with the call's idempotency key (the step's id, ``self.request.id`` in each attempt), then with the
         arguments of the task: before the task is called again, when an attempt at the step has ended without being
         recorded as a success, and before such a step is undone.  It returns what the task would have returned, which is
-        recorded in its place, or :data:`byrd.NOT_DONE`.
+        recorded in its place; or :data:`byrd.NOT_DONE`, or False, which says the same: the effect did not take place.
+        Any other value, None and True included, says that it did.
         """
         if self.confirm_function is not None:
             raise ConfigurationError(f"{self.name} has a confirm already: {self.confirm_function!r}")
@@ -135,7 +136,7 @@ def _do(confirm: Callable[..., Any], attempt: Attempt, plain: Callable[..., Any]
     """Call a task, unless an earlier attempt had its effect already."""
     if attempt.number > 1 and attempt.undoes is None:
         found = confirm(attempt.step_id, *args, **kwargs)
-        if found is not NOT_DONE:
+        if _took_effect(found):
             return found
     return plain(*args, **kwargs)
 
@@ -150,7 +151,12 @@ def _undo(app: Any, attempt: Attempt, plain: Callable[..., Any], args: Any, kwar
     if confirm is None:
         return plain(*args, **kwargs)
     found = confirm(undoes.step_id, *args[1:], **kwargs)
-    if found is NOT_DONE:
+    if not _took_effect(found):
         return None
     attempt.undoes = replace(undoes, known=True)
     return plain(found, *args[1:], **kwargs)
+
+
+def _took_effect(found: Any) -> bool:
+    """Tell what a ``confirm`` has said.  Many a one ends in ``return client.exists(key)``: False is meant as no."""
+    return found is not NOT_DONE and found is not False

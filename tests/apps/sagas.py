@@ -218,6 +218,36 @@ def end_rental(result: str | None, name: str) -> None:
     write("undo", why.run_id, name, why.key, f"{result}, known: {why.known}")
 
 
+@app.task(bind=True, base=StoppableSaga, autoretry_for=(ConnectionError,), max_retries=3, default_retry_delay=0.02)
+def lend(self: Any, name: str) -> str:
+    """Have an effect, and die once; or, where there is a file, go on until a checkpoint says to stop."""
+    write("do", self.request.root_id, name, self.request.id)
+    die_once(name)
+    while exists(f"{name}.loops"):
+        self.checkpoint(cursor=0)
+        time.sleep(0.02)
+    return f"lent {name}"
+
+
+@lend.confirm
+def find_loan(key: str, name: str) -> Any:
+    """Say what the test wants it to say; if it is to raise, raise once and then say True."""
+    answer = FILES / f"{name}.says"
+    found = answer.read_text()
+    if found == "raises":
+        answer.write_text("true")
+        raise ConnectionError("nobody knows")
+    return json.loads(found)
+
+
+@lend.compensation(bind=True, autoretry_for=(ConnectionError,), retry_backoff=False, default_retry_delay=0.02)
+def end_loan(self: Task, result: Any, name: str) -> None:
+    """Take it back."""
+    why = byrd.current_compensation()
+    assert why is not None
+    write("undo", why.run_id, name, why.key, f"{result}, known: {why.known}")
+
+
 @app.task(base=byrd.SagaTask)
 def tell(name: str) -> str:
     """What tells, when it is undone, all that it knows."""
@@ -269,6 +299,19 @@ sell.compensation(pay_back)
 def told(payload: dict[str, Any]) -> None:
     """Be told that a rollback is stuck."""
     write("told", payload["run"], payload["task"], str(payload["notice"]))
+
+
+@app.task(base=byrd.SagaTask)
+def insure(name: str) -> str:
+    """What somebody has to agree to, before it is undone."""
+    return name
+
+
+@insure.compensation(bind=True, base=byrd.CheckpointTask)
+def end_insurance(self: Any, _result: str, name: str) -> None:
+    """Wait for somebody."""
+    answer = self.wait_for("agreed", of="the insurance")
+    write("undo", self.request.root_id, name, self.request.id, str(answer))
 
 
 @app.task(base=byrd.SagaTask)

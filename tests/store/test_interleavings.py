@@ -81,6 +81,13 @@ ENDED_WELL = """SELECT r.id FROM byrd.runs r WHERE r.status = 'succeeded' AND r.
 DOOMED = """SELECT s.id FROM byrd.steps s JOIN byrd.runs r ON r.id = s.run_id
              WHERE s.status = 'running' AND r.status = 'cancelling' AND r.terminate_at <= clock_timestamp()"""
 READY = "SELECT id, attempt, task FROM byrd.steps WHERE status = 'ready' ORDER BY task, no, ready_at"
+#: Ready pivots, and what else is ready in their runs.
+PIVOT = READY.replace("WHERE", "WHERE mark = 'pivot' AND")
+BESIDE = READY.replace(
+    "WHERE",
+    """WHERE mark IS NULL AND kind = 'task' AND EXISTS (SELECT 1 FROM byrd.steps p
+        WHERE p.run_id = steps.run_id AND p.status = 'ready' AND p.mark = 'pivot') AND""",
+)
 #: Ready errbacks, ready steps that have one, and runs that have failed and called one.
 ERRBACK = READY.replace("WHERE", "WHERE kind = 'errback' AND")
 GUARDED = READY.replace(
@@ -215,10 +222,11 @@ class Change:
             "persist": self.op == "fail", "fail_saga": sagas, "begin_wait": not sagas, "end_saga": sagas,
             "end_wait": not sagas, "skip_undo": by_hand, "done_by_hand": by_hand, "skip": not by_hand,
             "hand_back": self.op == "hand_back", "put_back": self.op == "put_back", "ignore": self.op == "ignore",
+            "stop_pivot": self.op == "stop_pivot",
             "abandon": self.op == "abandon", "terminate": self.op == "terminate",
             "expire": self.op in ("expire", *ENDING) and not self.stopped,
             "cancel_step": self.op in STOPPING or bool(self.stopped),
-            "revoke": self.op not in ("abandon", "terminate", "ignore", "expire", *STOPPING, *ENDING)
+            "revoke": self.op not in ("abandon", "terminate", "ignore", "expire", "stop_pivot", *STOPPING, *ENDING)
                       and not self.stopped,
             "finish_join": joins, "fail_body": not joins, "put_off": False,
         }  # fmt: skip
@@ -742,6 +750,21 @@ class InterleavingMachine(RuleBasedStateMachine):
             self.start(Op(how, lambda conn: steps.expire(conn, row.id)), whole=whole)
         else:
             self.start(Op(how, lambda conn: steps.revoke(conn, row.id, "revoked")), whole=whole)
+
+    @move(whole=WHOLE)
+    def stop_pivot(self, data: st.DataObject, whole: bool) -> None:
+        """Stop a pivot that nobody has started, most often after another step of its run was made to fail."""
+        if self.pick(data, PIVOT) is None and len(self.open_runs) < 3:
+            self.submit_one((group(sig("saga9"), sig("pivot"), sig("t")), ["saga9", "pivot", "t"]), whole=True)
+        row = self.pick(data, PIVOT)
+        beside = self.pick(data, BESIDE) if row is not None else None
+        known = len(self.claims)
+        if beside is not None:
+            self.claim_one(beside, 0, beside.attempt, whole=True)
+            if len(self.claims) > known:
+                self.end_one(self.claims[-1], "fail", whole=True)
+        if row is not None:
+            self.start(Op("stop_pivot", lambda conn: sagas.stop_pivot(conn, row.id)), whole=whole)
 
     @move(whole=WHOLE)
     def miss_start(self, data: st.DataObject, whole: bool) -> None:

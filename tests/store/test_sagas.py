@@ -15,7 +15,7 @@ import byrd
 from byrd.canvas import Plan, compile_canvas
 from byrd.errors import CanvasError, IllegalTransitionError, StepCancelled
 from byrd.model import StepKind
-from byrd.store import Store, growth, plans, progress, reading, runs, sagas, steps, sweeps, undo, waits
+from byrd.store import Store, growth, plans, progress, reading, runs, sagas, steps, sweeps, timeouts, undo, waits
 from byrd.store.rows import query
 from tests.store.world import ERROR, World, app, plan_of, sig
 
@@ -202,6 +202,30 @@ def test_what_runs_in_a_saga_that_fails_is_told_to_stop_and_awaited(world: World
     assert sorted(undone(world)) == ["undo_saga_x", "undo_saga_y"]
 
 
+@pytest.mark.parametrize(("timeout", "status"), [("heartbeat", "cancelled"), ("start_to_close", "failed")])
+def test_a_step_that_hangs_in_a_saga_that_fails_is_fenced_and_undone(world: World, timeout: str, status: str) -> None:
+    world.failing = {"bad"}
+    run = world.submit(chain(byrd.saga(group(sig("bad"), chain(sig("saga_a"), sig("saga_b")))), sig("after")))
+    world.settle(world.claim(run, "saga_a"))
+    hangs = world.claim(run, "saga_b")
+    options = json.dumps({"byrd_timeouts": {timeout: 1e-6}})
+    world.sql("UPDATE byrd.steps SET options = %(o)s WHERE id = %(id)s", o=options, id=hangs.id)
+    world.settle(world.claim(run, "bad"))
+    world.end_waits()
+    assert world.step(run, "byrd.saga").status == "waiting"
+    assert not undone(world), "it may still be at work"
+    world.do(timeouts.time_out, hangs.id, hangs.attempt)
+    world.check()
+    world.end_waits()
+    assert world.step(run, "saga_b").status == status
+    assert world.stale(steps.complete, hangs.id, hangs.attempt, "1")
+    assert world.stale(progress.remember, hangs.id, hangs.attempt, "step:x", "1")
+    assert world.do(undo.compensated_call, world.step(run, "undo_saga_b").id).result is None
+    assert world.drive(run).status == "failed"
+    assert undone(world) == ["undo_saga_b", "undo_saga_a"]
+    assert world.step(run, "byrd.saga").error == ERROR
+
+
 def test_a_step_that_comes_back_ready_in_a_saga_that_failed_is_cancelled_and_undone(world: World) -> None:
     world.failing = {"bad"}
     run = world.submit(byrd.saga(group(sig("bad"), sig("saga_x"))))
@@ -268,6 +292,24 @@ def test_a_pause_holds_a_rollback_and_a_resume_goes_on_with_it(world: World) -> 
     world.do(runs.resume, run)
     assert world.drive(run).status == "failed"
     assert undone(world) == ["undo_saga_b", "undo_saga_a"]
+
+
+def test_celerys_revoke_of_a_saga_changes_nothing(world: World) -> None:
+    """It is no task; while it waits for its undoing, nobody else would see to the end of that."""
+    world.failing = {"bad"}
+    run = world.submit(chain(byrd.saga(sig("saga_a"), sig("bad")), sig("c")))
+    saga = world.step(run, "byrd.saga")
+    for names in ((), ("saga_a", "bad")):
+        for name in names:
+            world.settle(world.claim(run, name))
+        world.end_waits()
+        before = world.rows()
+        assert world.do(steps.revoke_waiting, saga.id) == []
+        assert world.rows() == before
+    assert world.step(run, "byrd.saga").status == "waiting"
+    assert world.drive(run).status == "failed"
+    assert undone(world) == ["undo_saga_a"]
+    assert world.step(run, "byrd.saga").error == ERROR
 
 
 def test_a_run_with_a_saga_that_failed_without_undoing_anything_can_be_retried(world: World) -> None:
@@ -406,9 +448,122 @@ def test_a_pivot_that_succeeds_last_of_all_still_counts(world: World) -> None:
     world.failing = {"bad"}
     run = world.submit(group(chain(sig("saga_a"), sig("pivot")), sig("bad")))
     world.settle(world.claim(run, "saga_a"))
+    pivot = world.claim(run, "pivot")
     world.settle(world.claim(run, "bad"))
-    world.settle(world.claim(run, "pivot"))
+    world.settle(pivot)
     assert world.run(run).status == "failed"
+    assert not undone(world)
+
+
+def beside(world: World, *, saga: str) -> str:
+    """Return a run in which a step beside a pivot, or a saga beside it, has failed before the pivot starts."""
+    world.failing = {"bad"}
+    pays: Any = chain(sig("saga_a"), sig("pivot", link_error=sig("oops")), sig("after"))
+    fails = sig("bad")
+    if saga == "pivot's":
+        pays = byrd.saga(pays)
+    elif saga == "other's":
+        fails = byrd.saga(sig("saga_x"), fails)
+    run = world.submit(group(pays, fails))
+    for name in ("saga_a", *(["saga_x"] if saga == "other's" else []), "bad"):
+        world.settle(world.claim(run, name))
+    return run
+
+
+@pytest.mark.parametrize("saga", ["none", "pivot's", "other's"])
+def test_a_pivot_that_has_not_started_when_a_step_fails_never_does(world: World, saga: str) -> None:
+    """Its success would keep what the others had done from being undone: paid, and half of it booked."""
+    run = beside(world, saga=saga)
+    pivot = world.step(run, "pivot")
+    assert pivot.status == "ready"
+    assert world.try_claim(pivot.id, pivot.attempt) is None
+    stopped = world.step(run, "pivot")
+    assert (stopped.status, stopped.error) == ("cancelled", ERROR)
+    assert "pivot_stopped" in events(world, run)
+    row = world.drive(run)
+    assert (row.status, row.error, row.pivot) == ("failed", ERROR, None)
+    assert "undo_saga_a" in undone(world)
+    assert not {"pivot", "after", "oops"} & set(world.ran)
+
+
+def test_a_pivot_is_stopped_once_and_no_other_step_is(world: World) -> None:
+    run = beside(world, saga="none")
+    before = world.rows()
+    for name in ("saga_a", "bad", "after"):
+        assert world.do(sagas.stop_pivot, world.step(run, name).id) == []
+    assert world.rows() == before
+    pivot = world.step(run, "pivot").id
+    [undo_a] = world.do(sagas.stop_pivot, pivot)
+    assert undo_a.task == "undo_saga_a"
+    before = world.rows()
+    assert world.do(sagas.stop_pivot, pivot) == []
+    assert world.rows() == before
+
+
+def test_after_a_retry_of_the_run_the_pivot_that_was_stopped_starts(world: World) -> None:
+    world.failing = {"bad"}
+    run = world.submit(group(chain(sig("a"), sig("pivot")), sig("bad")))
+    for name in ("a", "bad"):
+        world.settle(world.claim(run, name))
+    assert world.drive(run).status == "failed"
+    assert "pivot" not in world.ran
+    world.failing = set()
+    world.do(runs.retry, run)
+    assert world.drive(run).status == "succeeded"
+    assert world.result(run) == ["pivot", "bad"]
+
+
+def test_a_pivot_that_is_paused_is_stopped_when_its_run_is_resumed(world: World) -> None:
+    run = beside(world, saga="none")
+    pivot = world.step(run, "pivot")
+    world.do(runs.pause, run)
+    assert world.try_claim(pivot.id, pivot.attempt) is None
+    assert world.step(run, "pivot").status == "ready"
+    world.do(runs.resume, run)
+    assert world.drive(run).status == "failed"
+    assert undone(world) == ["undo_saga_a"]
+
+
+@pytest.mark.parametrize("how", ["lost", "handed back"])
+def test_a_pivot_that_may_have_taken_effect_goes_on_whatever_fails(world: World, how: str) -> None:
+    """Stopped, it would leave behind what it has perhaps done: nothing undoes it."""
+    world.failing = {"bad"}
+    run = world.submit(group(chain(sig("saga_a"), sig("pivot")), sig("bad")))
+    world.settle(world.claim(run, "saga_a"))
+    claim = world.claim(run, "pivot")
+    if how == "lost":
+        world.do(steps.preempt, world.worker_id, reason="gone")
+    else:
+        world.do(steps.hand_back, claim.id, claim.attempt)
+    world.settle(world.claim(run, "bad"))
+    assert world.drive(run).status == "failed"
+    assert not undone(world)
+    assert "pivot" in world.ran
+
+
+def test_a_pivot_that_only_raised_so_far_is_not_tried_again(world: World) -> None:
+    run = world.submit(group(chain(sig("saga_a"), sig("pivot")), sig("bad")))
+    world.failing = {"bad"}
+    world.settle(world.claim(run, "saga_a"))
+    claim = world.claim(run, "pivot")
+    world.do(steps.retry, claim.id, claim.attempt, ERROR)
+    world.settle(world.claim(run, "bad"))
+    assert world.drive(run).status == "failed"
+    assert undone(world) == ["undo_saga_a"]
+
+
+def test_a_pivot_starts_beside_a_retriable_step_that_fails_or_after_another_pivot(world: World) -> None:
+    run = world.submit(group(chain(sig("saga_a"), sig("pivot")), sig("retriable")))
+    world.settle(world.claim(run, "saga_a"))
+    fail_for_good(world, run, "retriable")
+    assert world.drive(run).status == "failed"
+    assert "pivot" in world.ran
+    run = world.submit(group(chain(sig("saga_a"), sig("pivot1"), sig("pivot2")), sig("bad")))
+    for name in ("saga_a", "pivot1"):
+        world.settle(world.claim(run, name))
+    fail_for_good(world, run, "bad")
+    assert world.drive(run).status == "failed"
+    assert world.step(run, "pivot2").status == "succeeded"
     assert not undone(world)
 
 
@@ -671,6 +826,52 @@ def test_a_stuck_saga_holds_the_rest_of_its_run(world: World) -> None:
     assert "y" in world.ran
 
 
+@pytest.mark.parametrize("how", ["retry", "skip"])
+def test_a_run_that_was_paused_when_a_saga_got_stuck_is_paused_again(world: World, how: str) -> None:
+    world.failing = {"bad", "undo_saga_b"}
+    run = world.submit(group(byrd.saga(sig("saga_a"), sig("saga_b"), sig("bad")), chain(sig("x"), sig("y"))))
+    for name in ("saga_a", "saga_b", "bad"):
+        world.settle(world.claim(run, name))
+    world.end_waits()
+    x, undo_b = world.claim(run, "x"), world.claim(run, "undo_saga_b")
+    world.do(runs.pause, run)
+    world.settle(undo_b)
+    assert world.run(run).status == "rollback_stuck"
+    world.settle(x)
+    world.failing = set()
+    if how == "retry":
+        world.do(runs.retry, run)
+    else:
+        world.do(sagas.skip, run, undo_b.no, reason="so")
+    assert world.run(run).status == "paused"
+    assert world.do(sweeps.seconds_until_due, at_most=9.0) == 9.0, "a paused run costs the relay nothing"
+    world.check()
+    before = len(world.ran)
+    assert world.drive(run).status == "paused"
+    assert len(world.ran) == before
+    world.do(runs.resume, run)
+    assert world.drive(run).status == "failed"
+    assert sorted(world.ran[before:]) == sorted(["y", "undo_saga_a", *["undo_saga_b"] * (how == "retry")])
+
+
+def test_a_run_that_was_resumed_or_retried_since_its_pause_goes_on_after_a_stuck_saga(world: World) -> None:
+    world.failing = {"early"}
+    run = world.submit(chain(sig("early"), byrd.saga(sig("saga_b"), sig("bad"))))
+    world.do(runs.pause, run)
+    world.do(runs.resume, run)
+    claim = world.claim(run, "early")
+    world.do(runs.pause, run)
+    world.settle(claim)
+    assert world.run(run).status == "failed"
+    world.failing = {"bad", "undo_saga_b"}
+    world.do(runs.retry, run)
+    assert world.drive(run).status == "rollback_stuck"
+    world.failing = {"bad"}
+    world.do(runs.retry, run)
+    assert world.run(run).status == "running"
+    assert world.drive(run).status == "failed"
+
+
 def test_two_that_are_stuck_need_an_operator_each(world: World) -> None:
     world.failing = {"bad", "undo_saga_a", "undo_saga_b"}
     run = world.submit(group(sig("saga_a"), sig("saga_b"), sig("bad")))
@@ -760,6 +961,29 @@ def test_a_run_that_goes_on_or_has_nothing_to_undo_is_not(world: World) -> None:
     world.drive(plain)
     with pytest.raises(IllegalTransitionError, match="nothing to undo"):
         world.do(runs.roll_back, plain)
+
+
+def test_a_run_that_is_paused_with_nothing_to_undo_is_not(world: World) -> None:
+    run = world.submit(chain(sig("a"), sig("saga_b")))
+    world.drive(run, until=["a"])
+    world.do(runs.pause, run)
+    before = world.rows()
+    with pytest.raises(IllegalTransitionError, match="nothing to undo: no step with a compensation has completed, or"):
+        world.do(runs.roll_back, run)
+    assert world.rows() == before
+    world.do(runs.resume, run)
+    assert world.drive(run).status == "succeeded"
+
+
+def test_a_run_that_is_paused_while_what_can_be_undone_runs_is_rolled_back(world: World) -> None:
+    run = world.submit(sig("saga_a"))
+    claim = world.claim(run, "saga_a")
+    world.do(runs.pause, run)
+    world.do(runs.roll_back, run)
+    assert world.run(run).status == "cancelling"
+    world.settle(claim)
+    assert world.drive(run).status == "cancelled"
+    assert undone(world) == ["undo_saga_a"]
 
 
 def test_plans_with_sagas_are_written_in_one_statement_or_one_by_one(world: World) -> None:

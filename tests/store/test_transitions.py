@@ -247,6 +247,14 @@ def as_compensation(world: World) -> Case:
     return Case(world, run, step.id, step.no)
 
 
+def as_pivot_in_vain(world: World) -> Case:
+    """A pivot beside a step that has failed."""
+    run = world.submit(group(sig("pivot"), sig("bad")))
+    put_step(world, world.step(run, "bad").id, "failed")
+    step = world.step(run, "pivot")
+    return Case(world, run, step.id, step.no)
+
+
 def after_pivot(world: World) -> Case:
     """The middle of a chain in a run that goes forward only."""
     case = in_chain(world)
@@ -388,6 +396,7 @@ STEP_DRIVERS: dict[str, list[StepDriver]] = {
         (in_chain, lambda c: c.world.do(runs.cancel, c.run_id)),
         (as_wait, lambda c: c.world.do(runs.cancel, c.run_id)),
     ],
+    "stop_pivot": [(as_pivot_in_vain, lambda c: c.world.do(sagas.stop_pivot, c.step_id))],
     "reopen": [(in_failed_run, lambda c: c.world.do(runs.retry, c.run_id))],
     "recall": [(as_errback, lambda c: c.world.do(runs._recall_errbacks, c.run_id))],
 }
@@ -486,6 +495,15 @@ def saga_rolled_back(outcome: str | None) -> Callable[..., str]:
     return build
 
 
+def saga_rolled_back_in_a_pause(world: World, status: str) -> str:
+    """The same, in a run that was paused when the compensation failed."""
+    run = saga_rolled_back(None)(world, "running")
+    world.do(runs.pause, run)
+    put_run(world, run, status)
+    world.sql("UPDATE byrd.runs SET outcome = NULL WHERE id = %(id)s RETURNING 1", id=run)
+    return run
+
+
 def roll_back_what_has_ended(conn: Any, run_id: str) -> None:
     """Roll back, unless the run is paused: then it is cancelled first, which has drivers of its own."""
     if reading.get(conn, run_id).status == "paused":
@@ -517,6 +535,7 @@ RUN_DRIVERS: dict[str, list[RunDriver]] = {
         (rolled_back, retry),
         (saga_rolled_back(None), retry),
         (saga_rolled_back("cancelled"), retry),
+        (saga_rolled_back_in_a_pause, retry),
     ],
     "retry_run": [(all_done(failed=True), retry)],
 }

@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 
 import byrd
 from byrd.errors import IllegalTransitionError, RunNotFoundError
-from byrd.store import growth, locks, reading, runs, steps, sweeps, waits
+from byrd.store import growth, locks, reading, runs, sagas, steps, sweeps, waits
 from byrd.store.rows import query
 from tests.store.test_races import race
 from tests.store.world import World, nodes, plan_of, sig
@@ -256,13 +256,73 @@ def test_a_run_that_has_ended_or_is_unknown_takes_no_signal(world: World) -> Non
     run = world.submit(byrd.wait_for("ok"))
     world.do(runs.cancel, run)
     before = world.rows()
-    with pytest.raises(IllegalTransitionError, match="is cancelled: a signal needs it to be running or paused"):
+    with pytest.raises(IllegalTransitionError, match="is cancelled: a signal needs a run that has not ended"):
         send(world, run, "ok")
-    with pytest.raises(DBAPIError, match="is cancelled: a signal needs"):
+    with pytest.raises(DBAPIError, match="is cancelled: a signal needs a run that has not ended"):
         world.sql("SELECT byrd.signal(%(run)s, 'ok')", run=run)
     with pytest.raises(RunNotFoundError):
         send(world, str(uuid.uuid4()), "ok")
     assert world.rows() == before
+
+
+def compensating(world: World) -> str:
+    run = world.submit(chain(group(sig("saga_a"), sig("saga_b")), sig("bad")))
+    world.drive(run, until=["bad"])
+    return run
+
+
+def cancelling(world: World) -> str:
+    run = world.submit(group(byrd.saga(sig("saga_a"), sig("bad")), sig("c")))
+    settle(world, run, "saga_a", "bad")
+    world.end_waits()
+    world.do(runs.cancel, run)
+    return run
+
+
+@pytest.mark.parametrize("sql", [True, False], ids=["sql", "code"])
+@pytest.mark.parametrize("status", ["compensating", "cancelling", "rollback_stuck"])
+def test_a_compensation_that_waits_takes_its_signal(world: World, status: str, sql: bool) -> None:
+    world.failing = {"bad", "undo_saga_b"}
+    run = cancelling(world) if status == "cancelling" else compensating(world)
+    claim = world.claim(run, "undo_saga_a")
+    world.do(waits.give_way, claim.id, claim.attempt, "ok", "step:wait ok", timeout=None)
+    if status == "rollback_stuck":
+        settle(world, run, "undo_saga_b")
+    assert world.run(run).status == status
+    assert [found.step_no for found in world.do(waits.list_awaited)] == [claim.no]
+    if sql:
+        world.sql("SELECT byrd.signal(%(run)s, 'ok', '1')", run=run)
+    else:
+        send(world, run, "ok", 1)
+    world.check()
+    if status == "rollback_stuck":
+        assert world.do(sweeps.take_due) == []
+        woken = world.do(sagas.skip, run, world.step(run, "undo_saga_b").no, reason="so")
+    else:
+        woken = world.do(sweeps.take_due)
+    assert [w.id for w in woken] == [claim.id]
+    claim = world.claim(run, "undo_saga_a")
+    assert world.do(waits.take, claim.id, claim.attempt, "ok", "step:wait ok", timeout=None).payload == "1"
+    world.settle(claim)
+    world.failing = {"bad"}
+    assert world.drive(run).status == ("cancelled" if status == "cancelling" else "failed")
+
+
+def test_a_wait_beside_a_saga_that_is_stuck_takes_its_signal(world: World) -> None:
+    world.failing = {"bad", "undo_saga_b"}
+    run = world.submit(group(byrd.saga(sig("saga_b"), sig("bad")), chain(byrd.wait_for("ok"), sig("c"))))
+    settle(world, run, "saga_b", "bad")
+    world.end_waits()
+    settle(world, run, "undo_saga_b")
+    assert world.run(run).status == "rollback_stuck"
+    send(world, run, "ok", 1)
+    world.check()
+    assert world.step(run, "byrd.wait_for").status == "succeeded"
+    step = world.step(run, "c")
+    assert world.try_claim(step.id, step.attempt) is None
+    world.do(sagas.skip, run, world.step(run, "undo_saga_b").no, reason="so")
+    assert world.drive(run).status == "failed"
+    assert "c" in world.ran
 
 
 # -- commands on runs that wait ----------------------------------------------------------------------
@@ -388,8 +448,7 @@ def test_a_saga_with_a_wait_that_times_out_rolls_back(world: World) -> None:
     world.wake(run, 1)
     [undo] = world.end_waits()
     assert undo.task == "undo_saga_a"
-    with pytest.raises(IllegalTransitionError, match="is compensating"):
-        send(world, run, "ok")
+    assert send(world, run, "ok") == []  # too late: its wait has failed
     settle(world, run, "undo_saga_a")
     assert world.run(run).status == "failed"
 

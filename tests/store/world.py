@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 from byrd.canvas import Plan, compile_canvas
 from byrd.errors import StaleAttempt
 from byrd.model import StepKind
-from byrd.store import Claim, RunRow, StepRow, Store, Wakeup, plans, reading, steps, sweeps, waits, work
+from byrd.store import Claim, RunRow, StepRow, Store, Wakeup, plans, reading, sagas, steps, sweeps, waits, work
 from byrd.store.rows import query
 from byrd.store.work import Done, Own, Work
 from tests.invariants import check_invariants
@@ -147,6 +147,8 @@ class World:
             pid=pid,
             token=str(uuid.uuid4()),
         )
+        if found is None:
+            self.do(sagas.stop_pivot, step_id)
         return found
 
     def work(
@@ -210,8 +212,10 @@ class World:
             if not ready or (wanted and wanted <= set(self.ran)):
                 return self.run(run_id)
             found = self.try_claim(ready[0].id, ready[0].attempt)
-            if found is None:
+            if found is None and self.step(run_id, ready[0].no).status == "ready":
                 return self.run(run_id)
+            if found is None:
+                continue
             self.settle(found)
             if check:
                 self.check()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from celery import chain, group
+from celery import chain, group, signature
 
 import byrd
 from byrd.errors import (
@@ -107,6 +107,37 @@ def test_after_the_pivot_a_step_is_tried_again(shared: Any, module_cluster: Clus
         run.rollback()
 
 
+def test_a_pivot_in_a_nested_saga_holds_for_what_is_around_it(
+    shared: Any, module_cluster: Cluster, files: Path
+) -> None:
+    (files / "inner.down").touch()
+    inner = byrd.saga(shared.do.si("b"), shared.pay.si(), shared.down.si("inner"))
+    run = shared.engine.submit(byrd.saga(shared.do.si("a"), inner, shared.do.si("c")))
+    wait_until(lambda: [s for s in run.steps() if s.task == f"{APP}.down" and s.attempt >= 2])
+    with pytest.raises(IllegalTransitionError, match="forward only"):
+        run.cancel(compensate=True)
+    (files / "inner.down").unlink()
+    assert run.wait(timeout=30) == "succeeded"
+    assert effects(module_cluster, run) == [("do", "a"), ("do", "b"), ("do", "pay"), ("do", "c")]
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["run", "saga"])
+def test_a_pivot_that_has_not_started_when_a_step_fails_never_does(
+    shared: Any, module_cluster: Cluster, files: Path, nested: bool
+) -> None:
+    go = f"go {nested}"
+    pays = chain(shared.do.si("a"), shared.until.si(go), shared.pay.si())
+    run = shared.engine.submit(group(byrd.saga(pays) if nested else pays, shared.fail.si()))
+    wait_until(lambda: [s for s in run.steps() if s.task == f"{APP}.fail" and s.status == "failed"])
+    (files / go).touch()
+    with pytest.raises(ValueError, match="no"):
+        run.get(timeout=30)
+    assert run.wait(timeout=30) == "failed"
+    assert effects(module_cluster, run) == [("do", "a"), ("undo", "a")]
+    [pay] = [s for s in run.steps() if s.task == f"{APP}.pay"]
+    assert (pay.status, pay.attempt) == ("cancelled", 0)
+
+
 def test_a_retriable_step_is_tried_again(shared: Any, files: Path) -> None:
     (files / "box.down").touch()
     run = shared.engine.submit(chain(shared.do.si("a"), shared.mail.si("box")))
@@ -190,6 +221,49 @@ def test_one_that_a_pause_has_stopped_is_asked_for_before_it_is_undone(
     assert (undo.status, undo.result) == ("succeeded", "null")
 
 
+@pytest.mark.parametrize(
+    ("says", "value", "calls"),
+    [("false", "lent f false", 2), ("null", None, 1), ("true", True, 1), ("raises", True, 1)],
+    ids=["False", "None", "True", "raises"],
+)
+def test_what_a_confirm_says_before_another_attempt(
+    shared: Any, module_cluster: Cluster, files: Path, says: str, value: Any, calls: int
+) -> None:
+    """False is no; what raises is asked again in the next attempt; anything else is the step's value."""
+    name = f"f {says}"
+    (files / f"{name}.says").write_text(says)
+    (files / f"{name}.die").touch()
+    run = shared.engine.submit(shared.lend.si(name))
+    assert run.get(timeout=60) == value
+    assert effects(module_cluster, run) == [("do", name)] * calls
+    assert run.steps()[0].attempt == (3 if says == "raises" else 2)
+
+
+@pytest.mark.parametrize(
+    ("says", "undone"),
+    [
+        ("false", []), ("null", ["None, known: True"]), ("true", ["True, known: True"]),
+        ("raises", ["True, known: True"]),
+    ],
+    ids=["False", "None", "True", "raises"],
+)  # fmt: skip
+def test_what_a_confirm_says_before_an_undo(
+    shared: Any, module_cluster: Cluster, files: Path, says: str, undone: list[str]
+) -> None:
+    name = f"b {says}"
+    (files / f"{name}.says").write_text(says)
+    (files / f"{name}.loops").touch()
+    run = shared.engine.submit(shared.lend.si(name))
+    wait_until(lambda: effects(module_cluster, run))
+    run.pause()
+    wait_until(lambda: run.steps()[0].status == "ready")
+    run.rollback()
+    assert run.wait(timeout=30) == "cancelled"
+    assert details(module_cluster, run, name) == undone
+    [undo] = [s for s in run.steps() if s.kind == "compensation"]
+    assert (undo.status, undo.attempt) == ("succeeded", 2 if says == "raises" else 1)
+
+
 def test_a_rollback_outlives_a_compensation_that_kills_its_worker(
     shared: Any, module_cluster: Cluster, files: Path
 ) -> None:
@@ -258,6 +332,15 @@ def test_a_task_that_there_is_already_undoes(shared: Any, module_cluster: Cluste
     assert details(module_cluster, run, "car") == ["sold car"]
     # And it still is what it was to others.
     assert shared.engine.submit(shared.pay_back.si("nothing", "bike")).get(timeout=30) == "paid back bike"
+
+
+def test_a_compensation_waits_for_a_signal(shared: Any, module_cluster: Cluster) -> None:
+    run = shared.engine.submit(chain(shared.insure.si("car"), shared.fail.si()))
+    wait_until(lambda: [w for w in shared.engine.waiting(of="the insurance") if w.run_id == run.id])
+    assert run.status == "compensating"
+    run.signal("agreed", "yes", by="ann")
+    assert run.wait(timeout=30) == "failed"
+    assert details(module_cluster, run, "car") == ["yes"]
 
 
 # -- what an operator does -------------------------------------------------------------------------
@@ -404,6 +487,42 @@ def test_a_saga_task_has_to_say_how_it_is_undone(shared: Any, module_cluster: Cl
     with pytest.raises(CompensationError, match="compensation=None"):
         shared.engine.submit(chain(shared.do.si("a"), shared.forgetful.si()))
     assert module_cluster.rows("SELECT count(*) FROM byrd.runs") == before
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [
+        (lambda s: byrd.saga(s.do.map(["a", "b"])), f"{APP}.do .*celery.map.*group of its calls, or byrd.each"),
+        (lambda s: chain(s.until.si("x"), s.do.starmap([("a",)])), f"{APP}.do .*celery.starmap"),
+        (lambda s: s.do.chunks([("a",), ("b",)], 1), f"{APP}.do "),
+        (lambda s: group(s.fail.si(), s.do.chunks([("a",), ("b",)], 1).group()), f"{APP}.do "),
+        (lambda s: byrd.saga(s.do.map(["a"])).on_error(s.fail.s()), f"{APP}.do "),
+        (lambda s: s.fail.si().on_error(s.do.map(["a"])), f"{APP}.do "),
+        (lambda s: json.loads(json.dumps(s.do.map(["a"]))), f"{APP}.do "),
+        (lambda s: signature("celery.map", kwargs={"task": f"{APP}.do", "it": ["a"]}, app=s.app), f"{APP}.do "),
+        (lambda s: s.pay.map([1]), f"{APP}.pay .*use a group of its calls, where"),
+        (lambda s: s.mail.map(["a"]), f"{APP}.mail "),
+        (lambda s: s.forgetful.starmap([()]), f"{APP}.forgetful .*compensation=None"),
+    ],
+    ids=["map", "starmap", "chunks", "group", "saga", "errback", "json", "by name", "pivot", "retriable", "forgetful"],
+)  # fmt: skip
+def test_a_saga_task_that_a_map_would_call_is_refused(
+    shared: Any, module_cluster: Cluster, build: Any, says: str
+) -> None:
+    """One step calls it for all items: none of its effects would ever be undone, without a word."""
+    before = module_cluster.rows("SELECT count(*) FROM byrd.runs")
+    with pytest.raises(CompensationError, match=says):
+        shared.engine.submit(build(shared))
+    assert module_cluster.rows("SELECT count(*) FROM byrd.runs") == before
+
+
+def test_a_map_of_a_task_with_nothing_to_undo_is_not_refused(shared: Any) -> None:
+    @shared.app.task(base=byrd.SagaTask, compensation=None, shared=False, name="sagas.nothing")
+    def nothing(name: str) -> str:
+        return name
+
+    for canvas in (nothing.map(["a"]), shared.until.chunks([("a",)], 1), byrd.saga(shared.told.map([{}]))):
+        assert shared.engine.runtime.plan(canvas).steps
 
 
 def test_a_task_is_not_both_pivot_and_retriable(shared: Any) -> None:

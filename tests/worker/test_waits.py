@@ -196,7 +196,7 @@ def test_bad_signals_are_refused_by_name(shared: Any) -> None:
     assert run.get(timeout=5) == "x" * 2000
     [sent] = [row for row in run.history() if row["event"] == "signalled"]
     assert sent["detail"]["payload"] is None  # the history is for people: this one is in the step
-    with pytest.raises(IllegalTransitionError, match="a signal needs it to be running or paused"):
+    with pytest.raises(IllegalTransitionError, match="a signal needs a run that has not ended"):
         run.signal("ok")
 
 

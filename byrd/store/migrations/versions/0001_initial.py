@@ -384,8 +384,8 @@ BEGIN
   IF run_status IS NULL THEN
     RAISE EXCEPTION 'no run has the id %', signal.run USING ERRCODE = 'no_data_found';
   END IF;
-  IF run_status NOT IN ('running', 'paused') THEN
-    RAISE EXCEPTION 'run % is %: a signal needs it to be running or paused', signal.run, run_status
+  IF run_status IN ('succeeded', 'failed', 'cancelled') THEN
+    RAISE EXCEPTION 'run % is %: a signal needs a run that has not ended', signal.run, run_status
       USING ERRCODE = 'object_not_in_prerequisite_state';
   END IF;
   INSERT INTO byrd.signals (run_id, name, payload) VALUES (signal.run, signal.name, coalesce(signal.payload, 'null'))
@@ -394,11 +394,13 @@ BEGIN
   VALUES (signal.run, 'signalled', json_build_object('signal', signal.name, 'id', signal_id, 'by', signal.sender,
             'payload', CASE WHEN octet_length(signal.payload) <= 1000 THEN signal.payload::json END)::text,
           signal.token);
-  -- The relay gives it to the first that waits, and lets the others wait on.
+  -- The relay gives it to the first that waits, and lets the others wait on.  A step that is ready, a compensation's
+  -- too, takes it once its run lets it start.
   UPDATE byrd.steps s SET wake_at = least(s.wake_at, clock_timestamp())
    WHERE s.run_id = signal.run AND s.status = 'waiting' AND s.signal = signal.name;
   UPDATE byrd.steps s SET run_at = clock_timestamp(), sends = 0,
-         wake_at = CASE WHEN run_status = 'running' THEN clock_timestamp() ELSE s.wake_at END
+         wake_at = CASE WHEN run_status IN ('running', 'compensating', 'cancelling') THEN clock_timestamp()
+                        ELSE s.wake_at END
    WHERE s.run_id = signal.run AND s.status = 'ready' AND s.signal = signal.name AND s.run_at > clock_timestamp();
   NOTIFY byrd;
   RETURN signal_id;
