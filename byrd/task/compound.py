@@ -21,6 +21,8 @@ T = TypeVar("T")
 #: So often an undo that fails is tried, and after pauses that grow to this.
 PATIENCE = 10
 _LONGEST_PAUSE_SECONDS = 300.0
+#: So many characters of a traceback are recorded, the last.
+_MOST_TRACEBACK = 20_000
 #: What is on record of a block besides its operations, whose names are the user's: why it is undone, and of which
 #: operations; that it is undone; how many tries of an undo have failed; and how often it was begun anew.
 _FAILED, _UNDONE, _TRIES, _ROUND = ":failed", ":undone", ":tries", ":round"
@@ -101,7 +103,8 @@ class Compound:
             if self._only_postpones(exc):
                 return
             if self._failure is None:
-                error = self._attempt.runtime.app.backend.encoded_error(exc, "".join(format_exception(exc)))
+                where = "".join(format_exception(exc))[-_MOST_TRACEBACK:]
+                error = self._attempt.runtime.app.backend.encoded_error(exc, where)
                 self._to_undo = [done.name for done in self._done]
                 self._remember(_FAILED, to_json([error, self._to_undo]))
         self._undo()
