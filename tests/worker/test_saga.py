@@ -115,13 +115,13 @@ def test_a_compensation_that_keeps_failing_is_stuck_and_can_be_retried(shared: A
 def test_a_compensation_is_more_patient_than_its_task(options: dict[str, Any], retries: int) -> None:
     app = Celery("patience", set_as_current=False)
 
-    @app.task(base=byrd.SagaTask, **options)
+    @app.task(base=byrd.SagaTask, shared=False, **options)
     def reserve() -> None: ...
 
     @reserve.compensation
     def release(_: Any) -> None: ...
 
-    @app.task(base=byrd.SagaTask, **options)
+    @app.task(base=byrd.SagaTask, shared=False, **options)
     def other() -> None: ...
 
     @other.compensation(max_retries=1)
