@@ -15,7 +15,7 @@ import byrd
 from byrd.canvas import Plan, compile_canvas
 from byrd.errors import CanvasError, IllegalTransitionError, StepCancelled
 from byrd.model import StepKind
-from byrd.store import Store, growth, plans, progress, reading, runs, sagas, steps, sweeps, timeouts, undo, waits
+from byrd.store import Claim, Store, growth, plans, progress, reading, runs, sagas, steps, sweeps, timeouts, undo, waits
 from byrd.store.rows import query
 from tests.store.world import ERROR, World, app, plan_of, sig
 
@@ -31,6 +31,14 @@ def world(store: Store) -> Any:
 def undone(world: World) -> list[str]:
     """Return the compensations that were run, in order."""
     return [name for name in world.ran if name.startswith("undo_")]
+
+
+def break_off(world: World, claim: Claim, how: str) -> None:
+    """End an attempt that may have taken effect: its worker is lost, or hands it back."""
+    if how == "lost":
+        world.do(steps.preempt, world.worker_id, reason="gone")
+    else:
+        world.do(steps.hand_back, claim.id, claim.attempt)
 
 
 def events(world: World, run: str) -> list[str]:
@@ -531,10 +539,7 @@ def test_a_pivot_that_may_have_taken_effect_goes_on_whatever_fails(world: World,
     run = world.submit(group(chain(sig("saga_a"), sig("pivot")), sig("bad")))
     world.settle(world.claim(run, "saga_a"))
     claim = world.claim(run, "pivot")
-    if how == "lost":
-        world.do(steps.preempt, world.worker_id, reason="gone")
-    else:
-        world.do(steps.hand_back, claim.id, claim.attempt)
+    break_off(world, claim, how)
     world.settle(world.claim(run, "bad"))
     assert world.drive(run).status == "failed"
     assert not undone(world)
@@ -648,10 +653,7 @@ def test_a_step_that_was_broken_off_once_and_then_raised_is_undone_too(world: Wo
     run = world.submit(chain(sig("saga_a"), sig("saga_b")))
     world.settle(world.claim(run, "saga_a"))
     claim = world.claim(run, "saga_b")
-    if how == "lost":
-        world.do(steps.preempt, world.worker_id, reason="gone")
-    else:
-        world.do(steps.hand_back, claim.id, claim.attempt)
+    break_off(world, claim, how)
     assert world.drive(run).status == "failed"
     assert undone(world) == ["undo_saga_b", "undo_saga_a"]
 
