@@ -1,7 +1,8 @@
 """Tells somebody outside that a rollback is stuck: the setting ``byrd_rollback_stuck_hook`` says whom.
 
-It is a Celery task of the app by its name, the URL of a webhook, or several of these.  A task is submitted as a run,
-once for each notice; a webhook is sent a POST with JSON, at least once.  Each is told by itself.
+It is a Celery task of the app by its name, the URL of a webhook, an address for e-mail (``mailto:``), or several of
+these.  A task is submitted as a run, once for each notice; a webhook is sent a POST with JSON, and an address an
+e-mail, at least once.  Each is told by itself.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from byrd.errors import ByrdError, ConfigurationError
 from byrd.store import Store, notices, plans
 from byrd.store.notices import Notice
 from byrd.task.runtime import Runtime
+from byrd.worker import mail
 from byrd.worker.loop import Loop
+from byrd.worker.mail import MailServer
 
 log = logging.getLogger(__name__)
 
@@ -33,15 +36,23 @@ _TIMEOUT_SECONDS = 5.0
 
 
 def hooks_of(app: Celery) -> list[str]:
-    """Return whom to tell; raise :class:`ConfigurationError` for what is neither a task's name nor a URL."""
+    """Return whom to tell; raise :class:`ConfigurationError` for what can be told nothing."""
     said = app.conf.get("byrd_rollback_stuck_hook")
     hooks = [] if not said else list(said) if isinstance(said, list | tuple) else [said]
     for hook in hooks:
-        if not isinstance(hook, str) or not hook.strip() or (_is_url(hook) and not _is_http(hook)):
+        if not isinstance(hook, str) or not hook.strip() or not _may_be_told(hook):
             raise ConfigurationError(
-                f"{HOOK}={hook!r} must be the name of a task, or an http(s) URL, or a list of such"
+                f"{HOOK}={hook!r} must be a task's name, an http(s) URL, mailto: and one address, or a list of such"
             )
+    if any(map(mail.is_mail, hooks)):
+        MailServer.of(app)  # or it says what is missing
     return hooks
+
+
+def _may_be_told(hook: str) -> bool:
+    if mail.is_mail(hook):
+        return mail.address_of(hook) != ""
+    return _is_http(hook) or not _is_url(hook)
 
 
 def payload_of(notice: Notice) -> dict[str, Any]:
@@ -102,6 +113,10 @@ class Notifier(Loop):
 
     def _tell(self, hook: str, notice: Notice) -> None:
         payload = payload_of(notice)
+        if mail.is_mail(hook):
+            server = MailServer.of(self.runtime.app)
+            server.send(mail.message_of(payload, server.sender, mail.address_of(hook)))
+            return
         if _is_url(hook):
             _post(hook, payload)
             return

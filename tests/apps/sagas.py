@@ -17,6 +17,7 @@ import byrd
 
 app = Celery("sagas")
 app.conf.byrd_rollback_stuck_hook = json.loads(os.environ.get("SAGA_HOOKS", "[]"))
+app.conf.byrd_mail_server, app.conf.byrd_mail_from = os.environ.get("SAGA_MAIL"), "byrd@example.com"
 app.conf.byrd_lease_seconds = float(os.environ.get("SAGA_LEASE", "6"))
 engine = byrd.Byrd(app)
 FILES = Path(os.environ.get("SAGA_FILES", "/nowhere"))
