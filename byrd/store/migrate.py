@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def _config() -> Config:
     return config
 
 
+@functools.cache
 def head_revision() -> str:
     """Return the schema version that this Byrd works with."""
     head = ScriptDirectory.from_config(_config()).get_current_head()

@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 
 from byrd.errors import IllegalTransitionError
 from byrd.model import STEP_TRANSITIONS as TRANSITIONS
-from byrd.model import RunStatus, StepKind, sources
+from byrd.model import RunStatus, StepKind, StepStatus, sources
 from byrd.store import flow, runs, steps, undo
 from byrd.store.flow import error_json
 from byrd.store.locks import SHARE_RUN_OF_STEP
@@ -196,7 +196,7 @@ def _settle_by_hand(
     allowed = [str(status) for status in sources(TRANSITIONS, name)]
     step = query(
         conn,
-        "SELECT kind, status, saga FROM byrd.steps WHERE run_id = %(run)s AND no = %(no)s FOR NO KEY UPDATE",
+        "SELECT id, kind, status, saga FROM byrd.steps WHERE run_id = %(run)s AND no = %(no)s FOR NO KEY UPDATE",
         {"run": run_id, "no": no},
     ).first()
     _check_undo(conn, run_id, no, step, allowed)
@@ -228,7 +228,10 @@ def _check_undo(conn: Connection, run_id: str, no: int, step: Any, allowed: Sequ
         hint = f"; it is undone by step {undone_by}" if undone_by is not None else ""
         raise IllegalTransitionError(f"step {no} of run {run_id} is no compensation{hint}")
     if step.status not in allowed:
+        hint = ""
+        if step.status == StepStatus.RUNNING:
+            hint = f"; break it off first, with app.control.revoke({step.id!r}, terminate=True)"
         raise IllegalTransitionError(
             f"step {no} of run {run_id} is {step.status}: only a compensation that is {', '.join(sorted(allowed))} "
-            "may be skipped, or done by hand"
+            f"may be skipped, or done by hand{hint}"
         )

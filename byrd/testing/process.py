@@ -25,6 +25,7 @@ from celery import Celery
 from celery.concurrency import get_implementation
 from celery.signals import worker_ready
 
+from byrd.store import head_revision
 from byrd.testing import probe
 
 _PR_SET_PDEATHSIG = 1
@@ -176,6 +177,7 @@ def warm_up(app: Celery, pool: str) -> None:
     ):
         importlib.import_module(name)
     get_implementation(pool)
+    head_revision()
     platform.platform()  # for the banner, by running a program
     _ = app.backend
 

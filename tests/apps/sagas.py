@@ -66,10 +66,12 @@ def do(self: Task, name: str, *, failures: int = 0, breaks: bool = False, slow: 
 def undo(
     self: Task, result: str | None, name: str, *, undo_failures: int = 0, undo_breaks: bool = False, **_: Any
 ) -> None:
-    """Take it back; as often as a file of its name is there, raise instead."""
+    """Take it back; as often as a file of its name is there, raise instead, or hang."""
     why = byrd.current_compensation()
     assert why is not None
     assert why.key == self.request.id
+    while exists(f"{name}.hangs"):
+        time.sleep(0.02)
     if exists(f"{name}.stuck") or undo_breaks or self.request.retries < undo_failures:
         raise RuntimeError(f"{name} cannot be undone now")
     time.sleep(0.01)

@@ -12,7 +12,7 @@ from tests.crash_points.scenarios import EVERY, START, Try, slow, value
 
 
 @slow
-@pytest.mark.byrd_crash_points(skip=START, every=2 * EVERY)
+@pytest.mark.byrd_crash_points(skip=START, every=2 * EVERY, pairs=6)
 def test_a_task_for_each_item(app: Any, attempt: Try) -> None:
     # With a priority each item has a message of its own: a kill costs one attempt, not all that a slice has claimed.
     item = app.odd_only.s().set(priority=3)

@@ -11,7 +11,7 @@ from tests.crash_points.scenarios import EVERY, START, Try, slow, value
 
 
 @slow
-@pytest.mark.byrd_crash_points(skip=START, every=EVERY)
+@pytest.mark.byrd_crash_points(skip=START, every=EVERY, pairs=6)
 def test_limits(app: Any, attempt: Try) -> None:
     def canvas() -> Any:
         """Steps that line up, and one that learns of its key from another's result."""

@@ -19,7 +19,7 @@ BUT_THE_SWEEPER = r"^(?!.*sweeper.*(timeout_at|SET status))"
 
 
 @slow
-@pytest.mark.byrd_crash_points(skip=START, every=EVERY)
+@pytest.mark.byrd_crash_points(skip=START, every=EVERY, pairs=6)
 def test_retries_by_a_policy(app: Any, attempt: Try) -> None:
     attempt(lambda: chain(app.unlucky.s(2, 1), app.add.s(1)), check=value(2))
 

@@ -12,7 +12,7 @@ from tests.crash_points.scenarios import EVERY, START, Try, effects, slow
 
 
 @slow
-@pytest.mark.byrd_crash_points(skip=START)
+@pytest.mark.byrd_crash_points(skip=START, pairs=8)
 def test_a_saga_that_succeeds(app: Any, attempt: Try) -> None:
     def check(run: Any) -> None:
         assert run.get(timeout=0) == "CAR"

@@ -11,7 +11,7 @@ from tests.crash_points.scenarios import EVERY, START, Try, effects, slow
 
 
 @slow
-@pytest.mark.byrd_crash_points(skip=START, every=EVERY)
+@pytest.mark.byrd_crash_points(skip=START, every=EVERY, pairs=6)
 def test_a_workflow_within_another(app: Any, attempt: Try) -> None:
     def check(run: Any) -> None:
         assert run.get(timeout=0) == (4 if run.workflow == "crash.inner" else 6)

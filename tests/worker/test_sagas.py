@@ -381,6 +381,19 @@ def test_a_stuck_compensation_is_skipped_or_done_by_hand(
     assert found["detail"] == {**words, "by": "ann"}
 
 
+def test_a_compensation_that_hangs_is_broken_off_and_skipped(shared: Any, module_cluster: Cluster, files: Path) -> None:
+    (files / "slow.hangs").touch()
+    run = shared.engine.submit(chain(shared.do.si("first"), shared.do.si("slow"), shared.fail.si()))
+    [undo] = wait_until(lambda: [s for s in run.steps() if s.kind == "compensation" and s.status == "running"])
+    with pytest.raises(IllegalTransitionError, match=rf"is running.*revoke\('{undo.id}', terminate=True\)"):
+        run.skip(undo.no, reason="it hangs")
+    shared.app.control.revoke(undo.id, terminate=True)
+    assert run.wait(timeout=30) == "rollback_stuck"
+    run.skip(undo.no, reason="it hangs", by="ann")
+    assert run.wait(timeout=30) == "failed"
+    assert effects(module_cluster, run)[2:] == [("undo", "first")]
+
+
 def test_a_run_is_rolled_back_on_purpose(shared: Any, module_cluster: Cluster) -> None:
     run = shared.engine.submit(chain(shared.do.si("a"), shared.do.si("b")))
     assert run.wait(timeout=30) == "succeeded"
