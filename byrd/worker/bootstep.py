@@ -63,6 +63,7 @@ class LeaseStep(bootsteps.StartStopStep):
             busy=self._busy,
             publish_soon=self.sweeper.wake,
         )
+        _keep_what_is_handed_over(worker)
         self.keeper.heartbeat()
         self.keeper.start()
         remote.attend(self._remotely_changed)
@@ -135,6 +136,39 @@ def _wrap(worker: Any, name: str, *, before: Callable[[], object] = tuple, after
             after()
 
     setattr(worker, name, wrapped)
+
+
+def _keep_what_is_handed_over(worker: Any) -> None:
+    """Have a prefork pool that stops wait for messages that a process has been handed, and has not accepted yet.
+
+    Celery 5.7 forgets these when its consumer closes.  The process runs one nevertheless, and before it ends it waits
+    for its main process to hear of that: where nobody listens any more, for half a minute.
+    """
+    plain: Any = getattr(worker.pool, "flush", None)
+    if _pool_name(worker) != "prefork" or plain is None:
+        return
+    pool = worker.pool._pool  # noqa: SLF001 - neither Celery nor billiard lets one ask
+    stopping: list[bool] = []
+    _wrap(worker, "stop", before=lambda: stopping.append(True))
+
+    @functools.wraps(plain)
+    def flush() -> None:
+        jobs = pool._cache  # noqa: SLF001
+        # After the loss of a broker the loop goes on, and hears of them.
+        handed = {no: job for no, job in list(jobs.items()) if stopping and _is_handed_over(job)}
+        for no in handed:
+            del jobs[no]
+        try:
+            plain()
+        finally:
+            jobs.update(handed)
+
+    worker.pool.flush = flush
+
+
+def _is_handed_over(job: Any) -> bool:
+    """Tell whether a pool process has been sent a job, or part of it, and has not accepted it yet."""
+    return job._write_to is not None and not job._accepted  # noqa: SLF001
 
 
 def prepare_worker(app: Celery) -> None:

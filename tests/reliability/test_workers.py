@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
+import sys
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -208,6 +211,38 @@ def test_a_plain_task_is_finished_before_its_worker_stops(cluster: Cluster, tmp_
     cluster.worker(APP, concurrency=1)
     assert run.get(timeout=60) == 2
     assert (len(lines(notes)), history(cluster, run)) == (1, [])
+    check_database(cluster.database_url)
+
+
+def unread(pid: int) -> int:
+    """Return how many bytes wait in the pipes of a process."""
+    found = 0
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        if path.readlink().name.startswith("pipe:"):
+            reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            found += int.from_bytes(fcntl.ioctl(reader, termios.FIONREAD, bytes(4)), sys.byteorder)
+            os.close(reader)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the pipes of a process are looked at in /proc")
+def test_a_message_that_a_process_has_just_been_handed_does_not_hold_up_a_shutdown(cluster: Cluster) -> None:
+    """Plain Celery 5.7 forgets it, and ends half a minute later, when its process has waited in vain to be heard."""
+    app = cluster.app(APP)
+    worker = cluster.worker(APP, concurrency=1)
+    [child] = worker.pids()
+    os.kill(child, signal.SIGSTOP)
+    before = unread(child)
+    run = app.engine.submit(app.add.s(1, 1))
+    [step] = run.steps()
+    worker.wait_for_log(rf"{step.id}\] received")
+    wait_until(lambda: unread(child) > before)
+    os.kill(worker.pid, signal.SIGTERM)
+    worker.wait_for_log("Warm shutdown")
+    time.sleep(0.5)  # by now its consumer is closed
+    os.kill(child, signal.SIGCONT)
+    assert ended(worker, timeout=15) == 0
+    assert [step.status for step in run.steps()] == ["ready"]  # it was told not to start anything any more
     check_database(cluster.database_url)
 
 
