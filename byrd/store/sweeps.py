@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from datetime import datetime
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
 
@@ -44,6 +45,13 @@ _QUEUES = """
           ORDER BY queue, wake_at LIMIT 1) following)"""
 #: Steps that need a message of their own, and those that whoever is awake may take: each has its index.
 _WHICH = {True: "solo", False: "NOT solo"}
+
+
+class Late(NamedTuple):
+    """A step that is to be looked at: its attempts so far, and the time at which it was to be looked at."""
+
+    attempt: int
+    wake_at: datetime
 
 
 # -- the relay -------------------------------------------------------------------------------------
@@ -114,13 +122,15 @@ def take_overdue(
                WHERE status = 'ready' AND wake_at <= now() AND sends > 0 AND {_WHICH[solo]} AND queue = %(queue)s
                ORDER BY wake_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED),
             ranked AS (
-              SELECT id, row_number() OVER (ORDER BY wake_at) <= %(resend)s OR wake_at = ready_at
+              SELECT id, wake_at = ready_at AS lost,
+                     row_number() OVER (ORDER BY wake_at) <= %(resend)s OR wake_at = ready_at
                          OR ready_at + power(2, least(sends - 1, 30)) * {PATIENCE_SECONDS} * interval '1 second' < now()
                          AS again
                 FROM overdue)
             UPDATE byrd.steps s
                SET sends = s.sends + (o.again AND r.status IN {_MOVING})::int,
                    sent_at = CASE WHEN o.again AND r.status IN {_MOVING} THEN now() ELSE s.sent_at END,
+                   lost_at = CASE WHEN o.lost AND r.status IN {_MOVING} THEN now() ELSE s.lost_at END,
                    wake_at = CASE WHEN r.status NOT IN {_MOVING} THEN 'infinity'::timestamptz
                      ELSE {_PAUSE} END
               FROM ranked o, byrd.runs r WHERE s.id = o.id AND r.id = s.run_id
@@ -130,32 +140,36 @@ def take_overdue(
     return wakeups_of(row for row in rows if row.again)
 
 
-def late_steps(conn: Connection, queue: str, *, solo: bool = True, limit: int = _OVERDUE_BATCH) -> dict[str, int]:
-    """Return the steps of a queue that are to be looked at, the longest overdue first, with their attempts so far."""
+def late_steps(conn: Connection, queue: str, *, solo: bool = True, limit: int = _OVERDUE_BATCH) -> dict[str, Late]:
+    """Return the steps of a queue that are to be looked at, the longest overdue first."""
     rows = query(
         conn,
-        f"""SELECT id, attempt FROM byrd.steps
+        f"""SELECT id, attempt, wake_at FROM byrd.steps
              WHERE status = 'ready' AND sends > 0 AND {_WHICH[solo]} AND queue = %(queue)s AND wake_at <= now()
              ORDER BY wake_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED""",
         {"queue": queue, "limit": limit},
     )
-    return {row.id: row.attempt for row in rows}
+    return {row.id: Late(row.attempt, row.wake_at) for row in rows}
 
 
-def look_again(conn: Connection, late: Sequence[str], missing: Sequence[str]) -> list[Wakeup]:
+def look_again(conn: Connection, late: Mapping[str, Late], missing: Sequence[str]) -> list[Wakeup]:
     """Return those late steps to publish again whose messages are ``missing``; look at the others again later.
 
-    That is after half the time for which they have waited (4 to 30 s), so that a long line costs little.
+    That is after half the time for which they have waited (4 to 30 s), so that a long line costs little.  A step that
+    another relay has looked at since then, or that has moved, is left alone: what is known of its message is old.
     """
     rows = query(
         conn,
         f"""WITH late AS MATERIALIZED (
-              SELECT id, id = ANY(%(missing)s) AS missing FROM byrd.steps
-               WHERE id = ANY(%(late)s) AND status || '' = 'ready' AND wake_at <= now() AND sends > 0
-               ORDER BY id FOR UPDATE SKIP LOCKED)
+              SELECT d.id, d.id = ANY(%(missing)s) AS missing
+                FROM unnest(%(late)s::text[], %(looks)s::timestamptz[]) AS l (id, wake_at)
+                JOIN byrd.steps d ON d.id = l.id
+               WHERE d.status || '' = 'ready' AND d.wake_at = l.wake_at AND d.wake_at <= now() AND d.sends > 0
+               ORDER BY d.id FOR UPDATE OF d SKIP LOCKED)
             UPDATE byrd.steps s
                SET sends = s.sends + (l.missing AND r.status IN {_MOVING})::int,
                    sent_at = CASE WHEN l.missing AND r.status IN {_MOVING} THEN now() ELSE s.sent_at END,
+                   lost_at = CASE WHEN l.missing AND r.status IN {_MOVING} THEN now() ELSE s.lost_at END,
                    wake_at = CASE WHEN r.status NOT IN {_MOVING} THEN 'infinity'::timestamptz
                      WHEN l.missing THEN {_PAUSE}
                      ELSE now() + least({_LONGEST_LOOK_SECONDS} * interval '1 second',
@@ -163,7 +177,7 @@ def look_again(conn: Connection, late: Sequence[str], missing: Sequence[str]) ->
                                                  (now() - greatest(s.ready_at, s.run_at)) / 2)) END
               FROM late l, byrd.runs r WHERE s.id = l.id AND r.id = s.run_id
             RETURNING {WAKEUP}, l.missing AND r.status IN {_MOVING} AS again""",
-        {"late": list(late), "missing": list(missing)},
+        {"late": list(late), "looks": [found.wake_at for found in late.values()], "missing": list(missing)},
     )
     return wakeups_of(row for row in rows if row.again)
 
@@ -175,7 +189,7 @@ def not_sent(conn: Connection, step_ids: Sequence[str]) -> None:
         f"""WITH unsent AS MATERIALIZED (
               SELECT id FROM byrd.steps WHERE id = ANY(%(ids)s) AND status || '' = 'ready' AND sends > 1
                ORDER BY id FOR UPDATE SKIP LOCKED)
-            UPDATE byrd.steps s SET sends = s.sends - 1, sent_at = NULL,
+            UPDATE byrd.steps s SET sends = s.sends - 1, sent_at = NULL, lost_at = NULL,
                    wake_at = CASE WHEN s.wake_at < 'infinity' AND s.solo
                      THEN now() + {RESEND_SECONDS} * interval '1 second' ELSE s.wake_at END
               FROM unsent WHERE s.id = unsent.id""",

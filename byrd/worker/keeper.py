@@ -367,8 +367,9 @@ class Sweeper(Loop):
         """Return what is to be sent again of a queue whose steps have each a message of their own."""
         store = self.store
         late = store.run(sweeps.late_steps, queue, solo=solo, limit=overdue)
-        if depth <= MOST_READ and (missing := self.runtime.publisher.missing(queue, late)) is not None:
-            return store.run(sweeps.look_again, list(late), missing)
+        attempts = {step_id: found.attempt for step_id, found in late.items()}
+        if depth <= MOST_READ and (missing := self.runtime.publisher.missing(queue, attempts)) is not None:
+            return store.run(sweeps.look_again, late, missing)
         waiting = store.run(sweeps.sent_and_waiting, queue, solo=solo, at_most=depth + overdue)
         # No more than were counted: what is overdue only since then would be put off, as if its message were there.
         return store.run(sweeps.take_overdue, queue, solo=solo, resend=max(0, waiting - depth), limit=overdue)

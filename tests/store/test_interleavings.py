@@ -1036,8 +1036,8 @@ def _if_open(function: Statement, run_id: str) -> Statement:
 
 def _look_again(conn: Connection, *, solo: bool) -> Any:
     """Look at all that is late, as if each second message were missing."""
-    late = list(sweeps.late_steps(conn, "work", solo=solo))
-    return sweeps.look_again(conn, late, late[::2])
+    late = sweeps.late_steps(conn, "work", solo=solo)
+    return sweeps.look_again(conn, late, list(late)[::2])
 
 
 def _nothing_changes(_result: Any, changes: list[Change]) -> None:

@@ -226,7 +226,7 @@ class StoreMachine(RuleBasedStateMachine):
         )
         self.world.do(sweeps.take_due)
         for queue in self.world.do(sweeps.overdue_queues):
-            self.world.do(sweeps.look_again, list(self.world.do(sweeps.late_steps, queue, limit=1)), [])
+            self.world.do(sweeps.look_again, self.world.do(sweeps.late_steps, queue, limit=1), [])
             self.world.do(sweeps.take_overdue, queue, resend=1)
 
     # -- what must be ----------------------------------------------------------------------------

@@ -431,6 +431,48 @@ def relay_cancel(world: World) -> tuple[Statement, Statement]:
     return sweeps.take_due, lambda conn: runs.cancel(conn, run)
 
 
+def overdue(world: World, *, shared: bool = False) -> str:
+    """Three steps whose messages nobody has taken in time."""
+    run = world.submit(group(sig("a"), sig("b"), sig("c")), shared=shared)
+    world.sql("UPDATE byrd.steps SET wake_at = now() - interval '1 s' WHERE status = 'ready'")
+    return run
+
+
+def look_look(world: World) -> tuple[Statement, Statement]:
+    """Two relays have both seen that the same messages are missing."""
+    overdue(world)
+    late = world.do(sweeps.late_steps, "work")
+    look: Statement = lambda conn: sweeps.look_again(conn, late, list(late))  # noqa: E731 - twice the same
+    return look, look
+
+
+def look_claim(world: World) -> tuple[Statement, Statement]:
+    """The message was missing because a worker had just taken it."""
+    run = overdue(world)
+    late = world.do(sweeps.late_steps, "work")
+    return claim_of(world, run, "a"), lambda conn: sweeps.look_again(conn, late, list(late))
+
+
+def look_not_sent(world: World) -> tuple[Statement, Statement]:
+    """The broker has refused what one relay wanted to send, and another looks again."""
+    overdue(world)
+    late = world.do(sweeps.late_steps, "work")
+    world.do(sweeps.look_again, late, list(late))
+    world.sql("UPDATE byrd.steps SET wake_at = now() - interval '1 s' WHERE status = 'ready'")
+    late = world.do(sweeps.late_steps, "work")
+    return lambda conn: sweeps.not_sent(conn, list(late)), lambda conn: sweeps.look_again(conn, late, list(late))
+
+
+def resend_resend(world: World) -> tuple[Statement, Statement]:
+    overdue(world)
+    return (lambda conn: sweeps.take_overdue(conn, "work", resend=2, limit=2),) * 2
+
+
+def wake_wake(world: World) -> tuple[Statement, Statement]:
+    overdue(world, shared=True)
+    return (lambda conn: sweeps.take_oldest(conn, "work", limit=2),) * 2
+
+
 PAIRS = {
     pair.__name__: pair
     for pair in (
@@ -440,7 +482,8 @@ PAIRS = {
         last_callbacks, complete_and_fail_last,
         step_retry_cancel, hand_back_pause, replace_cancel, extend_cancel, replace_complete, extend_extend,
         replace_preempt, submit_submit, recover_recover, recover_heartbeat, poisoned, overdue_complete,
-        run_retry_twice, cancel_pause, resume_relay, relay_relay, relay_cancel,
+        run_retry_twice, cancel_pause, resume_relay, relay_relay, relay_cancel, look_look, look_claim, look_not_sent,
+        resend_resend, wake_wake,
     )
 }  # fmt: skip
 
@@ -503,6 +546,26 @@ def test_one_of_two_claims_gets_the_step(shared: World) -> None:
     assert outcome.second is None
     [step] = shared.sql("SELECT attempt FROM byrd.steps")
     assert step.attempt == 1
+
+
+@pytest.mark.parametrize("commit", [True, False], ids=["commit", "rollback"])
+@pytest.mark.parametrize("pair", [relay_relay, look_look, resend_resend, wake_wake])
+def test_of_two_relays_at_once_none_sends_what_the_other_does(
+    shared: World, pair: Callable[[World], tuple[Statement, Statement]], commit: bool
+) -> None:
+    """Nor does one wait for the other; what was to be sent by one that died before its commit is still due."""
+    outcome = race(shared.store, *pair(shared), commit=commit)
+    assert not outcome.waited
+    first, second = ({wakeup.id for wakeup in found} for found in (outcome.first, outcome.second))
+    assert first
+    assert not first & second
+    assert bool(second) == (pair in (resend_resend, wake_wake)), "of three steps, each takes no more than two"
+    sends = {row.id: row.sends for row in shared.sql("SELECT id, sends FROM byrd.steps WHERE status = 'ready'")}
+    before = 0 if pair is relay_relay else 1
+    assert sends == {step: before + (step in second or (commit and step in first)) for step in sends}
+    if not commit:
+        due = "SELECT id FROM byrd.steps WHERE status = 'ready' AND wake_at <= clock_timestamp()"
+        assert first <= {row.id for row in shared.sql(due)}
 
 
 def test_nothing_is_claimed_once_a_pause_has_committed(shared: World) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from celery import chain, chord, group
 from sqlalchemy import Connection, event
 
-from byrd.store import Store, reading, runs, steps, sweeps
+from byrd.store import Store, Wakeup, reading, runs, steps, sweeps
 from byrd.store.flow import RESEND_SECONDS
 from byrd.store.rows import query
 from tests.store.world import ERROR, World, sig
@@ -102,13 +103,15 @@ def test_only_those_are_sent_again_whose_messages_are_missing(world: World) -> N
     world.sql("UPDATE byrd.steps SET ready_at = now() - interval '20 s' RETURNING 1")
     world.claim(run, "t3")
     late = world.do(sweeps.late_steps, "work")
-    assert late == {world.step(run, f"t{n}").id: 0 for n in range(3)}
+    assert {step_id: found.attempt for step_id, found in late.items()} == {
+        world.step(run, f"t{n}").id: 0 for n in range(3)
+    }
     assert len(world.do(sweeps.late_steps, "work", limit=2)) == 2
     world.claim(run, "t2")  # since then
     t0, t1 = (world.step(run, name).id for name in ("t0", "t1"))
-    assert [wakeup.id for wakeup in world.do(sweeps.look_again, list(late), [t1, world.step(run, "t2").id])] == [t1]
+    assert [wakeup.id for wakeup in world.do(sweeps.look_again, late, [t1, world.step(run, "t2").id])] == [t1]
     assert sent(world, run) == {"t0": 1, "t1": 2}
-    assert world.do(sweeps.look_again, list(late), list(late)) == [], "the others have just been looked at"
+    assert world.do(sweeps.look_again, late, list(late)) == [], "the others have just been looked at"
     pauses = world.sql("SELECT id, extract(epoch FROM wake_at - now()) AS pause FROM byrd.steps WHERE status = 'ready'")
     assert {row.id: round(row.pause) for row in pauses} == {t0: 10, t1: round(RESEND_SECONDS * 2)}
 
@@ -124,7 +127,7 @@ def test_a_step_that_waits_long_is_looked_at_ever_less_often(world: World) -> No
                RETURNING 1""",
             age=age,
         )
-        assert world.do(sweeps.look_again, list(world.do(sweeps.late_steps, "work")), []) == []
+        assert world.do(sweeps.look_again, world.do(sweeps.late_steps, "work"), []) == []
         looks.append(round(world.do(sweeps.seconds_until_due, at_most=1000.0)))
     assert looks == [4, 4, 10, 25, 30]
 
@@ -137,7 +140,7 @@ def test_what_the_broker_did_not_take_was_not_sent(world: World) -> None:
     assert {**sent(world, run), **sent(world, shared)} == {"a": 1, "b": 1, "c": 1}
     pass_time(world, 1000)
     a, b, _ = ids
-    world.do(sweeps.look_again, [a, b], [a, b])
+    world.do(sweeps.look_again, world.do(sweeps.late_steps, "work"), [a, b])
     world.do(sweeps.take_oldest, "work", limit=5)
     world.claim(run, "b")
     world.do(sweeps.not_sent, ids)
@@ -145,7 +148,77 @@ def test_what_the_broker_did_not_take_was_not_sent(world: World) -> None:
     assert world.do(sweeps.overdue_queues, solo=False) == {"work": 1}, "it has kept its place"
     assert 1 < world.do(sweeps.seconds_until_due, at_most=9.0, shared=False) <= RESEND_SECONDS
     assert world.step(run, "b").status == "running"
-    assert world.sql("SELECT 1 FROM byrd.steps WHERE sent_at IS NOT NULL AND status = 'ready'") == []
+    assert world.sql("SELECT 1 FROM byrd.steps WHERE coalesce(sent_at, lost_at) IS NOT NULL AND status = 'ready'") == []
+
+
+def test_a_relay_that_was_held_up_says_nothing_of_what_has_changed_since(world: World) -> None:
+    """Frozen between its look at the broker and its word, it knows what is not so any more."""
+    run = world.submit(group(sig("a"), sig("b")))
+    pass_time(world, 20)
+    late = world.do(sweeps.late_steps, "work")
+    a, b = (world.step(run, name).id for name in ("a", "b"))
+    assert [wakeup.id for wakeup in world.do(sweeps.look_again, late, [a])] == [a]  # another relay, meanwhile
+    claim = world.claim(run, "b")
+    assert [wakeup.id for wakeup in world.do(steps.retry, claim.id, claim.attempt, ERROR)] == [b]
+    pass_time(world, 1000)
+    assert world.do(sweeps.look_again, late, [a, b]) == []
+    assert sent(world, run) == {"a": 2, "b": 1}
+    assert world.do(sweeps.overdue_queues) == {"work": 2}, "both are still to be looked at"
+
+
+def look_again(world: World, *, solo: bool = True) -> list[Wakeup]:
+    """Look at all that is late as if no message were there."""
+    late = world.do(sweeps.late_steps, "work", solo=solo)
+    return list(world.do(sweeps.look_again, late, list(late)))
+
+
+#: What a relay may have committed when it dies, and for how long the step is left alone then.
+TAKEN: dict[str, tuple[Callable[[World], list[Wakeup]], float]] = {
+    "take_due": (lambda world: world.do(sweeps.take_due), RESEND_SECONDS),
+    "look_again": (look_again, 2 * RESEND_SECONDS),
+    "take_overdue": (lambda world: world.do(sweeps.take_overdue, "work", resend=1), 2 * RESEND_SECONDS),
+    "take_oldest": (lambda world: world.do(sweeps.take_oldest, "work", limit=1), 0.0),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_what_a_relay_took_and_never_published_is_soon_looked_at_by_another(world: World, name: str) -> None:
+    take, pause = TAKEN[name]
+    run = world.submit(sig("a"), shared=name == "take_oldest")
+    if name == "take_due":
+        world.sql("UPDATE byrd.steps SET sends = 0 RETURNING 1")
+    pass_time(world, 1000)
+    [taken] = take(world)  # it is committed, and its relay is dead
+    assert world.do(sweeps.seconds_until_due, at_most=1000.0) <= pause
+    pass_time(world, pause)
+    assert [wakeup.id for wakeup in look_again(world, solo=name != "take_oldest")] == [taken.id]
+    assert world.drive(run).status == "succeeded"
+
+
+def test_only_what_was_looked_for_and_not_found_was_lost(world: World) -> None:
+    """Not what was sent again for its age, for the length of the queue, or to wake whoever may take it."""
+
+    def lost(run: str) -> list[str]:
+        rows = world.sql("SELECT task FROM byrd.steps WHERE run_id = %(run)s AND lost_at = sent_at", run=run)
+        return sorted(row.task for row in rows)
+
+    run, shared = world.submit(group(*[sig(f"t{n}") for n in range(4)])), world.submit(sig("shared"), shared=True)
+    pass_time(world, 1000)
+    late = world.do(sweeps.late_steps, "work")
+    world.do(sweeps.look_again, late, [world.step(run, "t1").id])
+    world.do(sweeps.take_oldest, "work", limit=1)
+    assert (lost(run), lost(shared)) == (["t1"], [])
+    pass_time(world, 1000)
+    assert len(world.do(sweeps.take_overdue, "work", resend=3)) == 3
+    assert lost(run) == []
+    world.sql("UPDATE byrd.steps SET lost_at = NULL, sent_at = NULL RETURNING 1")
+    pass_time(world, 1000)
+    world.sql("UPDATE byrd.steps SET ready_at = ready_at - interval '1 hour' RETURNING 1")
+    assert len(world.do(sweeps.take_overdue, "work", resend=0)) == 4
+    assert lost(run) == []
+    assert world.do(sweeps.doubt_all) == 4  # the whole broker was lost, and so was the message of each
+    assert len(world.do(sweeps.take_overdue, "work", resend=0)) == 4
+    assert lost(run) == ["t0", "t1", "t2", "t3"]
 
 
 def test_a_step_that_somebody_holds_does_not_hide_those_behind_it(world: World) -> None:
@@ -161,7 +234,7 @@ def test_what_is_missing_of_a_paused_run_is_parked(world: World) -> None:
     run = world.submit(sig("a"))
     world.sql("UPDATE byrd.runs SET status = 'paused' RETURNING 1")
     pass_time(world, 1000)
-    assert world.do(sweeps.look_again, [world.step(run, "a").id], [world.step(run, "a").id]) == []
+    assert world.do(sweeps.look_again, world.do(sweeps.late_steps, "work"), [world.step(run, "a").id]) == []
     assert world.do(sweeps.late_steps, "work") == {}
 
 
@@ -432,13 +505,14 @@ def test_no_sweep_reads_what_is_finished(old_store: Store) -> None:
     run = world.submit(group(sig("a"), chain(sig("b"), sig("c")), sig("d", countdown=5)), deadline=0.001)
     other = world.submit(chain(chord([sig("x"), sig("y")], sig("z", link_error=sig("oops")))))
     a, x = world.claim(run, "a"), world.claim(other, "x")
+    late = sweeps.Late(0, datetime.now(UTC))
     acts: dict[str, Callable[[Connection], Any]] = {
         "take_due": sweeps.take_due,
         "overdue_queues": sweeps.overdue_queues,
         "sent_and_waiting": lambda conn: sweeps.sent_and_waiting(conn, "work", at_most=100),
         "take_overdue": lambda conn: sweeps.take_overdue(conn, "work", resend=10),
         "late_steps": lambda conn: sweeps.late_steps(conn, "work"),
-        "look_again": lambda conn: sweeps.look_again(conn, [a.id, x.id], [a.id]),
+        "look_again": lambda conn: sweeps.look_again(conn, dict.fromkeys([a.id, x.id], late), [a.id]),
         "not_sent": lambda conn: sweeps.not_sent(conn, [a.id, x.id]),
         "take_oldest": lambda conn: sweeps.take_oldest(conn, "work", limit=10),
         "make_solo": lambda conn: sweeps.make_solo(conn, "work"),

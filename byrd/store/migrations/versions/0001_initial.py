@@ -146,8 +146,9 @@ def _steps() -> None:
         _time("run_at"),
         _time("wake_at"),
         _time("ready_at"),
-        # When it was last published again, for `byrd why`: NULL if it never was.
+        # For `byrd why`: when it was last published again, and when last because its message was not there any more.
         _time("sent_at"),
+        _time("lost_at"),
         _time("started_at"),
         _time("finished_at"),
         sa.Column("worker_id", pg.UUID(as_uuid=False)),
