@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from byrd.engine.why_message import Messages
 from byrd.engine.words import ago, count, error_text, moment, shortened, since, span
 from byrd.items import EACH
 from byrd.model import RunStatus, StepKind, StepStatus
@@ -15,7 +16,6 @@ from byrd.policies import retry_of, timeouts_of
 from byrd.store import Store, children, insight, items, limits, termination
 from byrd.store.insight import OpenStep, Standing
 from byrd.store.limits import Place, Turn
-from byrd.task.publisher import MOST_READ
 from byrd.waits import SUBWORKFLOW, UNDO_SUBWORKFLOW, of_whom
 from byrd.worker.bootstep import settings_of
 
@@ -24,10 +24,6 @@ if TYPE_CHECKING:
 
 #: Steps that wait for the same thing are told one by one up to this number, and together above it.
 _ONE_BY_ONE = 3
-#: A message that was published is usually taken at once; after this time it is worth a word.
-_TAKEN_SECONDS = 1.0
-#: A step that is due is published within a sweep; after this time something is wrong with it.
-_PUBLISHED_SECONDS = 5.0
 #: A step that lost its worker this often may be what kills it.
 _SUSPECT = 2
 
@@ -38,8 +34,7 @@ class _Case:
 
     engine: Byrd
     standing: Standing
-    ask_broker: bool = True
-    _depths: dict[str, int | str | None] = field(default_factory=dict)
+    messages: Messages
 
     @property
     def store(self) -> Store:
@@ -53,19 +48,6 @@ class _Case:
     def short(self) -> str:
         return self.standing.run.id[:8]
 
-    def depth(self, queue: str) -> int | str | None:
-        """Return how many messages are in a queue, or how the broker fails to say; None where no broker is known."""
-        if not self.engine.app.conf.broker_url or not self.ask_broker:
-            return None
-        if queue not in self._depths:
-            try:
-                self._depths[queue] = self.engine.runtime.publisher.count(queue)
-            except Exception as exc:  # noqa: BLE001 - each transport has errors of its own
-                with self.engine.app.connection_for_write() as connection:
-                    where = connection.as_uri()
-                self._depths[queue] = f"{where}, does not answer here ({shortened(str(exc), 100)})"
-        return self._depths[queue]
-
 
 def explain(engine: Byrd, run_id: str, *, ask_broker: bool = True) -> list[str]:
     """Return one sentence for each thing that the run waits for, or what is to say of its end.
@@ -74,7 +56,7 @@ def explain(engine: Byrd, run_id: str, *, ask_broker: bool = True) -> list[str]:
     Raises :class:`RunNotFoundError` when there is no such run.
     """
     standing = engine.runtime.store.run(insight.standing, run_id)
-    case = _Case(engine, standing, ask_broker)
+    case = _Case(engine, standing, Messages(engine, standing, ask_broker=ask_broker))
     if standing.run.finished_at is not None:
         return _ended(case)
     status = RunStatus(standing.run.status)
@@ -485,80 +467,38 @@ def _due(case: _Case, step: OpenStep) -> _Reason:
     if not live:
         state = "every worker that is alive is shutting down" if alive else "no worker is alive"
         alone = f"but {state}: start one with `celery -A <app> worker`"
-        return _ready(case, step, ("no worker",), lambda: alone)
+        return _ready(case, step, ("no worker",), lambda _: alone)
     if not there:
         consumed = ", ".join(sorted({name for worker in live for name in worker.queues}))
         unheard = (
             f"in {queue}, which no live worker consumes (they consume {consumed}): start one with "
             f"`celery -A <app> worker -Q {step.queue}`"
         )
-        return _ready(case, step, ("no consumer", step.queue), lambda: unheard)
+        return _ready(case, step, ("no consumer", step.queue), lambda _: unheard)
     if not able:
         unknown = (
             f"but no live worker on {queue} has the task {step.task} registered: deploy the code that defines it, "
             "or import its module in the app"
         )
-        return _ready(case, step, ("unknown task", step.queue), lambda: unknown)
+        return _ready(case, step, ("unknown task", step.queue), lambda _: unknown)
     slots = sum(worker.concurrency for worker in able)
     if slots and sum(worker.running for worker in able) >= slots:
 
-        def slot() -> str:
-            before = _before(case, step)
+        def slot(_many: bool) -> str:  # noqa: FBT001 - the shape of _Reason.text
+            before = case.messages.before(step)
             return f"for a free slot in {queue}{', behind ' + before if before else ''}: {_all_busy(slots)}"
 
         return _ready(case, step, ("slot", step.queue), slot, verb="wait")
-    key = ("message", step.queue, step.sends > 1)
-    return _ready(case, step, key, lambda: _message(case, step))
-
-
-def _before(case: _Case, step: OpenStep) -> str:
-    """Count the steps before it in its queue: a query, so it is asked for those steps only that are told of."""
-    found = case.store.run(insight.steps_before, step.queue, step.ready_at) if step.ready_at else 0
-    return count(found, "step") if found else ""
+    key = ("message", *case.messages.alike(step))
+    return _ready(case, step, key, lambda many: case.messages.told(step, many=many))
 
 
 def _all_busy(slots: int) -> str:
     return f"all {slots:,} are busy" if slots > 1 else "the only one is busy"
 
 
-def _message(case: _Case, step: OpenStep) -> str:
-    now, queue = case.standing.now, f"queue {step.queue!r}"
-    before = _before(case, step)
-    behind = (f"; {before} became ready before it" if before else "") + _rate(case, step)
-    waited = (now - step.ready_at).total_seconds() if step.ready_at else 0.0
-    fresh = step.sends == 1 and waited < _TAKEN_SECONDS
-    depth = None if fresh else case.depth(step.queue)
-    if isinstance(depth, str):
-        return f"but the broker, {depth}: its message is sent to {queue} once it does{behind}"
-    if step.sends == 0 or step.wake_at is None:
-        late = step.run_at is not None and (now - step.run_at).total_seconds() > _PUBLISHED_SECONDS
-        so = ", but late: see the workers' logs for what keeps their relay from it" if late else ""
-        return f"and about to be published to {queue}{so}{behind}"
-    again = f"it is sent again {'at ' + moment(step.wake_at, now) if step.wake_at > now else 'now'}{behind}"
-    last = f" (last at {moment(step.sent_at, now)})" if step.sent_at is not None else ""
-    sent = f"was sent {step.sends:,} times{last} to" if step.sends > 1 else "was sent to"
-    if fresh:
-        return f"and its message {sent} {queue}, about to be taken; should it be lost, {again}"
-    if depth is None:
-        return f"and its message {sent} {queue} without being taken: should it be lost, {again}"
-    taken = "it was lost, or a worker that is busy or frozen took it"
-    if depth == 0:
-        return f"and its message {sent} {queue}, which is empty: {taken}; {again}"
-    held = count(depth, "message", "messages")
-    if step.solo and depth <= MOST_READ and case.engine.runtime.publisher.missing(step.queue, {step.id: step.attempt}):
-        return f"and its message {sent} {queue}, and is not among the {held} there: {taken}; {again}"
-    return f"and its message {sent} {queue}, where {held} {'is' if depth == 1 else 'are'} not taken yet; {again}"
-
-
-def _rate(case: _Case, step: OpenStep) -> str:
-    """Say whether a worker may be holding the message back: Celery's rate limits are in its memory only."""
-    app = case.engine.app
-    limit = getattr(app.tasks.get(step.task), "rate_limit", None) or app.conf.task_default_rate_limit
-    return f"; its task is limited to {limit}, so a worker may hold it back" if limit else ""
-
-
 def _ready(
-    case: _Case, step: OpenStep, key: tuple[object, ...], why: Callable[[], str], *, verb: str = "be"
+    case: _Case, step: OpenStep, key: tuple[object, ...], why: Callable[[bool], str], *, verb: str = "be"
 ) -> _Reason:
     now = case.standing.now
     ready = f" since {since(step.ready_at, now)}" if step.ready_at else ""
@@ -573,9 +513,9 @@ def _ready(
 
     def text(many: bool) -> str:  # noqa: FBT001 - the shape of _Reason.text
         if verb == "wait":
-            start = f"{'wait' if many else 'waits'}{ready} {why()}"
+            start = f"{'wait' if many else 'waits'}{ready} {why(many)}"
         else:
-            start = f"{'are' if many else 'is'} ready{ready} {why()}"
+            start = f"{'are' if many else 'is'} ready{ready} {why(many)}"
         return start if many else start + after
 
     return _Reason(step, key, text)

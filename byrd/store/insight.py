@@ -58,6 +58,7 @@ class OpenStep:
     wake_at: datetime | None
     ready_at: datetime | None
     sent_at: datetime | None
+    lost_at: datetime | None
     started_at: datetime | None
     expires_at: datetime | None
     #: JSON: its policies are in it.
@@ -257,7 +258,7 @@ SELECT s.id, s.no, s.kind, s.task, coalesce(s.queue, '') AS queue, s.solo, s.sta
        CASE WHEN s.signal IS NOT NULL THEN s.fallback END AS default, s.compensates, s.attempt, s.retries,
        s.preemptions, s.sends, coalesce(s.run_at <= clock_timestamp(), false) AS due, s.run_at,
        nullif(s.wake_at, 'infinity') AS wake_at, s.ready_at, s.sent_at,
-       s.started_at, s.expires_at, s.options, s.start_by, s.tried_since,
+       s.lost_at, s.started_at, s.expires_at, s.options, s.start_by, s.tried_since,
        CASE WHEN s.status = 'running' THEN greatest(s.started_at, (SELECT max(h.updated_at) FROM byrd.checkpoints h
           WHERE h.step_id = s.id AND h.attempt = s.attempt)) END AS alive_at,
        s.limit_name, s.limit_key, s.limit_no, s.limit_slot, s.pid,

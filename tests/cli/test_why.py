@@ -7,10 +7,12 @@ import os
 import re
 import signal
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from celery import group
 
 from byrd.embedded import EmbeddedPostgres, EmbeddedValkey
 from byrd.engine.words import span
@@ -145,11 +147,7 @@ def test_a_message_that_is_not_taken(cluster: Cluster, shop: Any, monkeypatch: p
     with cluster.redis() as redis:
         redis.flushdb()
     becomes(other, r"Step 0 .* was sent to queue 'celery', which is empty: it was lost, .*; 1 step became ready .*")
-    sweeper = Sweeper(shop.engine.runtime, Settings())
-    try:
-        wait_until(sweeper.relay, what="a message sent again")
-    finally:
-        sweeper.stop()
+    relay_until(shop, lambda relayed: relayed, what="a message sent again")
     again = rf"Step 0 .* was sent 2 times \(last at {TIME}\) to queue 'celery'"
     becomes(run, rf"{again}, where [12] messages? (is|are) not taken yet; .*")
     needs_it = shop.engine.submit(shop.price.s(1).set(time_limit=60))
@@ -161,9 +159,80 @@ def test_a_message_that_is_not_taken(cluster: Cluster, shop: Any, monkeypatch: p
         r"Step 0 .* was sent to queue 'celery', and is not among the \d messages? there: it was lost, or a worker that "
         r"is busy or frozen took it; it is sent again .*",
     )
+    relay_until(shop, lambda _: needs_it.steps()[0].sends == 2, what="the message that was lost to be sent again")
+    lost = rf"Step 0 \(.*\) is ready since {SINCE} and its message was lost and sent again at {TIME}"
+    becomes(
+        needs_it, rf"{lost} \(sent 2 times so far\) to queue 'celery', where \d messages are not taken yet; it is .*"
+    )
+    cluster.rows("UPDATE byrd.steps SET sends = 3, sent_at = now() WHERE run_id = %s", needs_it.id)  # for its age alone
+    becomes(
+        needs_it, rf"Step 0 .* its message was sent 3 times \(at {TIME} because it was lost, last at {TIME}\) to .*"
+    )
     worker.sigcont()
     assert run.get(timeout=30) == 2
     becomes(run, rf"It succeeded at {TIME}, .* after it was submitted\.")
+
+
+def relay_until(shop: Any, done: Callable[[int], Any], *, what: str) -> None:
+    """Play a relay until something has come of it."""
+    sweeper = Sweeper(shop.engine.runtime, Settings())
+    try:
+        wait_until(lambda: done(sweeper.relay()), what=what)
+    finally:
+        sweeper.stop()
+
+
+def test_of_many_that_are_alike_it_names_those_whose_messages_are_lost(
+    cluster: Cluster, shop: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the queue is looked at once, for all of them."""
+    worker = cluster.worker(APP, env={"TEST_LEASE_SECONDS": "60"})
+    wait_until(lambda: frozen_in_wait(cluster, worker), what="worker that waits for a message")
+    shop.engine.submit(shop.price.s(0))  # which the frozen worker gets
+    run = shop.engine.submit(group(shop.price.s(n).set(time_limit=60) for n in range(10)))
+    steps = [step for step in run.steps() if step.task]
+    subject = rf"\(no\. 0 to 9\) are ready since {SINCE} and their messages were"
+    becomes(
+        run, rf"10 steps of .* {subject} sent to queue 'celery', where 1?\d messages are not taken yet; the first .*"
+    )
+    cluster.rows("UPDATE byrd.steps SET wake_at = now() + interval '1 hour' WHERE status = 'ready'")  # no relay yet
+
+    def lose(*numbers: int) -> None:
+        with cluster.redis() as redis:
+            for raw in redis.lrange("celery", 0, -1):
+                if any(steps[no].id.encode() in raw for no in numbers):
+                    assert redis.lrem("celery", 1, raw) == 1
+
+    lose(7)
+    becomes(run, r"Step 7 \(.*\) .* its message was sent to queue 'celery', and is not among the 9 messages there: .*")
+    publisher, looks = type(shop.engine.runtime.publisher), []
+    missing = publisher.missing
+
+    def look(self: Any, queue: str, attempts: Any) -> Any:
+        looks.append(queue)
+        return missing(self, queue, attempts)
+
+    monkeypatch.setattr(publisher, "missing", look)
+    there, _ = run.why()
+    assert re.fullmatch(
+        rf"9 steps of .* {subject} sent to queue 'celery', where 9 messages are not taken yet; .*", there
+    )
+    assert looks == ["celery"]
+    lose(2, 3, 4, 5)
+    becomes(
+        run,
+        r"5 steps of .* \(no\. 2 to 7\) .* their messages were sent to queue 'celery', and are not among the 5 "
+        r"messages there: they were lost, or workers that are busy or frozen took them; the first is sent again at .*",
+    )
+    cluster.rows("UPDATE byrd.steps SET wake_at = now() WHERE status = 'ready'")
+    relay_until(shop, lambda _: sum(step.sends for step in run.steps()) == 15, what="five messages sent again")
+    again = (
+        rf"were lost and sent again \(the first at {TIME}, sent 2 times so far\) to queue 'celery', where 1\d messages"
+    )
+    becomes(run, rf"5 steps of .* \(no\. 2 to 7\) are ready since {SINCE} and their messages {again} .*")
+    becomes(run, r"5 steps of .* \(no\. 0 to 9\) .* their messages were sent to queue 'celery', where 1\d messages .*")
+    worker.sigcont()
+    assert run.get(timeout=60) == [2 * n for n in range(10)]
 
 
 @pytest.fixture
