@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,8 +33,20 @@ FINISHED, WAITING = 1_000_000, 100_000
 IDLE = ("keeper", "sweeper")
 #: The tables that grow with the number of runs.
 LARGE = frozenset({"runs", "steps", "checkpoints", "failed_items", "attempts", "events"})
-#: The queue that nobody consumes.
-UNHEARD = "unheard"
+#: A queue that nobody consumes; one in whose line steps wait that whoever is awake may take, but nobody does; one that
+#: loses half of its messages; and one whose steps have become due.
+UNHEARD, LINE, LOSSY, DUE = "unheard", "line", "lossy", "due"
+#: What a relay does to rows: a part of each statement by which it may be known.
+RELAYED = (
+    "WITH due AS MATERIALIZED ( SELECT d.id",
+    "overdue AS",
+    "AS l (id, wake_at)",
+    "unsent AS",
+    "oldest AS",
+    "SET solo = true",
+)
+#: How often what waits in the lossy queue was sent.
+_LOSSY_SENDS = 3
 _TABLES = "('byrd.runs'::regclass, 'byrd.steps'::regclass, 'byrd.events'::regclass, 'byrd.attempts'::regclass)"
 
 
@@ -44,21 +56,51 @@ _TABLES = "('byrd.runs'::regclass, 'byrd.steps'::regclass, 'byrd.events'::regcla
 def fill(engine: byrd.Byrd, *, finished: int = FINISHED, waiting: int = WAITING) -> None:
     """Fill empty tables: ``finished`` runs that have ended, and ``waiting`` that wait in each way there is.
 
-    The broker must be empty, too: it gets as many messages as steps wait for a worker, so that the relay misses none.
+    The broker must be empty, too: it gets a message for each step in the queue that nobody consumes, so that the relay
+    misses none of those.
     """
     sweeper = Sweeper(engine.runtime, Settings())
     sweeper.tick()  # so that the broker is known to have lost nothing
     sweeper.stop()
-    with redis.Redis.from_url(engine.app.conf.broker_url) as client:
-        sent = sum(8 <= n % 20 <= 13 for n in range(1, waiting + 1))
-        for begin in range(0, sent, 1000):
-            client.rpush(UNHEARD, *["{}"] * min(1000, sent - begin))
     store = engine.runtime.store
     store.run(_fill, finished=finished, waiting=waiting)
+    sent = store.run(_count_unheard)
+    with redis.Redis.from_url(engine.app.conf.broker_url) as client:
+        for begin in range(0, sent, 1000):
+            client.rpush(UNHEARD, *["{}"] * min(1000, sent - begin))
+    lose(engine)
     with store.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
         query(
-            conn, "VACUUM (ANALYZE) byrd.runs, byrd.steps, byrd.events, byrd.attempts, byrd.checkpoints, byrd.workers"
+            conn,
+            """VACUUM (ANALYZE) byrd.runs, byrd.steps, byrd.events, byrd.attempts, byrd.checkpoints, byrd.workers,
+                                byrd.limit_keys""",
         )
+
+
+def lose(engine: byrd.Byrd) -> None:
+    """Let what the relay has looked at be due again, just as it was, and the broker have no message of half of it."""
+    ids = engine.runtime.store.run(_lose)
+    with redis.Redis.from_url(engine.app.conf.broker_url) as client:
+        client.delete(LINE, LOSSY, DUE)
+        for step_id in ids[::2]:
+            client.rpush(LOSSY, f'{{"step": "{step_id}", "no": 0, "attempt": 0}}')
+
+
+def _count_unheard(conn: Connection) -> int:
+    sql = "SELECT count(*) FROM byrd.steps WHERE queue = %(queue)s AND status = 'ready'"
+    return int(query(conn, sql, {"queue": UNHEARD}).scalar_one())
+
+
+def _lose(conn: Connection) -> list[str]:
+    for queue, sends in ((LOSSY, _LOSSY_SENDS), (DUE, 0)):
+        query(
+            conn,
+            """UPDATE byrd.steps SET wake_at = ready_at + interval '1 min', sends = %(sends)s
+                WHERE queue = %(queue)s AND status = 'ready'""",
+            {"queue": queue, "sends": sends},
+        )
+    found = query(conn, "SELECT id FROM byrd.steps WHERE queue = %(queue)s AND status = 'ready'", {"queue": LOSSY})
+    return [row.id for row in found]
 
 
 def _fill(conn: Connection, *, finished: int, waiting: int) -> None:
@@ -66,8 +108,10 @@ def _fill(conn: Connection, *, finished: int, waiting: int) -> None:
     query(conn, "SET LOCAL maintenance_work_mem = '256MB'")
     query(conn, "SET LOCAL session_replication_role = replica")
     with _without_indexes(conn):
-        for statement in (_WORKERS, _RUNS, _WAITING_RUNS, _STEPS, _WAITING_STEPS, _EVENTS, _ATTEMPTS, _CHECKPOINTS):
-            query(conn, statement, {"finished": finished, "waiting": waiting, "unheard": UNHEARD})
+        for statement in (
+            _WORKERS, _RUNS, _WAITING_RUNS, _STEPS, _WAITING_STEPS, _LIMITS, _EVENTS, _ATTEMPTS, _CHECKPOINTS,
+        ):  # fmt: skip
+            query(conn, statement, {"finished": finished, "waiting": waiting})
 
 
 @contextmanager
@@ -98,9 +142,9 @@ def _without_indexes(conn: Connection) -> Iterator[None]:
 
 
 _WORKERS = """
-INSERT INTO byrd.workers (id, hostname, pid, pool, concurrency, queues, tasks, version, lease_until)
-SELECT md5('w' || n)::uuid, 'worker' || n || '@host', n, 'prefork', 8, '{celery}', '{scale.step}', '0',
-       now() + interval '1 day' FROM generate_series(1, 50) n
+INSERT INTO byrd.workers (id, hostname, pid, pool, concurrency, queues, tasks, shares, version, lease_until)
+SELECT md5('w' || n)::uuid, 'worker' || n || '@host', n, 'prefork', 8, '{celery,line}', '{scale.step,scale.rare}',
+       '{scale.step}', '0', now() + interval '1 day' FROM generate_series(1, 50) n
 """
 _RUNS = """
 INSERT INTO byrd.runs (id, workflow, title, key, args, status, output, error, created_at, finished_at, deadline)
@@ -109,7 +153,9 @@ SELECT md5('r' || n)::uuid, 'shop.' || n %% 20, 'shop', CASE WHEN n %% 2 = 0 THE
        CASE WHEN n %% 40 < 2 THEN '{}' END, at, at, CASE WHEN n %% 4 = 0 THEN at + interval '1 hour' END
   FROM generate_series(1, %(finished)s) n, LATERAL (SELECT now() - n * interval '10 s' AS at) x
 """
-#: n %% 20: up to 7 is delayed, up to 13 in a queue that nobody consumes, up to 16 paused, else waits for a retry.
+#: n %% 20: 0 sleeps, 1 is to be started by a time, up to 3 is delayed, up to 7 in the line, up to 13 in a queue that
+#: nobody consumes, up to 16 paused, else waits for a retry.  Of the first 8,000, those with 12 are in the queue that
+#: loses messages, and a few with 3 are due.
 _WAITING_RUNS = """
 INSERT INTO byrd.runs (id, workflow, title, status, output, created_at, deadline)
 SELECT md5('o' || n)::uuid, 'shop.' || n %% 20, 'shop', CASE WHEN n %% 20 BETWEEN 14 AND 16 THEN 'paused'
@@ -125,20 +171,41 @@ SELECT md5('s' || n)::uuid::text, md5('r' || n)::uuid, 0, 'task', 'scale.step', 
   FROM generate_series(1, %(finished)s) n, LATERAL (SELECT now() - n * interval '10 s' AS at) x
 """
 _WAITING_STEPS = """
-INSERT INTO byrd.steps (id, run_id, no, kind, task, queue, after, input, status, attempt, retries, sends, run_at,
-                        wake_at, ready_at)
-SELECT md5('o' || n || '-' || no)::uuid::text, md5('o' || n)::uuid, no, 'task', 'scale.step',
-       CASE WHEN kind = 'unheard' THEN %(unheard)s ELSE 'celery' END, nullif(no - 1, -1), nullif(no - 1, -1),
-       CASE no WHEN 0 THEN 'ready' ELSE 'pending' END, (no = 0 AND kind = 'retry')::int,
-       (no = 0 AND kind = 'retry')::int, CASE WHEN no = 0 AND kind = 'unheard' THEN 9 ELSE 0 END,
-       CASE WHEN no = 0 THEN CASE WHEN kind IN ('delayed', 'retry') THEN now() + n * interval '1 min'
+INSERT INTO byrd.steps (id, run_id, no, kind, task, queue, solo, after, input, status, attempt, retries, sends, run_at,
+                        wake_at, ready_at, options, start_by, timeout_at)
+SELECT md5('o' || n || '-' || no)::uuid::text, md5('o' || n)::uuid, no,
+       CASE WHEN no = 0 AND kind = 'asleep' THEN 'wait' ELSE 'task' END,
+       CASE WHEN kind = 'line' AND n %% 40 > 20 THEN 'scale.rare' WHEN no = 0 AND kind = 'asleep' THEN 'byrd.sleep'
+       ELSE 'scale.step' END,
+       CASE WHEN kind IN ('unheard', 'line', 'lossy', 'due') THEN kind ELSE 'celery' END, kind <> 'line',
+       nullif(no - 1, -1), nullif(no - 1, -1),
+       CASE WHEN no > 0 THEN 'pending' WHEN kind = 'asleep' THEN 'waiting' ELSE 'ready' END,
+       (no = 0 AND kind = 'retry')::int, (no = 0 AND kind = 'retry')::int,
+       CASE WHEN no > 0 THEN 0 ELSE CASE kind WHEN 'unheard' THEN 9 WHEN 'lossy' THEN 3 WHEN 'line' THEN 1 ELSE 0
+       END END,
+       CASE WHEN no = 0 THEN CASE WHEN kind IN ('delayed', 'retry', 'asleep', 'timed') THEN now() + n * interval '1 min'
                                   ELSE now() - interval '2 hours' END END,
        CASE WHEN no = 0 THEN CASE kind WHEN 'unheard' THEN now() + random() * interval '30 s'
+                                       WHEN 'line' THEN now() - interval '2 hours' + n * interval '10 ms'
+                                       WHEN 'lossy' THEN now() WHEN 'due' THEN now()
                                        WHEN 'paused' THEN 'infinity' ELSE now() + n * interval '1 min' END END,
-       CASE WHEN no = 0 THEN now() - interval '2 hours' END
+       CASE WHEN no = 0 THEN now() - interval '2 hours' END,
+       CASE WHEN no = 0 AND kind = 'timed' THEN '{"byrd_timeouts": {"schedule_to_start": 3600}}' ELSE '{}' END,
+       by_then, by_then
   FROM generate_series(1, %(waiting)s) n, generate_series(0, 1) no,
-       LATERAL (SELECT CASE WHEN n %% 20 <= 7 THEN 'delayed' WHEN n %% 20 <= 13 THEN 'unheard'
-                            WHEN n %% 20 <= 16 THEN 'paused' ELSE 'retry' END AS kind) x
+       LATERAL (SELECT CASE WHEN n %% 20 = 3 AND n <= 400 THEN 'due' WHEN n %% 20 = 12 AND n <= 8000 THEN 'lossy'
+                            WHEN n %% 20 = 0 THEN 'asleep' WHEN n %% 20 = 1 THEN 'timed'
+                            WHEN n %% 20 <= 3 THEN 'delayed' WHEN n %% 20 <= 7 THEN 'line'
+                            WHEN n %% 20 <= 13 THEN 'unheard' WHEN n %% 20 <= 16 THEN 'paused' ELSE 'retry'
+                       END AS kind) x,
+       LATERAL (SELECT CASE WHEN no = 0 AND kind = 'timed' THEN now() + n * interval '1 min' + interval '1 hour'
+                       END AS by_then) y
+"""
+_LIMITS = """
+WITH declared AS (INSERT INTO byrd.limits (name, rate, every) VALUES ('host', '1/h', 3600) RETURNING name)
+INSERT INTO byrd.limit_keys (name, key, tat, next_at)
+SELECT name, 'host-' || n, now() + n * interval '1 min', now() + n * interval '1 min'
+  FROM declared, generate_series(1, %(waiting)s / 20) n
 """
 _EVENTS = """
 INSERT INTO byrd.events (run_id, at, event, token)
@@ -170,12 +237,16 @@ SELECT md5('o' || n || '-0')::uuid::text, 'items', 1, '7', 7 FROM generate_serie
 
 @dataclass(slots=True)
 class Statement:
-    """A statement as somebody sent it: ``by`` says who, ``milliseconds`` what the quickest of its executions took."""
+    """A statement as somebody sent it: ``by`` says who, ``milliseconds`` what the quickest of its executions took.
+
+    ``params`` are those of the execution that returned or wrote the most ``rows``, the first of them.
+    """
 
     by: str
     sql: str
     params: Any
     milliseconds: float
+    rows: int
 
     @property
     def title(self) -> str:
@@ -199,10 +270,14 @@ class Recorder:
             nonlocal began
             began = time.perf_counter()
 
-        def after(_conn: Any, _cursor: Any, sql: str, params: Any, _context: Any, _many: Any) -> None:
+        def after(_conn: Any, cursor: Any, sql: str, params: Any, _context: Any, _many: Any) -> None:
             took = (time.perf_counter() - began) * 1000
             known = self.found.get((by, sql))
-            self.found[by, sql] = Statement(by, sql, params, min(took, known.milliseconds) if known else took)
+            if known is None or cursor.rowcount > known.rows:
+                known = self.found[by, sql] = Statement(
+                    by, sql, params, known.milliseconds if known else took, cursor.rowcount
+                )
+            known.milliseconds = min(took, known.milliseconds)
 
         event.listen(Engine, "before_cursor_execute", before)
         event.listen(Engine, "after_cursor_execute", after)
@@ -211,6 +286,11 @@ class Recorder:
         finally:
             event.remove(Engine, "before_cursor_execute", before)
             event.remove(Engine, "after_cursor_execute", after)
+
+    def lacks(self, by: str, parts: Sequence[str]) -> list[str]:
+        """Return those of the parts of statements that were not sent ``by`` somebody."""
+        texts = [" ".join(found.sql.split()) for found in self.statements(by)]
+        return [part for part in parts if not any(part in text for text in texts)]
 
     def statements(self, by: str | None = None) -> list[Statement]:
         """Return what was noted, in order."""
@@ -221,13 +301,14 @@ class Recorder:
 class Cost:
     """What a statement costs: milliseconds at best, blocks of 8 KB read, and the large tables read from end to end.
 
-    The blocks of a statement that writes are not counted: it cannot be run again.
+    The blocks of a statement that writes are not counted if it cannot be run again, nor the rows that it ``moves``.
     """
 
     milliseconds: float
     blocks: int | None
     scans: frozenset[str]
     plan: str
+    moves: int | None
 
 
 def cost(store: Store, statement: Statement, *, times: int = 5) -> Cost | None:
@@ -236,14 +317,15 @@ def cost(store: Store, statement: Statement, *, times: int = 5) -> Cost | None:
         return None
     text = "\n".join(str(row[0]) for row in _explain(store, statement, "COSTS"))
     [[[planned]]] = _explain(store, statement, "FORMAT JSON")
-    milliseconds, blocks = statement.milliseconds, None
+    milliseconds, blocks, moves = statement.milliseconds, None, None
     if statement.by in IDLE or re.match(r"\s*SELECT", statement.sql):
         options = "ANALYZE, BUFFERS, FORMAT JSON"
         runs = [found for [[[found]]] in (_explain(store, statement, options) for _ in range(times))]
         milliseconds = min(found["Execution Time"] for found in runs)
         blocks = min(found["Plan"]["Shared Hit Blocks"] + found["Plan"]["Shared Read Blocks"] for found in runs)
+        moves = max((_moved(node) for found in runs for node in _nodes(found["Plan"])), default=0)
     scans = frozenset(name for node in _nodes(planned["Plan"]) if (name := _scanned(node)))
-    return Cost(milliseconds, blocks, scans, text)
+    return Cost(milliseconds, blocks, scans, text, moves)
 
 
 def _explain(store: Store, statement: Statement, options: str) -> list[Any]:
@@ -257,6 +339,12 @@ def _nodes(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield node
     for child in node.get("Plans", ()):
         yield from _nodes(child)
+
+
+def _moved(node: dict[str, Any]) -> int:
+    if node["Node Type"] != "ModifyTable":
+        return 0
+    return sum(round(child["Actual Rows"]) for child in node["Plans"] if child["Parent Relationship"] == "Outer")
 
 
 def _scanned(node: dict[str, Any]) -> str | None:
@@ -296,16 +384,30 @@ def record_idle_worker(engine: byrd.Byrd, recorder: Recorder, *, seconds: float 
             while "byrd.runs" not in str(recorder.found):  # when recovery looks for deadlines, it has looked at all
                 keeper.tick()
                 sweeper.tick()
-        ending = time.monotonic() + seconds
-        while time.monotonic() < ending:
+        lose(engine)
+        ending, latest = time.monotonic() + seconds, time.monotonic() + 10 * seconds
+        while time.monotonic() < ending or (recorder.lacks("sweeper", RELAYED) and time.monotonic() < latest):
             with recorder.of("keeper"):
                 keeper.tick()
             with recorder.of("sweeper"):
                 pause = sweeper.tick()
+            again = runtime.store.run(_sent_again)
+            with recorder.of("sweeper"):
+                runtime.store.run(sweeps.not_sent, again)  # as if the broker had refused some of it
             time.sleep(min(0.1, pause))
     finally:
         sweeper.stop()
         keeper.store.close()
+    lose(engine)
+
+
+def _sent_again(conn: Connection) -> list[str]:
+    found = query(
+        conn,
+        "SELECT id FROM byrd.steps WHERE queue = %(queue)s AND status = 'ready' AND sends > %(sends)s LIMIT 25",
+        {"queue": LOSSY, "sends": _LOSSY_SENDS},
+    )
+    return [row.id for row in found]
 
 
 def record_work(engine: byrd.Byrd, recorder: Recorder) -> None:
@@ -397,14 +499,15 @@ def main(finished: int, waiting: int) -> None:
         record_idle_worker(engine, recorder)
         record_work(engine, recorder)
         record_questions(engine, recorder)
-        table = Table("who", "statement", "ms", "8 KB blocks", "reads all of", box=None)
+        table = Table("who", "statement", "ms", "8 KB blocks", "rows moved", "reads all of", box=None)
         for statement in recorder.statements():
             found = cost(store, statement)
             if found is None:
-                table.add_row(statement.by, statement.title, f"{statement.milliseconds:.2f}", "", "")
+                table.add_row(statement.by, statement.title, f"{statement.milliseconds:.2f}", "", "", "")
             else:
                 blocks = "" if found.blocks is None else f"{found.blocks:,}"
-                figures = f"{found.milliseconds:.2f}", blocks, ", ".join(sorted(found.scans))
+                moves = f"{found.moves:,}" if found.moves else ""
+                figures = f"{found.milliseconds:.2f}", blocks, moves, ", ".join(sorted(found.scans))
                 table.add_row(statement.by, statement.title, *figures)
         console.print(table)
         engine.close()

@@ -39,7 +39,7 @@ def take(conn: Connection, *, limit: int = 20) -> list[Notice]:
     rows = query(
         conn,
         f"""WITH due AS MATERIALIZED (
-              SELECT id FROM byrd.notices WHERE delivered_at IS NULL AND due_at <= {_NOW}
+              SELECT id FROM byrd.notices WHERE delivered_at IS NULL AND due_at <= now()
                ORDER BY due_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED),
             taken AS (
               UPDATE byrd.notices n SET tries = n.tries + 1, due_at = {_NOW} + interval '1 second'

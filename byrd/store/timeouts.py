@@ -73,9 +73,10 @@ def overdue_attempts(conn: Connection, worker_id: str, *, well_seconds: float) -
 
 def unstarted(conn: Connection) -> list[str]:
     """Return steps that were to be started by now: :func:`byrd.store.steps.miss_start` is to see to each."""
+    # now(): a condition on clock_timestamp(), which differs from row to row, reads all that have a time-out.
     rows = query(
         conn,
-        f"""SELECT id FROM byrd.steps WHERE timeout_at <= {_NOW} AND status = 'ready' AND wake_at < 'infinity'
+        f"""SELECT id FROM byrd.steps WHERE timeout_at <= now() AND status = 'ready' AND wake_at < 'infinity'
             ORDER BY timeout_at LIMIT {BATCH}""",
     )
     return [row.id for row in rows]
