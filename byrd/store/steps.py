@@ -448,9 +448,10 @@ def ignore(conn: Connection, step_id: str, attempt: int, error: str) -> list[Wak
 
 
 def abandon(conn: Connection, step_id: str, attempt: int) -> list[Wakeup]:
-    """running → cancelled at a checkpoint, because its run is being cancelled."""
+    """running → cancelled at a checkpoint: its run is being cancelled, or another step of its saga has failed."""
     error = error_json("TaskRevokedError", "celery.exceptions", ["cancelled"])
-    row = end_attempt(conn, step_id, attempt, "cancelled", Outcome.CANCELLED, error)
+    cause = "cause = (SELECT g.cause FROM byrd.steps g WHERE g.run_id = s.run_id AND g.no = s.saga)"
+    row = end_attempt(conn, step_id, attempt, "cancelled", Outcome.CANCELLED, error, extra=cause)
     if row is None:
         refuse_unless_recorded(conn, step_id, attempt, Outcome.CANCELLED)
         return []

@@ -619,6 +619,22 @@ def test_a_retriable_step_in_a_saga_causes_no_rollback_around_it(world: World) -
     assert world.drive(run).status == "succeeded"
 
 
+def test_a_callback_that_is_told_to_stop_after_a_retriable_step_failed_causes_no_rollback_either(world: World) -> None:
+    run = world.submit(chain(sig("saga_a"), byrd.saga(chain(sig("saga_b", link=sig("saga_c")), sig("retriable")))))
+    for name in ("saga_a", "saga_b"):
+        world.settle(world.claim(run, name))
+    callback = world.claim(run, "saga_c")
+    fail_for_good(world, run, "retriable")
+    world.end_waits()
+    assert isinstance(world.do(progress.stop_reason, callback.id, callback.attempt), StepCancelled)
+    world.do(steps.abandon, callback.id, callback.attempt)
+    world.end_waits()
+    assert (world.run(run).status, world.step(run, "byrd.saga").status) == ("failed", "failed")
+    assert not [s for s in world.steps(run) if s.kind == "compensation"]
+    world.do(runs.retry, run)
+    assert world.drive(run).status == "succeeded"
+
+
 def test_another_step_that_fails_beside_a_retriable_one_does(world: World) -> None:
     world.failing = {"bad"}
     run = world.submit(group(sig("saga_a"), sig("retriable"), sig("bad")))
