@@ -109,17 +109,34 @@ def remember(conn: Connection, step_id: str, attempt: int, name: str, value: str
         raise StaleAttempt(f"step {step_id}: attempt {attempt} may not record {name!r}: another one owns the step")
 
 
-def outlived(conn: Connection, step_id: str, name: str) -> bool:
-    """Tell whether the attempt that memoised this last has failed, or is tried again, on record, with nothing after it.
-
-    What a block of operations notes of itself, by names with a colon, is nothing; nor is a sign of life.
-    """
+def conclude(conn: Connection, step_id: str, attempt: int, name: str) -> None:
+    """Memoise ``name`` as the last on record; not so if an earlier attempt has gone on since it came to this."""
     row = query(
         conn,
-        """SELECT 1 FROM byrd.checkpoints c JOIN byrd.attempts a ON a.step_id = c.step_id AND a.attempt = c.attempt
+        f"""INSERT INTO byrd.checkpoints AS c (step_id, name, attempt, value, done)
+            SELECT %(id)s, %(name)s, %(attempt)s, 'true', true WHERE {_OWNED}
+            ON CONFLICT (step_id, name) DO UPDATE SET attempt = excluded.attempt, updated_at = CASE
+               WHEN EXISTS (SELECT 1 FROM byrd.checkpoints l WHERE l.step_id = c.step_id AND l.attempt < %(attempt)s
+                             AND l.updated_at > c.updated_at AND {_OF_THE_TASK})
+               THEN c.updated_at ELSE clock_timestamp() END RETURNING 1""",
+        {"id": step_id, "name": name, "attempt": attempt, "beat": BEAT},
+    ).first()
+    if row is None:
+        raise StaleAttempt(f"step {step_id}: attempt {attempt} may not record {name!r}: another one owns the step")
+
+
+#: The checkpoint ``l`` is none that a block of operations notes of itself, by names with a colon; nor a sign of life.
+_OF_THE_TASK = "l.name <> %(beat)s AND NOT l.name ~ '^step:.*: :'"
+
+
+def outlived(conn: Connection, step_id: str, name: str) -> bool:
+    """Tell whether the attempt that memoised this last has failed, or is tried again, with nothing on record since."""
+    row = query(
+        conn,
+        f"""SELECT 1 FROM byrd.checkpoints c JOIN byrd.attempts a ON a.step_id = c.step_id AND a.attempt = c.attempt
             WHERE c.step_id = %(id)s AND c.name = %(name)s AND c.done AND a.outcome IN ('failed','retried')
               AND NOT EXISTS (SELECT 1 FROM byrd.checkpoints l WHERE l.step_id = c.step_id
-                    AND l.updated_at > c.updated_at AND l.name <> %(beat)s AND NOT l.name ~ '^step:.*: :')""",
+                    AND l.updated_at > c.updated_at AND {_OF_THE_TASK})""",
         {"id": step_id, "name": name, "beat": BEAT},
     ).first()
     return row is not None

@@ -131,7 +131,7 @@ class Compound:
                     self._try_again(done, exc)  # whatever it is, the rest is not forgotten
                 self._remember(key, "true")
         if self._names.issuperset(self._to_undo):  # else something else was raised before this attempt came to them all
-            self._remember(_UNDONE, "true")
+            self._store.run(progress.conclude, self._attempt.step_id, self._attempt.number, self._key(_UNDONE))
 
     def _try_again(self, done: _Done, exc: Exception) -> None:
         tries = int(self._remembered(_TRIES) or 0) + 1

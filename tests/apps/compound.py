@@ -115,10 +115,10 @@ def kill_worker() -> None:
     time.sleep(60)
 
 
-def in_rounds(self: Any, path: str, failures: int = 1, dies: str = "") -> list[str]:
+def in_rounds(self: Any, path: str, failures: int = 1, dies: str = "", *, saves: bool = False) -> list[str]:
     """Do a and b, which is not to be had so often; tell what was done, and in which round of the block.
 
-    ``dies``: what kills the worker, the first time: "undone", or b.
+    ``dies``: what kills the worker, the first time: "undone", or b.  ``saves``: there is a checkpoint before each.
     """
 
     def act(what: str) -> str:
@@ -129,9 +129,14 @@ def in_rounds(self: Any, path: str, failures: int = 1, dies: str = "") -> list[s
             kill_worker()
         return what.upper()
 
+    def do(op: compound.Compound, what: str) -> str:
+        if saves:
+            self.checkpoint(cursor=what)
+        return op.do(what, act, what, undo=lambda done, what: note(path, f"undo {done}"))
+
     try:
         with self.compound() as op:
-            return [op.do(what, act, what, undo=lambda done, what: note(path, f"undo {done}")) for what in "ab"]
+            return [do(op, what) for what in "ab"]
     except ValueError:
         if dies == "undone" and counted(f"{path}.deaths") == 1:
             kill_worker()

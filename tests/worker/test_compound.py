@@ -125,13 +125,13 @@ def test_and_so_it_does_by_a_retry_of_the_run(cluster: Cluster, app: Any, tmp_pa
     assert lines(path) == ["a1", "undo A", "a2", "undo A", "a3", "b3"]
 
 
-@pytest.mark.parametrize("dies", ["undone", "b"])
+@pytest.mark.parametrize(("dies", "saves"), [("undone", False), ("undone", True), ("b", False)])
 def test_a_worker_dies_before_the_failure_is_recorded_or_in_the_new_round(
-    cluster: Cluster, app: Any, tmp_path: Path, dies: str
+    cluster: Cluster, app: Any, tmp_path: Path, dies: str, saves: bool
 ) -> None:
     first = cluster.worker(APP, concurrency=1)
     path = tmp_path / "notes"
-    run = app.engine.submit(app.by_policy.s(str(path), failures=1, dies=dies))
+    run = app.engine.submit(app.by_policy.s(str(path), failures=1, dies=dies, saves=saves))
     wait_until(lambda: first.exit_status is not None, what="end of the worker")
     cluster.worker(APP, concurrency=1)
     assert run.get(timeout=60) == ["A", "B"]
