@@ -206,28 +206,38 @@ def abandoned(conn: Connection) -> list[tuple[str, str]]:
     return [(row[0], row[1]) for row in rows]
 
 
+#: From when on the run ``c``, which has ended badly, could end in no other way: since somebody asked for that, perhaps,
+#: and its last step took its time.
+_DOOMED_AT = """coalesce((SELECT max(k.at) FROM byrd.events k
+    WHERE k.run_id = c.id AND k.event IN ('cancel_requested','rollback_requested') AND k.id > coalesce(
+      (SELECT max(b.id) FROM byrd.events b WHERE b.run_id = c.id AND b.event = 'retried'), 0)), c.finished_at)"""
+
+
 def try_again(conn: Connection, step_id: str, attempt: int) -> list[Wakeup]:
     """Begin anew what has failed, or was cancelled, before the step was tried again; else change nothing.
 
-    Its run is retried, and keeps what has succeeded.  One that was rolled back is let go: the step begins another.
+    Its run is retried, and keeps what has succeeded.  One that was rolled back is let go: the step begins another.  Not
+    so one of which a part was undone, and another is kept, which would be done again: nothing changes.
     """
     steps.check_owner(conn, step_id, attempt)
     child = query(
         conn,
-        f"""SELECT c.id::text, s.run_id::text AS outer_run, EXISTS (
+        f"""SELECT c.id::text, c.pivot, s.run_id::text AS outer_run, EXISTS (
                   SELECT 1 FROM byrd.steps u WHERE u.run_id = c.id AND u.kind = 'compensation') AS undone
              FROM byrd.runs c JOIN byrd.steps s ON s.id = c.parent_step
             WHERE c.parent_step = %(step)s AND c.status = ANY(%(sources)s)
               AND (EXISTS (SELECT 1 FROM byrd.attempts a WHERE a.step_id = s.id AND a.ended_at >= c.finished_at
                               AND a.outcome IN ('{Outcome.FAILED}','{Outcome.RETRIED}'))
                 OR EXISTS (SELECT 1 FROM byrd.events e WHERE e.run_id = s.run_id AND e.event = 'retried'
-                              AND e.at >= c.finished_at))""",
+                              AND e.at >= {_DOOMED_AT}))""",
         {"step": step_id, "sources": sorted(sources(RUN_TRANSITIONS, "retry_run"))},
     ).first()
     if child is None:
         return []
     if child.undone:
-        query(conn, "UPDATE byrd.runs SET parent_step = NULL, key = NULL WHERE id = %(run)s::uuid", {"run": child.id})
+        if child.pivot is None and not undoing.compensable(conn, child.id):
+            let_go = "UPDATE byrd.runs SET parent_step = NULL, key = NULL WHERE id = %(run)s::uuid"
+            query(conn, let_go, {"run": child.id})
         return []
     query(conn, "UPDATE byrd.runs SET parent_told = false WHERE id = %(run)s::uuid", {"run": child.id})
     return runs.retry(conn, child.id, by=f"run {child.outer_run}")

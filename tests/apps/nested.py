@@ -87,6 +87,15 @@ def pay(path: str) -> None:
     _line(path, "paid")
 
 
+@app.task(base=byrd.SagaTask, pivot=True, compensation=None)
+def pay_slowly(path: str, go: str) -> None:
+    """Begin to pay, which takes until a file is there."""
+    _line(path, "paying")
+    while not Path(go).exists():
+        time.sleep(0.02)
+    _line(path, "paid")
+
+
 def _line(path: str, text: str) -> None:
     with Path(path).open("a") as file:
         file.write(f"{text}\n")
@@ -120,6 +129,13 @@ def holding(go: str) -> Any:
 def stay(path: str, go: str) -> Any:
     """A thing, and a step that takes until a file is there."""
     return chain(make.si(path, "stay"), hold.si(go))
+
+
+@engine.workflow("nested.half")
+def half(path: str, go: str, needed: str, *, pays: bool) -> Any:
+    """A part that undoes itself unless a file is there, beside one that does not, and takes until a file is there."""
+    goes_on = pay_slowly.si(path, go) if pays else chain(make.si(path, "kept"), hold.si(go))
+    return group(goes_on, byrd.saga(make.si(path, "part"), need.si(needed)))
 
 
 @engine.workflow("nested.inner")

@@ -125,6 +125,66 @@ def test_one_that_was_rolled_back_is_begun_anew(cluster: Cluster, nested: Any, t
     assert child_of(cluster, nested, run).id != child.id
 
 
+def test_a_retry_takes_up_a_run_that_is_still_being_cancelled(cluster: Cluster, nested: Any, tmp_path: Path) -> None:
+    """It ends as cancelled only after the retry, which was for it, too."""
+    cluster.worker(APP)
+    go, noted = tmp_path / "go", tmp_path / "noted"
+    run = nested.engine.submit(chain(nested.add.s(1, 1), nested.long.si(str(go), str(noted))))
+    child = child_of(cluster, nested, run)
+    wait_until(lambda: cluster.rows("SELECT 1 FROM byrd.steps WHERE task LIKE '%hold' AND status = 'running'"))
+    wait_until(lambda: run.steps()[1].status == "ready")
+    run.cancel()
+    assert run.wait(timeout=10) == "cancelled"
+    run.retry()
+    parked = "SELECT 1 FROM byrd.steps WHERE task = 'byrd.workflow' AND status = 'ready' AND run_at = 'infinity'"
+    wait_until(lambda: cluster.rows(parked), what="step that waits for the run that it began before")
+    assert child.status == "cancelling"
+    go.touch()
+    assert run.get(timeout=30) == "held"
+    assert child_of(cluster, nested, run).id == child.id
+    assert [event["event"] for event in child.history() if event["event"] == "retried"] == ["retried"]
+
+
+def test_one_that_passed_its_pivot_is_not_begun_anew(cluster: Cluster, nested: Any, tmp_path: Path) -> None:
+    """A saga in it had undone itself before; but what was paid was paid."""
+    cluster.worker(APP)
+    path, go = tmp_path / "made", tmp_path / "go"
+    run = nested.engine.submit(nested.half.si(str(path), str(go), "/nowhere/at/all", pays=True))
+    child = child_of(cluster, nested, run)
+    wait_until(lambda: {"paying", "-part"} <= set(made(path)))
+    go.touch()
+    assert run.wait(timeout=30) == "failed"
+    assert child.status == "failed"
+    run.retry()
+    with pytest.raises(ValueError, match="is missing"):
+        run.get(timeout=30)
+    assert run.wait(timeout=30) == "failed"
+    assert child_of(cluster, nested, run).id == child.id
+    assert sorted(made(path)) == ["-part", "paid", "part", "paying"]
+
+
+def test_one_that_was_undone_in_part_is_not_begun_anew_before_all_is(
+    cluster: Cluster, nested: Any, tmp_path: Path
+) -> None:
+    cluster.worker(APP)
+    path, go, needed = tmp_path / "made", tmp_path / "go", tmp_path / "needed"
+    run = nested.engine.submit(nested.half.si(str(path), str(go), str(needed), pays=False))
+    child = child_of(cluster, nested, run)
+    wait_until(lambda: {"kept", "-part"} <= set(made(path)))
+    run.cancel()
+    go.touch()
+    assert child.wait(timeout=30) == "cancelled"
+    run.retry()
+    with pytest.raises(SubWorkflowError, match="was cancelled"):
+        run.get(timeout=30)
+    assert run.wait(timeout=30) == "failed"
+    # That failure is the outer run's: all that is left of the inner one is undone as a part of it.
+    assert child.status == "cancelled"
+    assert sorted(made(path)) == ["-kept", "-part", "kept", "part"]
+    with pytest.raises(IllegalTransitionError, match="was rolled back"):
+        run.retry()
+
+
 def test_a_step_that_is_revoked_leaves_no_run_behind(cluster: Cluster, nested: Any, tmp_path: Path) -> None:
     cluster.worker(APP)
     run = nested.engine.submit(nested.long.si(str(tmp_path / "go"), str(tmp_path / "noted")))
