@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import threading
 import time
@@ -13,13 +12,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from random import Random
 from typing import Any, TypeVar
 
 from kombu.exceptions import OperationalError as BrokerError
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
-from byrd.chaos.targets import OwnWorkers, Server, check_local, children_of, named_workers, signal_tree
+from byrd.chaos.targets import OwnWorkers, Server, children_of, is_local, named_workers, signal_tree
 from byrd.chaos.tasks import PREFIX, QUEUE
 from byrd.errors import NotLiveError
 from byrd.store import Store, WorkerRow, sweeps
@@ -106,13 +106,15 @@ class Field:
     outage_seconds: float
     #: A fault may come before what the one before it hit has gone on.
     overlap: bool
-    random: random.Random
+    random: Random
     #: Set when the session is to end.
     told: threading.Event
     #: Postgres's clock minus this one's.
     skew: timedelta = timedelta()
     #: Workers of our own that ended by themselves.
     died: list[str] = field(default_factory=list)
+    #: Chooses among what is there, which depends on time: that must not change what ``random`` gives.
+    chance: Random = field(default_factory=Random)
 
     def now(self) -> datetime:
         """Return the time by Postgres's clock, whether it answers or not."""
@@ -123,16 +125,30 @@ class Field:
         rows = self.store.run(sweeps.list_workers)
         pids = self.own.pids() if self.own else set()
         found = [row for row in rows if row.alive and row.pid in pids and row.hostname.startswith("chaos-")]
-        for row in named_workers(self.named, [row for row in rows if row not in found]):
-            check_local(row)
-            found.append(row)
-        self.random.shuffle(found)
+        # One that has just ended has its lease for a while.
+        found += [row for row in named_workers(self.named, [row for row in rows if row not in found]) if is_local(row)]
+        self.chance.shuffle(found)
         return sorted(found, key=lambda row: row.stopping)
 
     def aim(self) -> WorkerRow | None:
         """Return a worker to hit, one that runs something if there is one soon; None when there is none for long."""
-        busy = self.wait_for(lambda: next((row for row in self.victims() if row.running), None), _BUSY_SECONDS)
-        return busy or self.wait_for(lambda: next(iter(self.victims()), None), _AIM_SECONDS)
+        busy = self.hunt(lambda: next((row for row in self.victims() if row.running), None), _BUSY_SECONDS)
+        return busy or self.hunt(lambda: next(iter(self.victims()), None), _AIM_SECONDS)
+
+    def hunt(self, find: Callable[[], T | None], seconds: float) -> T | None:
+        """Look for something to hit until it is found, the time is over, or there is nothing left that may be hit."""
+        found: list[T | None] = []
+
+        def look() -> bool:
+            found.append(find())
+            return found[-1] is not None or self._nobody_is_left()
+
+        self.wait_for(look, seconds)
+        return found[-1]
+
+    def _nobody_is_left(self) -> bool:
+        """Tell whether there is no worker to hit, and none will come: a process id belongs to one worker only."""
+        return not self.own and all(name.isdigit() for name in self.named) and not self.victims()
 
     def wait_for(self, condition: Callable[[], T], seconds: float) -> T:
         """Ask until the answer is true, the time is over, or the session is to end; return the last answer."""
@@ -177,10 +193,10 @@ def kill_child(on: Field) -> list[Fault]:
             pids = on.store.run(_busy_pids, row.id)
             alive = sorted(set(pids) & set(children_of(row.pid)))
             if alive:
-                return row, on.random.choice(alive)
+                return row, on.chance.choice(alive)
         return None
 
-    found = on.wait_for(aim, _AIM_SECONDS)
+    found = on.hunt(aim, _AIM_SECONDS)
     if found is None:
         return []
     row, pid = found
@@ -210,13 +226,13 @@ def freeze_worker(on: Field) -> list[Fault]:
     row = on.aim()
     if row is None:
         return []
-    at = on.now()
+    at, frozen = on.now(), [row.pid]
     try:
-        signal_tree(row.pid, signal.SIGSTOP)
+        frozen = signal_tree(row.pid, signal.SIGSTOP)
         hits = on.store.run(_running, row.id)
         on.told.wait(on.lease_seconds + _OVERSLEEP_SECONDS)
-    finally:
-        signal_tree(row.pid, signal.SIGCONT)
+    finally:  # its pool, too, if somebody has killed the main process meanwhile
+        signal_tree(row.pid, signal.SIGCONT, also=frozen)
     what = f"SIGSTOP, then SIGCONT, to {row.hostname}"
     return [Fault(Kind.WORKER_FROZEN, what, at, hits, _victim(row), until=on.now())]
 
@@ -297,7 +313,7 @@ def _outage(on: Field, server: Server | None, *, hard: bool) -> _Outage:
     try:
         server.stop(hard=hard)
         on.told.wait(seconds / 2)
-        if victims:
+        if victims and is_local(victims[0]) and not on.told.is_set():
             killed = (victims[0], on.now())
             signal_tree(victims[0].pid, signal.SIGKILL)
         on.told.wait(seconds / 2)
@@ -354,7 +370,7 @@ class Meddler(threading.Thread):
     def __init__(self, on: Field, *, drop: float, duplicate: float, seed: int) -> None:
         super().__init__(name="byrd-chaos-messages", daemon=True)
         self._on, self._drop, self._duplicate = on, drop, duplicate
-        self._random = random.Random(seed)  # noqa: S311 - no secret
+        self._random = Random(seed)  # noqa: S311 - no secret
         self._told = threading.Event()
         self._seen: set[bytes] = set()
         self.faults: list[Fault] = []

@@ -83,6 +83,8 @@ class Report:
     audit: Audit
     #: Workers of chaos's own that ended by themselves, and other troubles of the session.
     troubles: Sequence[str] = field(default_factory=tuple)
+    #: It was asked to end its faults before their time.
+    interrupted: bool = False
 
     @property
     def failures(self) -> list[str]:
@@ -114,6 +116,7 @@ class Report:
             "began": self.began,
             "seconds": round(self.seconds, 1),
             "drain_seconds": round(self.drain_seconds, 1),
+            "interrupted": self.interrupted,
             "targets": list(self.targets),
             "runs": {
                 "submitted": audit.submitted,

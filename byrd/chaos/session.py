@@ -140,7 +140,7 @@ class Session:
             with self._workers(field):
                 started = time.monotonic()
                 submissions, meddler = self._storm(field, shapes)
-                stormed = time.monotonic()
+                stormed, interrupted = time.monotonic(), self._told.is_set()
                 self._drain(submissions)
                 drained = time.monotonic()
                 counts = Counter(str(fault.kind) for fault in self._faults)
@@ -163,6 +163,7 @@ class Session:
                 counts={kind: number for kind, number in counts.items() if number},
                 audit=found,
                 troubles=(*self._troubles, *field.died),
+                interrupted=interrupted,
             )
             if not report.failures:
                 self._store.run(ledger.forget, [s.run_id for s in submissions if s.run_id])

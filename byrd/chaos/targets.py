@@ -69,15 +69,31 @@ class EmbeddedServer:
 
 
 def _call(command: str) -> None:
+    """Run a command to its end.  Ctrl-C is for us, not for it: a server that is half started would stay away."""
     try:
-        ended = subprocess.run(
-            shlex.split(command), check=False, timeout=_COMMAND_SECONDS, capture_output=True, text=True
+        process = subprocess.Popen(
+            shlex.split(command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
+        try:
+            said = _wait(process)
+        except KeyboardInterrupt:
+            _wait(process)
+            raise
     except (OSError, ValueError, subprocess.TimeoutExpired) as exc:
         raise ConfigurationError(f"`{command}` could not be run: {exc}") from exc
-    if ended.returncode != 0:
-        said = (ended.stderr or ended.stdout).strip()[-500:]
-        raise ConfigurationError(f"`{command}` failed with status {ended.returncode}: {said}")
+    if process.returncode != 0:
+        raise ConfigurationError(f"`{command}` failed with status {process.returncode}: {said.strip()[-500:]}")
+
+
+def _wait(process: subprocess.Popen[str]) -> str:
+    """Wait for a command's end; return what it has said of itself.  Kill it if it takes too long."""
+    try:
+        out, err = process.communicate(timeout=_COMMAND_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise
+    return err or out
 
 
 # -- workers of chaos's own ------------------------------------------------------------------------
@@ -183,7 +199,7 @@ def named_workers(names: Sequence[str], rows: Sequence[WorkerRow]) -> list[Worke
 def _is_named(row: WorkerRow, name: str) -> bool:
     if name.isdigit():
         return row.pid == int(name)
-    if os.sep in name:
+    if os.sep in name or Path(name).is_file():
         try:
             return row.pid == int(Path(name).read_text(encoding="ascii").strip())
         except (OSError, ValueError):
@@ -191,10 +207,15 @@ def _is_named(row: WorkerRow, name: str) -> bool:
     return fnmatch.fnmatchcase(row.hostname, name)
 
 
+def is_local(row: WorkerRow) -> bool:
+    """Tell whether a worker's process is on this machine, and Celery's."""
+    command = command_of(row.pid)
+    return command is not None and "celery" in command
+
+
 def check_local(row: WorkerRow) -> None:
     """Refuse a worker whose process is not on this machine, or is not Celery's."""
-    command = command_of(row.pid)
-    if command is None or "celery" not in command:
+    if not is_local(row):
         raise ConfigurationError(
             f"worker {row.hostname} says that it is process {row.pid}, which is no Celery worker on this machine; run "
             "`byrd chaos` where the workers run, as a user who may signal them"
@@ -232,8 +253,10 @@ def _ps(*args: str) -> str:
     return subprocess.run(["ps", *args], check=False, capture_output=True, text=True).stdout  # noqa: S607 - of the system
 
 
-def signal_tree(pid: int, number: signal.Signals) -> None:
-    """Signal a worker's main process and its pool."""
-    for each in (pid, *children_of(pid)):
+def signal_tree(pid: int, number: signal.Signals, *, also: Sequence[int] = ()) -> list[int]:
+    """Signal a worker's main process and its pool, and ``also`` others; return all of them."""
+    pids = list(dict.fromkeys((pid, *children_of(pid), *also)))
+    for each in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(each, number)
+    return pids

@@ -8,6 +8,7 @@ import secrets
 import shutil
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from byrd.chaos import Session as ChaosSession
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 #: No more findings of a kind are printed; the JSON has all.
 _SHOWN = 10
 _WORDS = {
@@ -241,14 +242,20 @@ def _interrupted(one: ChaosSession, tell: Any) -> Iterator[None]:
     """Let the first Ctrl-C end the faults, and a second one everything."""
     asked: list[bool] = []
 
+    def end_faults() -> None:
+        tell("Asked to stop: no more faults; Ctrl-C again leaves out the audit, too")
+        one.stop()
+
     def ask(_number: int, _frame: FrameType | None) -> None:
         if asked:
             raise KeyboardInterrupt
         asked.append(True)
-        tell("Asked to stop: no more faults; Ctrl-C again leaves out the audit, too")
-        one.stop()
+        # What the signal has interrupted may hold the very lock that this needs.
+        threading.Thread(target=end_faults, daemon=True).start()
 
-    before = {number: signal.signal(number, ask) for number in _SIGNALS}
+    # nohup means that a terminal's end is no wish to stop.
+    under_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    before = {number: signal.signal(number, ask) for number in _SIGNALS if number != signal.SIGHUP or not under_nohup}
     try:
         yield
     finally:
@@ -285,7 +292,8 @@ def _print(report: Report) -> None:
         facts.add_row("", f"{count(len(audit.unprovoked), 'attempt')} cut short by no fault of this session")
     facts.add_row("invariants", f"{count(len(audit.broken), 'row')} of Byrd's tables broken since the session began")
     facts.add_row("faults", ", ".join(f"{number:,} {kind.replace('_', ' ')}" for kind, number in report.counts.items()))
-    facts.add_row("time", f"{span(report.seconds)}, and {span(report.drain_seconds)} to drain")
+    early = ", ended early, as asked" if report.interrupted else ""
+    facts.add_row("time", f"{span(report.seconds)}, and {span(report.drain_seconds)} to drain{early}")
     console().print(facts)
     _print_recoveries(report)
     findings = {

@@ -31,17 +31,19 @@ APP = "tests.apps.basic"
 BYRD = [sys.executable, "-c", "from byrd.cli import main; main()"]
 #: What every report has, whatever happened.
 KEYS = {
-    "ok", "failures", "seed", "began", "seconds", "drain_seconds", "targets", "runs", "steps", "effects",
+    "ok", "failures", "seed", "began", "seconds", "drain_seconds", "interrupted", "targets", "runs", "steps", "effects",
     "unprovoked", "invariants", "faults", "recovery", "timeline", "findings",
 }  # fmt: skip
 
 
-def chaos(*options: str, env: dict[str, str] | None = None, timeout: float = 280) -> tuple[int, dict[str, Any], str]:
+def chaos(
+    *options: str, env: dict[str, str] | None = None, timeout: float = 280, cwd: Path = ROOT
+) -> tuple[int, dict[str, Any], str]:
     """Run `byrd chaos --json`; return its status, its report, and what it told meanwhile."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith("BYRD_DATABASE_URL")}
     ended = subprocess.run(
         [*BYRD, "chaos", "--json", *options],
-        check=False, cwd=ROOT, env={**(env or plain), "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        check=False, cwd=cwd, env={**(env or plain), "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
         timeout=timeout,
     )  # fmt: skip
     assert ended.stdout, ended.stderr
@@ -90,6 +92,24 @@ def _has(process: psutil.Process, variable: str) -> bool:
         return bool(process.environ().get(name) == value)
     except psutil.Error:
         return False
+
+
+def test_faults_that_overlap(tmp_path: Path) -> None:
+    """None waits for what the one before it hit; with this seed a worker is killed while Postgres is away."""
+    status, report, told = chaos(
+        "--embedded", "--overlap", "--for", "12s", "--every", "0.1s", "--outage", "1s", "--seed", "16",
+        "--logs", str(tmp_path),
+    )  # fmt: skip
+    assert_clean(status, report, told)
+    assert set(Kind) - {Kind.MESSAGES_DROPPED, Kind.MESSAGES_DUPLICATED} <= set(report["faults"]), told
+    struck = [fault for fault in report["timeline"] if "during the outage" in fault["what"]]
+    assert struck, told
+    # In that order, whatever else has happened meanwhile.
+    order = [fault["kind"] for fault in report["timeline"] if fault not in struck]
+    assert order[:7] == [
+        "redis_flushed", "worker_killed", "child_killed", "postgres_restarted", "redis_restarted", "worker_frozen",
+        "worker_stopped",
+    ]  # fmt: skip
 
 
 # -- a staging system ------------------------------------------------------------------------------
@@ -177,6 +197,58 @@ def test_a_postgres_with_commands_and_all_that_may_be_named(
     assert_clean(status, report, told)
     assert set(report["faults"]) == set(Kind) - {Kind.REDIS_RESTARTED}, told
     assert sum(fault["hit"] for fault in report["timeline"] if fault["kind"] == Kind.POSTGRES_RESTARTED) >= 1
+    check_database(cluster.database_url)
+
+
+def test_faults_that_overlap_in_workers_that_are_named(cluster: Cluster) -> None:
+    """A worker that was just killed is no target any more, though its lease is not over yet."""
+    workers = [cluster.worker(APP, queues=["celery", QUEUE], options=["-I", "byrd.chaos.load"]) for _ in range(2)]
+    with kept_alive(*workers):
+        status, report, told = chaos(
+            "-A", APP, "--overlap", "--for", "10s", "--every", "0.1s", "--open", "6", "--kill-worker", "worker*@*",
+            env=cluster.env,
+        )  # fmt: skip
+    assert_clean(status, report, told)
+    assert set(report["faults"]) == {"worker_killed", "child_killed", "worker_stopped"}
+    check_database(cluster.database_url)
+
+
+@pytest.mark.parametrize("path", ["absolute", "relative"])
+def test_a_worker_that_is_named_by_its_pid_file(cluster: Cluster, tmp_path: Path, path: str) -> None:
+    """Whatever process the file names by then: the worker is started again and again."""
+    file = tmp_path / "worker.pid"
+    options = ["-I", "byrd.chaos.load", "--pidfile", str(file)]
+    named = cluster.worker(APP, queues=["celery", QUEUE], options=options)
+    spared = cluster.worker(APP, queues=["celery", QUEUE], options=["-I", "byrd.chaos.load"])
+    before, first = spared.pid, named.pid
+    with kept_alive(named):
+        status, report, told = chaos(
+            "-A", APP, "--for", "3s", "--every", "0.1s", "--open", "6",
+            "--kill-worker", str(file) if path == "absolute" else file.name,
+            env=cluster.env, cwd=ROOT if path == "absolute" else tmp_path,
+        )  # fmt: skip
+    assert_clean(status, report, told)
+    assert set(report["faults"]) == {"worker_killed", "child_killed", "worker_stopped"}
+    assert {fault["what"].split()[2 if "to worker" in fault["what"] else -1] for fault in report["timeline"]} == {
+        f"{named.hostname},", named.hostname
+    }  # fmt: skip
+    assert (spared.running, spared.pid) == (True, before)
+    assert named.pid != first
+    check_database(cluster.database_url)
+
+
+def test_a_worker_that_is_named_by_its_process_id(cluster: Cluster) -> None:
+    """Once that process has ended there is nothing to hit, and nobody waits for it to come back."""
+    named, spared = (cluster.worker(APP, queues=["celery", QUEUE], options=["-I", "byrd.chaos.load"]) for _ in range(2))
+    status, report, told = chaos(
+        "-A", APP, "--for", "2s", "--every", "0.1s", "--open", "6", "--kill-worker", str(named.pid), env=cluster.env
+    )
+    assert_clean(status, report, told)
+    assert sum(number for kind, number in report["faults"].items() if kind != "child_killed") == 1
+    assert all(named.hostname in fault["what"] for fault in report["timeline"])
+    assert "no worker that may be touched is alive" in told
+    assert report["seconds"] < 25, told
+    assert (named.running, spared.running) == (False, True)
     check_database(cluster.database_url)
 
 
