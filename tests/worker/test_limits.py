@@ -244,11 +244,12 @@ def test_an_item_that_wants_a_pause_gives_the_slot_back(cluster: Cluster, limite
 def test_so_does_one_of_a_batch_in_threads(cluster: Cluster, limited: Any, options: dict[str, Any]) -> None:
     cluster.worker(APP, concurrency=1)
     says = {"0": ["1"], "6": ["1"], "9": ["no", "1"]}
-    run = limited.engine.submit(limited.crawl.s("threads", 20, says, batch_size=20, **options))
+    run = limited.engine.submit(limited.crawl.s("threads", 80, says, batch_size=80, **options))
     completed, failed, _, retries = run.get(timeout=60)
-    assert (completed, failed, retries) == (20, 0, 0)
+    assert (completed, failed, retries) == (80, 0, 0)
     asked = values(cluster, "crawl threads")
-    assert {asked.count(str(n)) for n in range(15, 20)} == {1}, "what comes after it is not asked for"
+    # Some that come soon after it are: a thread may be slower than the others.
+    assert {asked.count(str(n)) for n in range(60, 80)} == {1}, "what comes after it is not asked for"
     check_database(cluster.database_url)
 
 
