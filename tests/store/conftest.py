@@ -10,6 +10,8 @@ import pytest
 from byrd.store import Store
 from byrd.store.rows import query
 from tests.servers import Server, execute, url_of
+from tests.store.interleavings import LOG
+from tests.store.sessions import gates
 from tests.store.world import World
 
 
@@ -38,3 +40,14 @@ def world(store: Store) -> Iterator[World]:
     found = World(store)
     yield found
     found.check()
+
+
+@pytest.fixture
+def noted_store(database_url: str) -> Iterator[Store]:
+    """A store whose tables note their changes, and whose sessions stop before their statements."""
+    store = Store(database_url, pool_size=10)
+    store.run(query, LOG.replace("%", "%%"))
+    undo = gates(store)
+    yield store
+    undo()
+    store.close()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import Connection, event
@@ -165,6 +166,17 @@ def gates(store: Store) -> Callable[[], None]:
     engine = store.engine
     event.listen(engine, "before_cursor_execute", stand)
     return lambda: event.remove(engine, "before_cursor_execute", stand)
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Let the session of this thread not stop meanwhile: what it does on another connection is one piece."""
+    session: Session = _here.session
+    gated, session.gated = session.gated, False
+    try:
+        yield
+    finally:
+        session.gated = gated
 
 
 def _waits(monitor: Connection, pid: int) -> bool:
