@@ -11,8 +11,9 @@ from typing import Any
 from celery import Celery, signature
 from sqlalchemy import Connection
 
-from byrd.canvas import Plan, compile_canvas
+from byrd.canvas import Plan, Step, compile_canvas, item_of
 from byrd.errors import StaleAttempt
+from byrd.items import Each
 from byrd.model import StepKind
 from byrd.store import Claim, RunRow, StepRow, Store, Wakeup, plans, reading, sagas, steps, sweeps, waits, work
 from byrd.store.rows import query
@@ -45,6 +46,12 @@ def plan_of(canvas: Any, *, shared: bool = False) -> Plan:
         for step in plan.steps
     )
     return Plan(tuple(frozen), plan.output)
+
+
+def item_step(spec: Each, item: Any) -> Step:
+    """Return the step of one item of an each, as the engine makes it."""
+    step, _ = item_of(spec, app)
+    return replace(_frozen(step, shared=True), id=str(uuid.uuid4()), args=json.dumps([item]))  # type: ignore[no-any-return]
 
 
 def _frozen(step: Any, *, shared: bool) -> Any:
