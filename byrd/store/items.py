@@ -31,7 +31,8 @@ CHECKPOINT = "items"
 FLOOR = 100
 _NOW = "clock_timestamp()"
 _TOO_MANY_FAILED = error_json("TaskRevokedError", "celery.exceptions", ["too many other items of its each have failed"])
-_EACH_ENDED = error_json("TaskRevokedError", "celery.exceptions", ["its each has ended"])
+#: Why an item is revoked that has not ended before its each.
+EACH_ENDED = "its each has ended"
 
 
 @dataclass(slots=True)
@@ -189,8 +190,18 @@ def drop(conn: Connection, run_id: str, each_no: int) -> None:
         f"""UPDATE byrd.steps SET status = 'cancelled', error = %(error)s, cause = %(no)s, finished_at = {_NOW},
                    limit_slot = NULL
              WHERE run_id = %(run)s AND join_no = %(no)s AND kind = 'item' AND status IN ('pending','ready')""",
-        {"run": run_id, "no": each_no, "error": _EACH_ENDED},
+        {"run": run_id, "no": each_no, "error": error_json("TaskRevokedError", "celery.exceptions", [EACH_ENDED])},
     )
+
+
+def wanted(conn: Connection, run_id: str, each_no: int) -> bool:
+    """Tell whether an each goes on, so that an item of it may be tried again; if so, until this is committed."""
+    row = query(
+        conn,
+        "SELECT status FROM byrd.steps WHERE run_id = %(run)s AND no = %(no)s FOR NO KEY UPDATE",
+        {"run": run_id, "no": each_no},
+    ).first()
+    return row is not None and row.status in ("ready", "running")
 
 
 def go_on(conn: Connection, run_id: str, no: int, step_id: str, attempt: int | None, found: Items) -> list[Wakeup]:

@@ -22,6 +22,13 @@ _RUN = "1652126308, hashtext({run}::text)"
 #: A row source that shares the run of the step %(id)s, for the FROM of the statement that moves the step.
 SHARE_RUN_OF_STEP = f"""(SELECT pg_advisory_xact_lock_shared({_RUN.format(run="run_id")})
     FROM byrd.steps WHERE id = %(id)s) shared_run"""
+#: The same for what ends a step that has not started: of an item it has the each locked first.  That is against the
+#: order, but so does an each that ends, or stops, its items.
+SHARE_RUN_AND_EACH_OF_STEP = f"""(SELECT count(*) FROM
+    (SELECT run_id, join_no, kind, status, pg_advisory_xact_lock_shared({_RUN.format(run="run_id")})
+       FROM byrd.steps WHERE id = %(id)s OFFSET 0) i LEFT JOIN LATERAL
+    (SELECT 1 FROM byrd.steps e WHERE e.run_id = i.run_id AND e.no = i.join_no AND i.kind = 'item'
+        AND i.status = 'ready' FOR NO KEY UPDATE) held ON true) shared_run"""
 #: An expression that shares the run ``s.run_id`` unless somebody has it to himself; false then.
 TRY_SHARE_RUN = f"pg_try_advisory_xact_lock_shared({_RUN.format(run='s.run_id')})"
 

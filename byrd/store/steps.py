@@ -17,7 +17,7 @@ from byrd.items import EACH
 from byrd.model import Mark, Outcome, RunStatus, StepKind, StepStatus
 from byrd.store import flow, items, runs, undo
 from byrd.store.flow import COMPLETED_AT, RESEND_SECONDS, error_json
-from byrd.store.locks import SHARE_RUN_OF_STEP, TRY_SHARE_RUN
+from byrd.store.locks import SHARE_RUN_AND_EACH_OF_STEP, SHARE_RUN_OF_STEP, TRY_SHARE_RUN
 from byrd.store.rows import UNCLAIMED, WAKEUP, Claim, Wakeup, query, wakeups_of
 
 #: A step that loses its worker more often than this is failed: it is probably what kills the worker.
@@ -384,7 +384,7 @@ def revoke(
         row = query(
             conn,
             f"""UPDATE byrd.steps s SET status = 'cancelled', error = %(error)s, finished_at = {_NOW}, limit_slot = NULL
-                FROM {SHARE_RUN_OF_STEP}
+                FROM {SHARE_RUN_AND_EACH_OF_STEP}
                 WHERE s.id = %(id)s AND s.status IN ('ready','waiting') AND s.kind <> 'saga' RETURNING {_ENDED}""",
             {"id": step_id, "error": error},
         ).first()
@@ -410,7 +410,7 @@ def expire(conn: Connection, step_id: str) -> list[Wakeup]:
         conn,
         f"""UPDATE byrd.steps s SET status = 'cancelled', finished_at = {_NOW}, limit_slot = NULL,
                    error = CASE WHEN s.expires_at = {flow.REVOKED} THEN %(revoked)s ELSE %(expired)s END
-            FROM {SHARE_RUN_OF_STEP}
+            FROM {SHARE_RUN_AND_EACH_OF_STEP}
             WHERE s.id = %(id)s AND s.status = 'ready' AND s.attempt = 0 AND s.expires_at <= {_NOW}
             RETURNING {_ENDED}""",
         {
@@ -429,7 +429,7 @@ def miss_start(conn: Connection, step_id: str) -> list[Wakeup]:
                    error = json_build_object('exc_type', 'ScheduleToStartTimeoutError', 'exc_module', 'byrd.errors',
                      'exc_message', json_build_array('nobody has started it within '
                        || (s.options::json -> 'byrd_timeouts' ->> 'schedule_to_start') || ' s'))::text
-            FROM {SHARE_RUN_OF_STEP}
+            FROM {SHARE_RUN_AND_EACH_OF_STEP}
             WHERE s.id = %(id)s AND s.status = 'ready' AND s.wake_at < 'infinity' AND s.start_by <= {_NOW}
             RETURNING {_ENDED}""",
         {"id": step_id},
@@ -506,15 +506,10 @@ def end_attempt(
             UPDATE byrd.steps s SET {", ".join(sets)} FROM old
              WHERE s.id = old.id AND s.attempt = old.attempt AND s.status = 'running' RETURNING {_ENDED}""",
         {
-            "id": step_id,
-            "attempt": attempt,
-            "outcome": outcome.value,
-            "error": error,
-            "owner": owner,
-            "pid": pid,
+            "id": step_id, "attempt": attempt, "outcome": outcome.value, "error": error, "owner": owner, "pid": pid,
             **(params or {}),
         },
-    ).first()
+    ).first()  # fmt: skip
 
 
 def _give_back(
@@ -541,10 +536,15 @@ def _give_back(
 
 
 def _settle_returned(conn: Connection, row: Any) -> list[Wakeup]:
-    """A step went back to ready: publish it, unless its run is being cancelled, which ends it here, or is paused."""
+    """A step went back to ready: publish it, unless its run is paused.
+
+    It ends here when its run is being cancelled, or it is an item whose each has ended.
+    """
     run = query(conn, "SELECT status FROM byrd.runs WHERE id = %(run)s", {"run": row.run_id}).one()
     if run.status == RunStatus.CANCELLING and row.kind != StepKind.COMPENSATION:
         return revoke(conn, row.id, "cancelled")
+    if row.kind == StepKind.ITEM and not items.wanted(conn, str(row.run_id), row.join_no):
+        return revoke(conn, row.id, items.EACH_ENDED)
     if row.saga is not None and row.kind != StepKind.COMPENSATION:
         flow.look_at_sagas(conn, str(row.run_id))  # one that has failed cancels it
     if run.status == RunStatus.PAUSED:
