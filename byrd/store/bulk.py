@@ -74,6 +74,7 @@ def next_batch(
 
     One that has left the filter since it was found, or that refuses, is counted as such.
     """
+    locks.own_batch(conn, step_id)
     counts = progress.load(conn, step_id, CHECKPOINT)
     so_far = Progress.of(counts) if counts is not None else Progress(count(conn, found))
     if so_far.complete:

@@ -17,6 +17,7 @@ from byrd.store.rows import query
 #: One process at a time relays, recovers, and ends waits.
 RELAY, RECOVERY, WAITS = 0x62797264_02, 0x62797264_03, 0x62797264_04
 
+_BATCH = 0x62797265
 _RUN = "1652126308, hashtext({run}::text)"
 
 #: A row source that shares the run of the step %(id)s, for the FROM of the statement that moves the step.
@@ -53,6 +54,11 @@ def own_runs(conn: Connection, run_ids: Iterable[str]) -> None:
         f"SELECT pg_advisory_xact_lock({_RUN.format(run='run')}) FROM unnest(%(runs)s::uuid[]) AS run",
         {"runs": sorted(run_ids)},
     )
+
+
+def own_batch(conn: Connection, step_id: str) -> None:
+    """Have to oneself what a step does to other runs: a batch whose answer was lost may be committing still."""
+    query(conn, "SELECT pg_advisory_xact_lock(%(key)s, hashtext(%(id)s))", {"key": _BATCH, "id": step_id})
 
 
 def alone(conn: Connection, key: int) -> bool:

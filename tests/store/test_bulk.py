@@ -13,6 +13,7 @@ from byrd.errors import IllegalTransitionError, StaleAttempt
 from byrd.store import Claim, Store, bulk, runs
 from byrd.store.bulk import Filter
 from byrd.store.rows import Wakeup, query
+from tests.store.test_races import interleave
 from tests.store.world import World, nodes, sig
 
 LATER = datetime.now(UTC) + timedelta(days=1)
@@ -74,6 +75,24 @@ def test_a_refusal_leaves_nothing_behind_and_is_counted(world: World) -> None:
     so_far = batch(world, job, Filter(("running",), LATER), act, limit=10)
     assert (so_far.matched, so_far.done, so_far.refused, so_far.complete) == (2, 1, 1, True)
     assert (world.run(good).status, world.run(bad).status) == ("paused", "running")
+
+
+def test_a_batch_that_is_done_again_while_the_first_is_committing_still_changes_nothing(world: World) -> None:
+    """A connection that breaks leaves its server at work for a moment, while the same is sent by another one."""
+    at, more = 1, True
+    while more:
+        wanted = [world.submit(sig("a")) for _ in range(2)]
+        job = job_of(world)
+
+        def act(conn: Connection, job: Claim = job) -> Any:
+            return bulk.next_batch(conn, job.id, job.attempt, Filter(("running",), LATER), pause, limit=3)
+
+        more = interleave(world.store, act, act, at=at)
+        assert batch(world, job, Filter(("running",), LATER))[:3] == (2, 2, 0)
+        assert [world.run(run).status for run in wanted] == ["paused"] * 2
+        world.do(query, "DELETE FROM byrd.runs")
+        at += 1
+    assert at > 3
 
 
 def test_an_attempt_that_lost_its_step_acts_on_nothing(world: World) -> None:
