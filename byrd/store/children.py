@@ -18,6 +18,8 @@ from byrd.store import undo as undoing
 from byrd.store.rows import CHANNEL, Wakeup, query
 
 _NOW = "clock_timestamp()"
+#: In runs with other statuses nothing that is due is sent.
+_MOVING = "('running','cancelling','compensating')"
 #: So many steps are told of the end of their runs in one transaction.
 BATCH = 200
 
@@ -68,19 +70,20 @@ def await_end(conn: Connection, step_id: str, attempt: int) -> list[Wakeup]:
     """
     locks.own_run_of(conn, step_id)
     wakeups = steps.hand_back(conn, step_id, attempt, delay=1e9)
-    # The step's row is locked now: an end that is not seen here is told after this transaction.
+    # The step's row is locked now: an end that is not seen here is told after this transaction.  Where the answer to
+    # this was lost, the step waits already, and the end may have come since.
     row = query(
         conn,
-        f"""UPDATE byrd.steps s SET run_at = at.time,
-                   wake_at = CASE WHEN s.wake_at = 'infinity' THEN s.wake_at ELSE at.time END
-              FROM (SELECT CASE WHEN EXISTS (
+        f"""UPDATE byrd.steps s SET run_at = at.time, wake_at = CASE WHEN r.status IN {_MOVING} THEN at.time
+                                                                    ELSE s.wake_at END
+              FROM byrd.runs r, (SELECT CASE WHEN EXISTS (
                         SELECT 1 FROM byrd.steps o
                           LEFT JOIN byrd.steps u ON u.run_id = o.run_id AND u.no = o.compensates
                           JOIN byrd.runs c ON c.parent_step = coalesce(u.id, o.id) AND c.finished_at IS NULL
                          WHERE o.id = %(id)s AND (u.id IS NULL OR c.status <> 'rollback_stuck'))
                       THEN 'infinity'::timestamptz ELSE {_NOW} END AS time) at
              WHERE s.id = %(id)s AND s.status = 'ready' AND s.attempt = %(attempt)s AND s.sends = 0
-            RETURNING s.run_at <= {_NOW} AS due""",
+               AND r.id = s.run_id RETURNING s.run_at <= {_NOW} AS due""",
         {"id": step_id, "attempt": attempt},
     ).first()
     if row is not None and row.due:
@@ -124,8 +127,7 @@ def tell_parents(conn: Connection) -> tuple[int, list[Unstuck]]:
         query(
             conn,
             f"""UPDATE byrd.steps s SET run_at = {_NOW}, sends = 0,
-                       wake_at = CASE WHEN r.status IN ('running','cancelling','compensating') THEN {_NOW}
-                                      ELSE s.wake_at END
+                       wake_at = CASE WHEN r.status IN {_MOVING} THEN {_NOW} ELSE s.wake_at END
                   FROM byrd.runs r
                  WHERE s.id IN (SELECT w.id FROM byrd.steps w WHERE w.id = ANY(%(steps)s) AND w.status = 'ready'
                                    AND w.run_at = 'infinity' ORDER BY w.id FOR NO KEY UPDATE)
@@ -133,10 +135,14 @@ def tell_parents(conn: Connection) -> tuple[int, list[Unstuck]]:
             {"steps": told},
         )
     if ended:
-        query(
+        query(  # those whose steps wait are about another end by now, which is told next
             conn,
-            """UPDATE byrd.runs SET parent_told = true
-                WHERE id = ANY(%(runs)s::uuid[]) AND (finished_at IS NOT NULL OR status = 'rollback_stuck')""",
+            """UPDATE byrd.runs c SET parent_told = true
+                WHERE id = ANY(%(runs)s::uuid[]) AND (finished_at IS NOT NULL OR status = 'rollback_stuck')
+                  AND NOT EXISTS (
+                    SELECT 1 FROM byrd.steps s LEFT JOIN byrd.steps u ON u.run_id = s.run_id AND u.compensates = s.no
+                     WHERE s.id = c.parent_step AND (u.status = 'ready' AND u.run_at = 'infinity'
+                        OR s.status = 'ready' AND s.run_at = 'infinity' AND c.finished_at IS NOT NULL))""",
             {"runs": [row.id for row in ended]},
         )
     return len(rows), [Unstuck(row.id, row.outer_run, row.no) for row in rows if row.unstuck]
@@ -239,5 +245,4 @@ def try_again(conn: Connection, step_id: str, attempt: int) -> list[Wakeup]:
             let_go = "UPDATE byrd.runs SET parent_step = NULL, key = NULL WHERE id = %(run)s::uuid"
             query(conn, let_go, {"run": child.id})
         return []
-    query(conn, "UPDATE byrd.runs SET parent_told = false WHERE id = %(run)s::uuid", {"run": child.id})
     return runs.retry(conn, child.id, by=f"run {child.outer_run}")

@@ -311,6 +311,7 @@ def retry(conn: Connection, run_id: str, *, by: str | None = None, token: str | 
         return unstick(conn, run_id)
     if run.status not in sources(RUN_TRANSITIONS, "retry_run"):
         raise _illegal(run_id, run.status, "retry_run")
+    _refuse_if_left_alone(conn, run_id)
     if query(
         conn, "SELECT 1 FROM byrd.steps WHERE run_id = %(run)s AND kind = 'compensation' LIMIT 1", {"run": run_id}
     ).first():
@@ -318,8 +319,9 @@ def retry(conn: Connection, run_id: str, *, by: str | None = None, token: str | 
     query(
         conn,
         """UPDATE byrd.runs r SET status = 'running', finished_at = NULL, outcome = NULL, error = NULL,
-                  compensate = false, terminate_at = NULL, deadline = clock_timestamp() + (deadline - coalesce(
-                    (SELECT max(e.at) FROM byrd.events e WHERE e.run_id = r.id AND e.event = 'retried'), created_at))
+                  compensate = false, terminate_at = NULL, parent_told = false,
+                  deadline = clock_timestamp() + (deadline - coalesce((SELECT max(e.at) FROM byrd.events e
+                                                    WHERE e.run_id = r.id AND e.event = 'retried'), created_at))
             WHERE id = %(run)s AND status = ANY(%(sources)s)""",
         {"run": run_id, "sources": _sources("retry_run")},
     )
@@ -334,6 +336,20 @@ def retry(conn: Connection, run_id: str, *, by: str | None = None, token: str | 
     )
     record(conn, run_id, "retried", _by(by), token=token)
     return _resume_pending(conn, run_id)
+
+
+def _refuse_if_left_alone(conn: Connection, run_id: str) -> None:
+    """Raise :class:`IllegalTransitionError` for a run whose step has ended: nobody would take what it comes to."""
+    of = query(
+        conn,
+        """SELECT s.run_id::text, s.no FROM byrd.runs r JOIN byrd.steps s ON s.id = r.parent_step
+            WHERE r.id = %(run)s AND s.status IN ('succeeded','failed','skipped','cancelled')""",
+        {"run": run_id},
+    ).first()
+    if of is not None:
+        raise IllegalTransitionError(
+            f"run {run_id} is the work of step {of.no} of run {of.run_id}, which has ended: retry that run"
+        )
 
 
 def _resume_pending(conn: Connection, run_id: str) -> list[Wakeup]:
