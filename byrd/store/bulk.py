@@ -80,7 +80,7 @@ def next_batch(
     if so_far.complete:
         return so_far, []
     rows = query(conn, *matching_sql(found, so_far, limit)).all()
-    locks.own_runs(conn, [str(row.id) for row in rows])
+    locks.own_families(conn, [str(row.id) for row in rows])
     done, wakeups = _act_on(conn, _still_matching(conn, found, [row.id for row in rows]), act)
     so_far = so_far._replace(done=so_far.done + done, refused=so_far.refused + len(rows) - done)
     if rows:

@@ -2,7 +2,8 @@
 
 When the outer run is rolled back, a compensation of that step has the inner one rolled back, and waits for it.
 
-Locks are taken from the outside in: whatever belongs to the outer run first, then the inner run's.
+Whoever needs both runs to himself takes them together, in the order of their ids; rows are locked from the outside in:
+those of the outer run first, then the inner run's.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ def undo(conn: Connection, step_id: str, attempt: int, *, reason: str) -> tuple[
     ).first()
     if found is None:
         return None, []
-    locks.own_run(conn, found.outer_run)
+    locks.own_families(conn, [found.outer_run, found.id])
     steps.check_owner(conn, step_id, attempt)
     run = runs.locked(conn, found.id)
     by = f"run {found.outer_run}"

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from sqlalchemy import Connection
 
 from byrd.store.rows import query
+from byrd.waits import SUBWORKFLOW
 
 #: One process at a time relays, recovers, and ends waits.
 RELAY, RECOVERY, WAITS = 0x62797264_02, 0x62797264_03, 0x62797264_04
@@ -54,6 +55,21 @@ def own_runs(conn: Connection, run_ids: Iterable[str]) -> None:
         f"SELECT pg_advisory_xact_lock({_RUN.format(run='run')}) FROM unnest(%(runs)s::uuid[]) AS run",
         {"runs": sorted(run_ids)},
     )
+
+
+def own_families(conn: Connection, run_ids: Iterable[str]) -> None:
+    """Have several runs to oneself with the open ones within them, and in those, which are stopped when they are."""
+    found = query(
+        conn,
+        """WITH RECURSIVE family AS (
+             SELECT unnest(%(runs)s::uuid[]) AS id
+             UNION
+             SELECT c.id FROM family f JOIN byrd.steps s ON s.run_id = f.id AND s.task = %(task)s
+               JOIN byrd.runs c ON c.parent_step = s.id AND c.finished_at IS NULL)
+           SELECT id::text FROM family""",
+        {"runs": list(run_ids), "task": SUBWORKFLOW},
+    )
+    own_runs(conn, found.scalars())
 
 
 def own_batch(conn: Connection, step_id: str) -> None:

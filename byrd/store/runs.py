@@ -143,6 +143,7 @@ def cancel(
     Raises :class:`IllegalTransitionError`, too, when it is to ``compensate`` and the run's pivot has succeeded; one
     that is stopped for its deadline, an ``error``, is not compensated then.
     """
+    locks.own_families(conn, [run_id])
     if done_before(conn, run_id, token):
         return []
     run = locked(conn, run_id)
@@ -190,6 +191,7 @@ def roll_back(
 
     Raises :class:`IllegalTransitionError` for another status, after a pivot, and when there is nothing to undo.
     """
+    locks.own_families(conn, [run_id])
     if done_before(conn, run_id, token):
         return []
     run = locked(conn, run_id)

@@ -384,9 +384,10 @@ def end_overdue_runs(conn: Connection, error: str) -> list[Wakeup]:
         """SELECT id FROM byrd.runs WHERE finished_at IS NULL AND deadline < now() AND status IN ('running','paused')
            ORDER BY deadline LIMIT 100""",
     ).all()
+    run_ids = [str(row.id) for row in rows]
+    locks.own_families(conn, run_ids)
     wakeups: list[Wakeup] = []
-    # In the order of their ids, in which a batch of results shares them.
-    for run_id in sorted(str(row.id) for row in rows):
+    for run_id in run_ids:
         with suppress(IllegalTransitionError):  # it has ended meanwhile
             wakeups += runs.cancel(conn, run_id, compensate=True, outcome="failed", error=error)
     return wakeups

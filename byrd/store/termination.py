@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 
 from byrd.errors import IllegalTransitionError
 from byrd.model import RunStatus
-from byrd.store import reading, runs, steps
+from byrd.store import locks, reading, runs, steps
 from byrd.store.locks import SHARE_RUN_OF_STEP
 from byrd.store.rows import Wakeup, query
 from byrd.waits import SUBWORKFLOW
@@ -55,6 +55,7 @@ def cancel(
 
     A run that is being cancelled already is hurried: the earlier of two times counts.  So are the workflows within it.
     """
+    locks.own_families(conn, [run_id])
     if runs.done_before(conn, run_id, token):
         return []
     before = runs.locked(conn, run_id).status

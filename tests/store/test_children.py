@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import pytest
 
 from byrd.errors import IllegalTransitionError
-from byrd.store import children, runs, steps
+from byrd.store import bulk, children, runs, steps, sweeps
+from byrd.store.bulk import Filter
+from byrd.store.rows import query
 from tests.store.parts import inner, new_run
-from tests.store.sessions import Session, gates
+from tests.store.sessions import Session, Statement, gates
+from tests.store.test_races import interleave
 from tests.store.world import ERROR, World, sig
 
 CHILD = "00000000-0000-0000-0000-000000000001"
@@ -18,7 +23,12 @@ CHILD = "00000000-0000-0000-0000-000000000001"
 
 @pytest.fixture
 def outer(world: World) -> str:
-    """A run with another within it, whose one step runs while its own waits."""
+    """A run with another within it."""
+    return within_another(world)
+
+
+def within_another(world: World) -> str:
+    """Let a run begin another; return the outer one, whose step waits."""
     run = world.submit(inner("x"))
     claim = world.claim(run, 0)
     world.do(children.begin, claim.id, claim.attempt, new_run(CHILD, sig("a"), "x", of=claim.id))
@@ -100,3 +110,31 @@ def test_an_inner_run_whose_step_has_ended_cannot_be_retried_alone(world: World,
     claim = world.claim(outer, 0)
     world.do(children.try_again, claim.id, claim.attempt)
     assert world.run(CHILD).status == "running"
+
+
+def ended_in_bulk(world: World) -> Statement:
+    run = world.submit(sig("job"))
+    world.sql("UPDATE byrd.runs SET workflow = 'byrd.bulk' WHERE id = %(id)s RETURNING 1", id=run)
+    job, found = world.claim(run, "job"), Filter(("running",), datetime.now(UTC) + timedelta(days=1))
+    act = partial(runs.cancel, by="bulk")
+    return lambda conn: bulk.next_batch(conn, job.id, job.attempt, found, act, limit=9)
+
+
+def ended_in_time(world: World) -> Statement:
+    world.sql("UPDATE byrd.runs SET deadline = now() - interval '1 s' RETURNING 1")
+    return lambda conn: sweeps.end_overdue_runs(conn, ERROR)
+
+
+@pytest.mark.parametrize("both", [ended_in_bulk, ended_in_time], ids=lambda one: one.__name__)
+def test_whoever_ends_both_runs_and_whoever_ends_the_outer_one_take_turns(
+    world: World, both: Callable[[World], Statement]
+) -> None:
+    """The inner run's id comes first: whoever took them from the outside in would have each wait for the other."""
+    at, more = 1, True
+    while more:
+        run = within_another(world)
+        more = interleave(world.store, lambda conn, run=run: runs.cancel(conn, run), both(world), at=at)  # type: ignore[misc]
+        assert {world.run(run).status, world.run(CHILD).status} <= {"cancelled", "failed"}
+        world.do(query, "DELETE FROM byrd.runs")
+        at += 1
+    assert at > 3
