@@ -76,6 +76,7 @@ class Session:
 
     def kill(self, monitor: Connection) -> None:
         """End the server's side of the connection, as a crash does; the thread finds out."""
+        self._wait(lambda: self.pid != 0 or self.state == "refused")
         query(monitor, "SELECT pg_terminate_backend(%(pid)s)", {"pid": self.pid})
         if self.state == "gate":
             self.gated = False
@@ -98,6 +99,9 @@ class Session:
 
     def close(self) -> None:
         """End the thread."""
+        if self.state == "gate":
+            self.gated = False
+            self.go_on()
         self._orders.put(None)
         self._thread.join(_LONGEST_SECONDS)
 
@@ -117,6 +121,7 @@ class Session:
             if self._conn is None:
                 self._conn = self._store.engine.connect()
                 self.pid = self._conn.connection.driver_connection.info.backend_pid  # type: ignore[union-attr]
+                self._set(self.state)
             try:
                 order(self._conn)
             except BaseException as exc:  # noqa: BLE001 - what refuses is the test's to judge
@@ -137,7 +142,7 @@ class Session:
         except (DBAPIError, ConnectionError):
             self._conn.invalidate()
             self._conn.close()
-            self._conn = None
+            self._conn, self.pid = None, 0  # which may soon be another's
 
     def stand(self) -> None:
         """Called in its thread, before a statement."""
