@@ -209,7 +209,7 @@ def test_only_what_was_looked_for_and_not_found_was_lost(world: World) -> None:
     world.do(sweeps.take_oldest, "work", limit=1)
     assert (lost(run), lost(shared)) == (["t1"], [])
     pass_time(world, 1000)
-    assert len(world.do(sweeps.take_overdue, "work", resend=3)) == 3
+    assert len(world.do(sweeps.take_overdue, "work", resend=4)) == 4
     assert lost(run) == []
     world.sql("UPDATE byrd.steps SET lost_at = NULL, sent_at = NULL RETURNING 1")
     pass_time(world, 1000)
