@@ -36,6 +36,13 @@ def need(path: str, value: Any = None) -> Any:
 
 
 @app.task
+def read(path: str, text: str) -> None:
+    """Run until the file has the text in it."""
+    while not Path(path).exists() or text not in Path(path).read_text():
+        time.sleep(0.02)
+
+
+@app.task
 def hold(path: str, value: Any = None) -> Any:
     """Run until the file is there."""
     while not Path(path).exists():
@@ -135,7 +142,8 @@ def stay(path: str, go: str) -> Any:
 def half(path: str, go: str, needed: str, *, pays: bool) -> Any:
     """A part that undoes itself unless a file is there, beside one that does not, and takes until a file is there."""
     goes_on = pay_slowly.si(path, go) if pays else chain(make.si(path, "kept"), hold.si(go))
-    return group(goes_on, byrd.saga(make.si(path, "part"), need.si(needed)))
+    begun = "paying" if pays else "kept"
+    return group(goes_on, byrd.saga(read.si(path, begun), make.si(path, "part"), need.si(needed)))
 
 
 @engine.workflow("nested.inner")
