@@ -16,11 +16,10 @@ from sqlalchemy import Connection
 from byrd.model import RUN_TRANSITIONS, Outcome, RunStatus, sources
 from byrd.store import locks, plans, runs, steps
 from byrd.store import undo as undoing
+from byrd.store.flow import MOVING
 from byrd.store.rows import CHANNEL, Wakeup, query
 
 _NOW = "clock_timestamp()"
-#: In runs with other statuses nothing that is due is sent.
-_MOVING = "('running','cancelling','compensating')"
 #: So many steps are told of the end of their runs in one transaction.
 BATCH = 200
 
@@ -75,7 +74,7 @@ def await_end(conn: Connection, step_id: str, attempt: int) -> list[Wakeup]:
     # this was lost, the step waits already, and the end may have come since.
     row = query(
         conn,
-        f"""UPDATE byrd.steps s SET run_at = at.time, wake_at = CASE WHEN r.status IN {_MOVING} THEN at.time
+        f"""UPDATE byrd.steps s SET run_at = at.time, wake_at = CASE WHEN r.status IN {MOVING} THEN at.time
                                                                     ELSE s.wake_at END
               FROM byrd.runs r, (SELECT CASE WHEN EXISTS (
                         SELECT 1 FROM byrd.steps o
@@ -128,7 +127,7 @@ def tell_parents(conn: Connection) -> tuple[int, list[Unstuck]]:
         query(
             conn,
             f"""UPDATE byrd.steps s SET run_at = {_NOW}, sends = 0,
-                       wake_at = CASE WHEN r.status IN {_MOVING} THEN {_NOW} ELSE s.wake_at END
+                       wake_at = CASE WHEN r.status IN {MOVING} THEN {_NOW} ELSE s.wake_at END
                   FROM byrd.runs r
                  WHERE s.id IN (SELECT w.id FROM byrd.steps w WHERE w.id = ANY(%(steps)s) AND w.status = 'ready'
                                    AND w.run_at = 'infinity' ORDER BY w.id FOR NO KEY UPDATE)

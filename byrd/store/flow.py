@@ -14,6 +14,9 @@ from byrd.store.rows import CHANNEL, WAKEUP, Wakeup, query, wakeups_of
 
 #: A ready step whose message was just published is looked at again by the relay after this time.
 RESEND_SECONDS = 2.0
+#: In runs with another status nothing that is ready is sent.  In one that is cancelling, compensations of a saga that
+#: had failed before are all that is ready.
+MOVING = "('running','compensating','cancelling')"
 
 _NOW = "clock_timestamp()"
 

@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 
 from byrd.errors import IllegalTransitionError
 from byrd.store import limits, locks, runs, steps
-from byrd.store.flow import RESEND_SECONDS
+from byrd.store.flow import MOVING, RESEND_SECONDS
 from byrd.store.rows import WAKEUP, Consumers, Wakeup, WorkerRow, query, wakeups_of
 
 _NOW = "clock_timestamp()"
@@ -29,8 +29,6 @@ _BATCH = 100
 _OVERDUE_BATCH = 25
 #: With more messages than this in a queue, it is not asked whether some of ours are missing; patience sees to these.
 _COUNTED = 2000
-#: In the last, compensations of a saga that had failed before are all that is ready.
-_MOVING = "('running','compensating','cancelling')"
 #: When a step ``s`` that is published again now is looked at next.
 _PAUSE = f"""now() + interval '1 second'
                        * least({_LONGEST_PAUSE_SECONDS}, {RESEND_SECONDS} * power(2, least(s.sends, 8)))"""
@@ -65,7 +63,7 @@ def take_due(conn: Connection, *, limit: int = _BATCH) -> list[Wakeup]:
     rows = query(
         conn,
         f"""WITH due AS MATERIALIZED (
-              SELECT d.id, r.status IN {_MOVING} AS moving FROM byrd.steps d JOIN byrd.runs r ON r.id = d.run_id
+              SELECT d.id, r.status IN {MOVING} AS moving FROM byrd.steps d JOIN byrd.runs r ON r.id = d.run_id
                WHERE d.status = 'ready' AND d.wake_at <= now() AND d.sends = 0
                ORDER BY d.wake_at LIMIT %(limit)s FOR UPDATE OF d SKIP LOCKED)
             UPDATE byrd.steps s SET sends = s.sends + due.moving::int, wake_at = CASE WHEN due.moving
@@ -128,13 +126,13 @@ def take_overdue(
                          AS again
                 FROM overdue)
             UPDATE byrd.steps s
-               SET sends = s.sends + (o.again AND r.status IN {_MOVING})::int,
-                   sent_at = CASE WHEN o.again AND r.status IN {_MOVING} THEN now() ELSE s.sent_at END,
-                   lost_at = CASE WHEN o.lost AND r.status IN {_MOVING} THEN now() ELSE s.lost_at END,
-                   wake_at = CASE WHEN r.status NOT IN {_MOVING} THEN 'infinity'::timestamptz
+               SET sends = s.sends + (o.again AND r.status IN {MOVING})::int,
+                   sent_at = CASE WHEN o.again AND r.status IN {MOVING} THEN now() ELSE s.sent_at END,
+                   lost_at = CASE WHEN o.lost AND r.status IN {MOVING} THEN now() ELSE s.lost_at END,
+                   wake_at = CASE WHEN r.status NOT IN {MOVING} THEN 'infinity'::timestamptz
                      ELSE {_PAUSE} END
               FROM ranked o, byrd.runs r WHERE s.id = o.id AND r.id = s.run_id
-            RETURNING {WAKEUP}, o.again AND r.status IN {_MOVING} AS again""",
+            RETURNING {WAKEUP}, o.again AND r.status IN {MOVING} AS again""",
         {"queue": queue, "resend": resend, "limit": limit},
     )
     return wakeups_of(row for row in rows if row.again)
@@ -167,16 +165,16 @@ def look_again(conn: Connection, late: Mapping[str, Late], missing: Sequence[str
                WHERE d.status || '' = 'ready' AND d.wake_at = l.wake_at AND d.wake_at <= now() AND d.sends > 0
                ORDER BY d.id FOR UPDATE OF d SKIP LOCKED)
             UPDATE byrd.steps s
-               SET sends = s.sends + (l.missing AND r.status IN {_MOVING})::int,
-                   sent_at = CASE WHEN l.missing AND r.status IN {_MOVING} THEN now() ELSE s.sent_at END,
-                   lost_at = CASE WHEN l.missing AND r.status IN {_MOVING} THEN now() ELSE s.lost_at END,
-                   wake_at = CASE WHEN r.status NOT IN {_MOVING} THEN 'infinity'::timestamptz
+               SET sends = s.sends + (l.missing AND r.status IN {MOVING})::int,
+                   sent_at = CASE WHEN l.missing AND r.status IN {MOVING} THEN now() ELSE s.sent_at END,
+                   lost_at = CASE WHEN l.missing AND r.status IN {MOVING} THEN now() ELSE s.lost_at END,
+                   wake_at = CASE WHEN r.status NOT IN {MOVING} THEN 'infinity'::timestamptz
                      WHEN l.missing THEN {_PAUSE}
                      ELSE now() + least({_LONGEST_LOOK_SECONDS} * interval '1 second',
                                         greatest(2 * {RESEND_SECONDS} * interval '1 second',
                                                  (now() - greatest(s.ready_at, s.run_at)) / 2)) END
               FROM late l, byrd.runs r WHERE s.id = l.id AND r.id = s.run_id
-            RETURNING {WAKEUP}, l.missing AND r.status IN {_MOVING} AS again""",
+            RETURNING {WAKEUP}, l.missing AND r.status IN {MOVING} AS again""",
         {"late": list(late), "looks": [found.wake_at for found in late.values()], "missing": list(missing)},
     )
     return wakeups_of(row for row in rows if row.again)
@@ -206,7 +204,7 @@ def take_oldest(conn: Connection, queue: str, *, limit: int) -> list[Wakeup]:
     rows = query(
         conn,
         f"""WITH oldest AS MATERIALIZED (
-              SELECT d.id, r.status IN {_MOVING} AS moving FROM byrd.steps d JOIN byrd.runs r ON r.id = d.run_id
+              SELECT d.id, r.status IN {MOVING} AS moving FROM byrd.steps d JOIN byrd.runs r ON r.id = d.run_id
                WHERE d.status = 'ready' AND d.wake_at <= now() AND d.sends > 0 AND NOT d.solo AND d.queue = %(queue)s
                ORDER BY d.wake_at LIMIT %(limit)s FOR UPDATE OF d SKIP LOCKED)
             UPDATE byrd.steps s SET sends = s.sends + o.moving::int,

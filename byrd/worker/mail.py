@@ -18,7 +18,6 @@ from celery import Celery
 
 from byrd.errors import ConfigurationError
 
-SERVER, SENDER = "byrd_mail_server", "byrd_mail_from"
 _SCHEME = "mailto:"
 _PORTS = {"smtp": 25, "smtps": 465}
 #: A server that takes longer than this for one answer has failed, and is tried again later.
@@ -60,16 +59,18 @@ class MailServer:
     def of(cls, app: Celery) -> MailServer:
         """Return what the settings say; raise :class:`ConfigurationError` for what cannot be right."""
         url, sender = app.conf.get("byrd_mail_server"), app.conf.get("byrd_mail_from")
-        wanted = f"{SERVER} must be smtp://host:port, or smtps:// or smtp://user:password@ for one that needs it"
         try:
             parts = urlsplit(url) if isinstance(url, str) else None
             port = parts.port if parts else None
         except ValueError:  # which would show the password
             parts = port = None
         if parts is None or parts.scheme not in _PORTS or not parts.hostname or parts.path not in ("", "/"):
-            raise ConfigurationError(f"{wanted}, as a hook is a mailto: address")
+            raise ConfigurationError(
+                "a hook is a mailto: address, so byrd_mail_server must be smtp://host:port, or smtps://, or "
+                "smtp://user:password@host for a server that wants it"
+            )
         if not isinstance(sender, str) or not _is_address(sender):
-            raise ConfigurationError(f"{SENDER}={sender!r} must be an address: byrd@example.com")
+            raise ConfigurationError(f"byrd_mail_from={sender!r} must be an address: byrd@example.com")
         user, password = parts.username, parts.password
         return cls(
             parts.hostname, port or _PORTS[parts.scheme], sender, parts.scheme == "smtps",
@@ -92,7 +93,7 @@ class MailServer:
                 encrypted = True
             if self.user is not None:
                 if not encrypted and self.host not in _HERE:
-                    raise smtplib.SMTPException(f"{self.host} has no TLS: the password of {SERVER} is not sent to it")
+                    raise smtplib.SMTPException(f"{self.host} has no TLS: no password is sent to it")
                 server.login(self.user, self.password or "")
             server.send_message(message)
 
@@ -101,7 +102,7 @@ def message_of(payload: Mapping[str, Any], sender: str, to: str) -> EmailMessage
     """Return the message that tells of a notice, the same each time that it is told."""
     run, step = payload["run"], payload["step"]
     what = _line(payload["workflow"] or payload["title"] or "a run")
-    undoes = "" if payload["undoes"] is None else f", which undoes step {payload['undoes']}"
+    undoes = "" if payload["undoes"] is None else f", which undoes step {payload['undoes']},"
     error = payload["error"] or {}
     said = ": ".join(_line(part) for part in (error.get("exc_type"), *_texts(error.get("exc_message"))) if part)
     message = EmailMessage(policy=SMTP)
@@ -111,7 +112,7 @@ def message_of(payload: Mapping[str, Any], sender: str, to: str) -> EmailMessage
     message["Auto-Submitted"] = "auto-generated"
     message.set_content(
         f"The rollback of run {run} ({what}) is stuck since {payload['at']}:\n"
-        f"its step {step} ({payload['task']}){undoes}, has failed for good.\n\n"
+        f"its step {step} ({payload['task']}){undoes} has failed for good.\n\n"
         f"    {said or 'no error was recorded'}\n\n"
         "Nothing more of the run is undone until somebody decides:\n\n"
         f"    byrd why {run}\n"

@@ -49,30 +49,23 @@ def die_once(name: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@app.task(bind=True, base=byrd.SagaTask, max_retries=20)
-def do(self: Task, name: str, *, failures: int = 0, breaks: bool = False, slow: float = 0.0, **_: Any) -> str:
-    """Have an effect, after so many failures; or raise for good, without one."""
-    time.sleep(slow)
-    if self.request.retries < failures:
-        raise self.retry(exc=ValueError(f"{name} is not there yet"), countdown=0.01)
-    if breaks:
-        raise ValueError(f"{name} is broken")
+@app.task(bind=True, base=byrd.SagaTask)
+def do(self: Task, name: str) -> str:
+    """Have an effect."""
     write("do", self.request.root_id, name, self.request.id)
     die_once(name)
     return f"did {name}"
 
 
 @do.compensation(bind=True, max_retries=2, retry_backoff=False, default_retry_delay=0.02)
-def undo(
-    self: Task, result: str | None, name: str, *, undo_failures: int = 0, undo_breaks: bool = False, **_: Any
-) -> None:
+def undo(self: Task, result: str | None, name: str) -> None:
     """Take it back; as often as a file of its name is there, raise instead, or hang."""
     why = byrd.current_compensation()
     assert why is not None
     assert why.key == self.request.id
     while exists(f"{name}.hangs"):
         time.sleep(0.02)
-    if exists(f"{name}.stuck") or undo_breaks or self.request.retries < undo_failures:
+    if exists(f"{name}.stuck"):
         raise RuntimeError(f"{name} cannot be undone now")
     time.sleep(0.01)
     write("undo", self.request.root_id, name, why.key, f"{result} because of {why.reason}")

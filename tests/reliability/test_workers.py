@@ -236,10 +236,10 @@ def test_a_message_that_a_process_has_just_been_handed_does_not_hold_up_a_shutdo
     run = app.engine.submit(app.add.s(1, 1))
     [step] = run.steps()
     worker.wait_for_log(rf"{step.id}\] received")
-    wait_until(lambda: unread(child) > before)
+    wait_until(lambda: unread(child) > before + 4)  # its length comes first
+    handed = unread(child)
     os.kill(worker.pid, signal.SIGTERM)
-    worker.wait_for_log("Warm shutdown")
-    time.sleep(0.5)  # by now its consumer is closed
+    wait_until(lambda: unread(child) > handed)  # the consumer is closed, and the process told to end
     os.kill(child, signal.SIGCONT)
     assert ended(worker, timeout=15) == 0
     assert [step.status for step in run.steps()] == ["ready"]  # it was told not to start anything any more
