@@ -1,7 +1,10 @@
 """Reading other people's sites: politely, and without being led astray."""
 
 import gzip
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -27,6 +30,7 @@ from tasks.fetch import (
 from tasks.rival import RivalServer
 from tasks.rival.content import HIDDEN_PAGES
 from tasks.settings import Settings
+from tests.cluster import ROOT, wait_until
 from tests.monitor.web import LOOPBACK, Scripted
 
 
@@ -86,6 +90,39 @@ def test_requests_of_all_workers_keep_their_distance(database: Engine, rival: Ri
     traffic = rival.traffic
     assert sum(traffic.requests[path] for path in paths) == 8
     assert traffic.shortest_gap > 0.05  # 0.1 as booked; threads wake up late, and arrive late
+
+
+_READER = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from tasks.fetch import Fetcher
+from tasks.store import open_database
+from tests.monitor.web import LOOPBACK
+
+settings = replace(LOOPBACK, min_interval=0.4)
+with open_database(sys.argv[1]) as database, Fetcher(database, settings) as reader, ThreadPoolExecutor(4) as threads:
+    list(threads.map(reader.get, sys.argv[2:]))
+"""
+
+
+def test_a_process_that_was_frozen_does_not_make_up_for_its_slots(
+    database: Engine, database_url: str, rival: RivalServer
+) -> None:
+    urls = [rival.url + path for path in rival.site.public_paths[:8]]
+    reader = subprocess.Popen([sys.executable, "-c", _READER, database_url, *urls], cwd=ROOT)
+    try:
+        wait_until(lambda: sum(rival.traffic.requests.values()) >= 4)  # robots.txt is one of them
+        reader.send_signal(signal.SIGSTOP)
+        time.sleep(1.3)  # three of its threads have slots, 0.4, 0.8 and 1.2 s later
+        reader.send_signal(signal.SIGCONT)
+        assert reader.wait(timeout=30) == 0
+    finally:
+        reader.kill()
+        reader.wait()
+    traffic = rival.traffic
+    assert sum(traffic.requests[path] for path in rival.site.public_paths[:8]) == 8
+    assert traffic.shortest_gap > 0.1
 
 
 def test_a_longer_crawl_delay_wins(database: Engine) -> None:
