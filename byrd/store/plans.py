@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,11 +51,51 @@ def submit_many(conn: Connection, new: Sequence[NewRun], *, told: bool = True) -
     the unique index decides, so two submits at once make one run.  Right when it is run twice: the ids are the
     caller's own.  Unless the caller is ``told`` what to publish, the relay does it, once this transaction is committed.
     """
+    single = _single(new)
+    if single is not None:
+        [(written,)] = _executor(told=told)(conn, _WRITE_RUN, {**single, "told": told})
+        existing = set() if written else {new[0].id}
+    else:
+        existing = _write_runs(conn, new, told=told)
+    ids = [_existing(conn, run.id, run.workflow, run.key) if run.id in existing else run.id for run in new]
+    if not told:
+        query(conn, f"NOTIFY {CHANNEL}")
+        return ids, []
+    wakeups = [
+        _first_wakeup(run.id, step)
+        for run in new
+        if run.id not in existing
+        for step in run.plan.steps
+        if step.after is None and step.kind not in (StepKind.JOIN, StepKind.SAGA)
+    ]
+    return ids, wakeups
+
+
+def _single(new: Sequence[NewRun]) -> dict[str, Any] | None:
+    """Return what ``byrd.write_run`` is called with; None for what is not for it."""
+    if len(new) != 1 or len(new[0].plan.steps) != 1:
+        return None
+    [run] = new
+    step = dict(zip(_COLUMNS, _row(run.plan.steps[0]), strict=True))
+    if any(step[name] != value for name, value in _OF_SINGLE.items()):
+        return None
+    return {
+        "run": run.id, "workflow": run.workflow, "title": run.title, "key": run.key, "call": run.args,
+        "deadline": run.deadline_seconds, "parent": run.parent_step, **step,
+    }  # fmt: skip
+
+
+def _executor(*, told: bool) -> Callable[..., Any]:
+    """Return what runs a statement: the connection is Byrd's own, or the caller's."""
+    return rows_of if told else query
+
+
+def _write_runs(conn: Connection, new: Sequence[NewRun], *, told: bool) -> set[str]:
+    """Write runs; return the ids of those that were there, or whose keys were."""
     steps = [(run, step) for run in new for step in run.plan.steps]
     columns = zip(*(_row(step) for _, step in steps), strict=True)
     arrays = {name: _array(column, _DEFAULTS.get(name)) for name, column in zip(_COLUMNS, columns, strict=True)}
-    run = rows_of if told else query  # the connection is Byrd's own, or the caller's
-    taken = run(
+    taken = _executor(told=told)(
         conn,
         _WRITE_RUNS,
         {
@@ -72,17 +112,7 @@ def submit_many(conn: Connection, new: Sequence[NewRun], *, told: bool = True) -
             **arrays,
         },
     )
-    existing = {str(row[0]) for row in taken}
-    ids = [_existing(conn, run.id, run.workflow, run.key) if run.id in existing else run.id for run in new]
-    if not told:
-        query(conn, f"NOTIFY {CHANNEL}")
-        return ids, []
-    wakeups = [
-        _first_wakeup(run.id, step)
-        for run, step in steps
-        if step.after is None and step.kind not in (StepKind.JOIN, StepKind.SAGA) and run.id not in existing
-    ]
-    return ids, wakeups
+    return {str(row[0]) for row in taken}
 
 
 def write(conn: Connection, new: Sequence[NewRun], *, told: bool = True) -> tuple[list[str], list[Wakeup]]:
@@ -218,6 +248,11 @@ _COLUMNS = {
 _DEFAULTS = {"kind": "task", "args": "[]", "kwargs": "{}", "options": "{}", "on_failure": False, "waiting": 0,
              "solo": False}  # fmt: skip
 _NEVER = object()
+#: What the only step of a run has where ``byrd.write_run`` can write it.
+_OF_SINGLE = {name: _DEFAULTS.get(name) for name in _COLUMNS if name not in
+              ("id", "task", "queue", "args", "kwargs", "options", "solo")} | {"no": 0}  # fmt: skip
+_WRITE_RUN = """SELECT byrd.write_run(%(run)s, %(workflow)s, %(title)s, %(key)s, %(call)s, %(deadline)s, %(parent)s,
+    %(id)s, %(task)s, %(queue)s, %(args)s, %(kwargs)s, %(options)s, %(solo)s, %(told)s)"""
 _WRITE_RUNS = f"""SELECT * FROM byrd.write_runs(%(run_ids)s, %(workflows)s, %(titles)s, %(keys)s, %(run_args)s,
     %(outputs)s, %(deadlines)s, %(parents)s, %(step_runs)s,
     {", ".join(f"%({name})s" for name in _COLUMNS)}, %(told)s)"""

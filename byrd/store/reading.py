@@ -95,15 +95,7 @@ def outcome(conn: Connection, run_id: str, no: int | None = None) -> tuple[int, 
 
     A step that was skipped bears its cause's error.
     """
-    found = rows_of(
-        conn,
-        """SELECT s.no, s.status, s.result, coalesce(s.error, c.error, r.error) AS error, r.status AS run_status,
-                  coalesce((s.options::json->>'ignore_result')::bool, false) AS ignored
-           FROM byrd.runs r JOIN byrd.steps s ON s.run_id = r.id AND s.no = coalesce(%(no)s, r.output)
-           LEFT JOIN byrd.steps c ON c.run_id = s.run_id AND c.no = s.cause
-           WHERE r.id = %(run)s""",
-        {"run": run_id, "no": no},
-    )
+    found = rows_of(conn, "SELECT * FROM byrd.outcome(%(run)s, %(no)s)", {"run": run_id, "no": no})
     if not found:
         raise RunNotFoundError(f"no run has the id {run_id}")
     [(number, status, result, error, run_status, ignored)] = found

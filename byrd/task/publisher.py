@@ -40,7 +40,7 @@ _CONSUMERS_SECONDS = 3.0
 #: More than that are never wanted at once.
 _MANY = 1_000_000
 #: For so long what a queue had room for is remembered.
-_ROOM_SECONDS = 0.05
+_ROOM_SECONDS = 0.5
 #: In a queue of no more messages than this, it is looked which are there; of a longer one, it is known how many.
 MOST_READ = 500
 #: Nor is it looked when all of them are larger than this: whoever else uses the queue may put large messages there.
@@ -144,12 +144,9 @@ class Publisher:
         enough = self._enough(queue)
         if enough >= _MANY:
             return enough
-        with channel.client.pipeline(transaction=False) as pipe:
-            pipe.lindex(f"{_prefix(channel)}{queue}", enough - 1)
-            pipe.llen(queue)  # kombu prefixes this one by itself
-            older, length = pipe.execute()
+        older = channel.client.lindex(f"{_prefix(channel)}{queue}", enough - 1)
         if older is None:
-            return max(1, enough - int(length))
+            return max(1, enough - int(channel.client.llen(queue)))  # kombu prefixes this one by itself
         return 0 if _SHARED in older else 1
 
     def _enough(self, queue: str) -> int:

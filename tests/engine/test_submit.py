@@ -136,12 +136,12 @@ def test_a_run_that_had_the_key_and_went_away(
     other: list[str] = []
 
     def come(_conn: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        if statement.startswith("SELECT * FROM byrd.write_runs") and len(other) < comings:
+        if statement.startswith("SELECT byrd.write_run(") and len(other) < comings:
             other.append(str(uuid.uuid4()))
             cluster.rows("INSERT INTO byrd.runs (id, key, output) VALUES (%s, 'k', 0)", other[-1])
 
     def go(_conn: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        if statement.startswith("SELECT * FROM byrd.write_runs"):
+        if statement.startswith("SELECT byrd.write_run("):
             cluster.rows("DELETE FROM byrd.runs WHERE id = ANY(%s::uuid[])", other)
 
     engine = own_engine if joined else app.engine.runtime.store.engine

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -162,6 +163,45 @@ def test_a_key_makes_one_run_of_a_workflow(world: World) -> None:
     )  # fmt: skip
     assert other != first
     assert len(wakeups) == 1
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("options", [{}, {"priority": 3}])
+def test_a_run_of_one_step_is_written_as_among_others(world: World, options: dict[str, Any], *, told: bool) -> None:
+    """It has a statement of its own: what that writes and returns is what the one for many runs does."""
+    canvas = sig("a", 1, "x").set(**options)
+    news = [
+        plans.NewRun(
+            str(uuid.uuid4()), plan_of(canvas, shared=True), workflow="w", title="a(1)", key=f"k{n}", args="[1]",
+            deadline_seconds=60.0, parent_step=f"p{n}",
+        )
+        for n in range(3)
+    ]  # fmt: skip
+    found = [world.do(plans.submit_many, part, told=told) for part in (news[:1], news[1:])]
+    assert [ids for ids, _ in found] == [[news[0].id], [new.id for new in news[1:]]]
+    wakeups = [wakeup for _, published in found for wakeup in published]
+    assert len(wakeups) == (3 if told else 0)
+    assert len({wakeup._replace(id="", run_id="") for wakeup in wakeups}) == int(told)
+    written = [
+        world.sql(
+            """SELECT to_jsonb(r) - ARRAY['id','key','parent_step','created_at','deadline'] AS run,
+                      to_jsonb(s) - ARRAY['id','run_id','ready_at','run_at','wake_at'] AS step, e.event, e.detail,
+                      s.id = %(step)s AS same, r.key, r.parent_step, r.deadline - r.created_at AS left_over,
+                      s.ready_at = s.run_at AS at_once, s.wake_at - s.run_at AS sent_again
+                 FROM byrd.runs r JOIN byrd.steps s ON s.run_id = r.id JOIN byrd.events e ON e.run_id = r.id
+                WHERE r.id = %(run)s::uuid""",
+            run=new.id, step=new.plan.steps[0].id,
+        )
+        for new in news
+    ]  # fmt: skip
+    for n, [row] in enumerate(written):
+        assert (row.run, row.step, row.event, row.detail) == (written[1][0][:4])
+        assert (row.same, row.key, row.parent_step, row.at_once) == (True, f"k{n}", f"p{n}", True)
+        assert row.left_over.total_seconds() == pytest.approx(60, abs=1)
+        assert row.sent_again.total_seconds() == (2 if told else 0)
+    again = replace(news[0], id=str(uuid.uuid4()), parent_step=None)
+    assert world.do(plans.submit_many, [again], told=told) == ([news[0].id], [])
+    assert world.do(plans.submit_many, news[:1], told=told) == ([news[0].id], []), "its answer was lost"
 
 
 def test_a_run_that_nobody_knows(world: World) -> None:

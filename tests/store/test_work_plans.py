@@ -1,4 +1,4 @@
-"""The statements inside ``byrd.work`` find what they want by an index, however large the tables have become."""
+"""The statements inside ``byrd.work`` and ``byrd.outcome`` find what they want by an index in tables of any size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from celery import chain, chord, group
 from sqlalchemy import Connection
 
-from byrd.store import Store, work
+from byrd.store import Store, reading, work
 from byrd.store.rows import query
 from byrd.store.work import Done, Own, Work
 from tests.store.world import World, nodes, sig
@@ -90,7 +90,7 @@ def explained(store: Store) -> Iterator[Explained]:
 
 
 def everything(explained: Explained, world: World) -> None:
-    """Have ``byrd.work`` do each thing that it can do."""
+    """Have ``byrd.work`` do each thing that it can do, and ask for the outcome."""
     canvas = chain(sig("a"), chord([chain(sig("b"), group(sig("c"), sig("d"))), sig("e")], sig("f")), sig("g"))
     canvas.tasks[0].link_error(sig("never"))
     run = world.submit(canvas, shared=True)
@@ -104,6 +104,7 @@ def everything(explained: Explained, world: World) -> None:
             if wakeup.run_id == run:
                 claims += explained.work(world, own=Own(wakeup.id, wakeup.attempt, wakeup.task), most=1).claims
     assert world.run(run).status == "succeeded"
+    assert reading.outcome(explained.conn, run)[1] == "succeeded"
     for name in ("x", "y"):
         world.submit(chain(sig(name), sig("z")), shared=True)
     found = explained.work(world, most=4, others=True)
@@ -147,7 +148,16 @@ def test_plans_made_while_the_tables_were_tiny_are_good_when_they_are_large(
     everything(explained, world)
     plans = explained.plans()
     texts = " ".join(plan["Query Text"] for plan in plans)
-    for part in ("WITH done AS", "released AS", "string_agg", "FOR NO KEY UPDATE", "own_id", "SKIP LOCKED", "below AS"):
-        assert part in texts, f"byrd.work did not come to {part!r}"
+    for part in (
+        "WITH done AS",
+        "released AS",
+        "string_agg",
+        "FOR NO KEY UPDATE",
+        "own_id",
+        "SKIP LOCKED",
+        "below AS",
+        "ignore_result",
+    ):
+        assert part in texts, f"they did not come to {part!r}"
     wrong = [line for plan in plans for line in bad(plan)]
     assert not wrong, "\n".join(dict.fromkeys(wrong))

@@ -1,6 +1,7 @@
-"""The function ``byrd.write_runs`` of schema version 0001: runs and their steps, in one statement.
+"""The functions ``byrd.write_runs`` and ``byrd.write_run`` of schema version 0001: runs and their steps.
 
-A later version of it gets a name of its own, for clients of both versions run side by side during an upgrade.
+Each is one statement.  A later version of one of them gets a name of its own, for clients of both versions run side by
+side during an upgrade.
 """
 
 from __future__ import annotations
@@ -67,5 +68,33 @@ BEGIN
     IF NOT all_written THEN
         RETURN QUERY SELECT r FROM unnest(run_ids) r WHERE written IS NULL OR r <> ALL (written);
     END IF;
+END $$
+"""
+
+#: One run that is a single step which may start at once: as ``write_runs``, in half of the time.  False: it is there.
+WRITE_RUN = r"""
+CREATE FUNCTION byrd.write_run(
+    run uuid, flow text, heading text, its_key text, call text, seconds float8, parent text,
+    step text, its_task text, its_queue text, its_args text, its_kwargs text, its_options text, alone boolean,
+    told boolean)
+RETURNS boolean
+LANGUAGE plpgsql VOLATILE
+AS $$
+#variable_conflict use_column
+DECLARE
+    now timestamptz := clock_timestamp();
+BEGIN
+    INSERT INTO byrd.runs (id, workflow, title, key, args, output, parent_step, deadline)
+    VALUES (run, flow, heading, its_key, call, 0, parent, now + seconds * interval '1 second')
+    ON CONFLICT DO NOTHING;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    INSERT INTO byrd.steps (run_id, id, no, kind, task, queue, args, kwargs, options, solo,
+                            status, ready_at, run_at, wake_at, sends)
+    VALUES (run, step, 0, 'task', its_task, its_queue, its_args, its_kwargs, its_options, alone,
+            'ready', now, now, CASE WHEN told THEN now + interval '2 seconds' ELSE now END, told::int);
+    INSERT INTO byrd.events (run_id, event, detail) VALUES (run, 'submitted', '{"steps": 1}');
+    RETURN true;
 END $$
 """

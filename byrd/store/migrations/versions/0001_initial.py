@@ -13,9 +13,10 @@ from alembic import op
 from sqlalchemy.dialects import postgresql as pg
 
 from byrd.store.migrations.limits import ADMIT, GIVE_PLACES, LINE_UP, PLACE_FREED
+from byrd.store.migrations.outcome import OUTCOME
 from byrd.store.migrations.rules import RUN_RULES, SET_TIMEOUT, STEP_RULES, trigger_of
 from byrd.store.migrations.work import WORK
-from byrd.store.migrations.write_runs import WRITE_RUNS
+from byrd.store.migrations.write_runs import WRITE_RUN, WRITE_RUNS
 
 revision = "0001"
 down_revision = None
@@ -418,13 +419,13 @@ def upgrade() -> None:
     _notices()
     _signals()
     _limits()
-    op.execute(WORK)
-    op.execute(WRITE_RUNS)
+    for function in (WORK, WRITE_RUNS, WRITE_RUN, OUTCOME):
+        op.execute(function)
 
 
 def downgrade() -> None:
     """Drop the tables, and with them every run."""
-    for function in ("signal", "work", "write_runs"):
+    for function in ("signal", "work", "write_runs", "write_run", "outcome"):
         op.execute(f"DROP FUNCTION byrd.{function}")
     op.execute("DROP TRIGGER place_freed ON byrd.steps")
     for function in ("place_freed", "line_up", "admit", "give_places"):
