@@ -234,10 +234,10 @@ class Runtime:
             _check_compensation(task)
         if step.task in MAPS:
             self._check_mapped(step)
-        if step.task == EACH:
-            queue, options = self._nature_of_each(step, queue, options)
-        limit_name, limit_key = _place(step, task)
         step.mark = _mark(task)
+        if step.task == EACH:
+            queue, options, step.mark = self._nature_of_each(step, queue, options)
+        limit_name, limit_key = _place(step, task)
         step.solo, step.queue, step.options = _is_solo(step, task, options), queue, options
         step.compensation, step.limit_name, step.limit_key = compensation, limit_name, limit_key
         return step
@@ -274,8 +274,13 @@ class Runtime:
             )
         return task
 
-    def _nature_of_each(self, step: Step, queue: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        """Check what an each calls; it runs where its enumerator would, or else its items do, unless it says where."""
+    def _nature_of_each(
+        self, step: Step, queue: str, options: dict[str, Any]
+    ) -> tuple[str, dict[str, Any], str | None]:
+        """Check what an each calls; it runs where its enumerator would, or else its items do, unless it says where.
+
+        Where its items are retriable it is, too: it fails because they do.
+        """
         spec = each_of(loads(step.kwargs))
         item, takes_item = item_of(spec, self.app)
         task = self.task_named(item.task)
@@ -285,6 +290,7 @@ class Runtime:
         _check_arguments(task, replace(item, args=dumps([*given, *loads(item.args)])))
         # As if it had an input: what its arguments are is not known yet.
         item = self._frozen(replace(item, input=0), None)
+        mark = item.mark
         if spec.pages is not None:
             pages = self._frozen(replace(enumerator_of(spec, self.app), input=0), None)
             first = [None] if step.input is not None else []
@@ -296,7 +302,7 @@ class Runtime:
             item = pages
         if not {"queue", "exchange", "routing_key"} & step.options.keys():
             queue = item.queue or queue
-        return queue, options
+        return queue, options, mark
 
     def _nature(self, task: Any, step: Step) -> _Nature:
         """Return what the task and its routes say of a step; looked up once where it depends on nothing else."""
@@ -376,7 +382,7 @@ def _is_solo(step: Step, task: Any, options: Mapping[str, Any]) -> bool:
         or task.rate_limit is not None
         or limit_of(task) is not None
         or step.saga is not None
-        or _mark(task) is not None
+        or step.mark is not None
         or not options.keys() <= _SHARED_OPTIONS
         or _is_timed(options)
     )

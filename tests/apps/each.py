@@ -97,6 +97,17 @@ def remembering(self: byrd.CheckpointTask, x: int) -> Any:
     return self.step("more", lambda: x + 1)
 
 
+@app.task(base=byrd.CheckpointTask, bind=True)
+def doze(self: byrd.CheckpointTask, x: int) -> int:
+    """Sleep for long; 0 fails instead, once another one sleeps."""
+    if x == 0:
+        while not (NOTES / "asleep").exists():
+            time.sleep(0.02)
+        raise ValueError("no 0")
+    self.sleep("nap", 3600)
+    return x
+
+
 @app.task(base=byrd.SagaTask)
 def book(x: int) -> int:
     """Book something."""

@@ -282,6 +282,18 @@ def test_after_too_many_failures_nothing_starts_and_what_runs_is_awaited(own: An
     own.done()
 
 
+def test_after_too_many_failures_an_item_that_sleeps_is_not_awaited(own: Any) -> None:
+    own.worker(concurrency=2)
+    run = own.app.engine.submit(byrd.each(own.app.doze.s(), over=[0, 1, 2], limit=2))
+    asleep = "SELECT 1 FROM byrd.steps WHERE run_id = %s AND kind = 'item' AND status = 'ready' AND attempt = 1"
+    wait_until(lambda: own.cluster.rows(asleep, run.id))
+    own.tell("asleep")
+    with pytest.raises(EachToleranceError, match="1 of 3 items failed"):
+        run.get(timeout=30)
+    assert own.counts(run) == {"failed": 1, "cancelled": 1, "skipped": 1}
+    own.done()
+
+
 def test_a_retry_keeps_what_succeeded(own: Any) -> None:
     own.worker()
     bad = [3, PAGE + 2]

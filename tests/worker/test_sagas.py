@@ -146,6 +146,20 @@ def test_a_retriable_step_is_tried_again(shared: Any, files: Path) -> None:
     assert run.get(timeout=30) == "sent"
 
 
+def test_an_each_of_retriable_items_causes_no_rollback(shared: Any, module_cluster: Cluster, files: Path) -> None:
+    """It fails because an item does, and is tried again with what has not succeeded."""
+    (files / "shut.down").touch()
+    run = shared.engine.submit(chain(shared.do.si("a"), byrd.each(shared.mail.s(), over=["open", "shut"])))
+    sql = """SELECT count(*) FROM byrd.attempts a JOIN byrd.steps s ON s.id = a.step_id
+              WHERE s.run_id = %s AND s.task = 'byrd.each' AND a.outcome = 'failed'"""
+    wait_until(lambda: module_cluster.rows(sql, run.id) >= [(2,)])
+    assert run.status == "running"
+    (files / "shut.down").unlink()
+    assert run.get(timeout=30) == ["sent", "sent"]
+    assert effects(module_cluster, run) == [("do", "a")]
+    assert [step.attempt for step in run.steps() if step.kind == "item"] == [1, 3]
+
+
 # -- after a crash ---------------------------------------------------------------------------------
 
 

@@ -328,6 +328,45 @@ def test_a_run_that_only_has_workflows_within_is_rolled_back_on_purpose(
         child_of_workflow(nested, "nested.trip").rollback()
 
 
+def test_one_that_is_rolled_back_by_itself_after_its_step_has_ended_is_not_undone_again(
+    cluster: Cluster, nested: Any, tmp_path: Path
+) -> None:
+    """The outer run keeps the value, and goes on; what it undoes later is the rest."""
+    cluster.worker(APP)
+    path, go = str(tmp_path / "made"), tmp_path / "go"
+    run = nested.engine.submit(
+        chain(nested.make.si(path, "first"), nested.trip.si(path, "a"), nested.hold.si(str(go)), nested.need.si("/no"))
+    )
+    wait_until(lambda: any(step.task == f"{APP}.hold" and step.status == "running" for step in run.steps()))
+    trip = child_of_workflow(nested, "nested.trip")
+    trip.rollback(reason="not this one", by="ann")
+    assert trip.wait(timeout=30) == "cancelled"
+    assert made(tmp_path / "made") == ["first", "a1", "a2", "-a2", "-a1"]
+    assert run.status == "running"
+    go.touch()
+    assert run.wait(timeout=30) == "failed"
+    assert made(tmp_path / "made") == ["first", "a1", "a2", "-a2", "-a1", "-first"]
+    check_database(cluster.database_url)
+
+
+def test_one_that_is_rolled_back_by_itself_while_it_is_paused_fails_its_step(
+    cluster: Cluster, nested: Any, tmp_path: Path
+) -> None:
+    cluster.worker(APP)
+    path, go = str(tmp_path / "made"), tmp_path / "go"
+    run = nested.engine.submit(chain(nested.make.si(path, "first"), nested.stay.si(path, str(go))))
+    wait_until(lambda: "stay" in made(tmp_path / "made"))
+    child = child_of_workflow(nested, "nested.stay")
+    child.pause()
+    child.rollback(reason="not this one", by="ann")
+    go.touch()
+    with pytest.raises(SubWorkflowError, match="was cancelled"):
+        run.get(timeout=30)
+    assert run.wait(timeout=30) == "failed"
+    assert made(tmp_path / "made") == ["first", "stay", "-stay", "-first"]
+    check_database(cluster.database_url)
+
+
 def test_a_saga_that_fails_stops_and_undoes_the_workflows_in_it(cluster: Cluster, nested: Any, tmp_path: Path) -> None:
     cluster.worker(APP, concurrency=2)
     path, go, needed = str(tmp_path / "made"), tmp_path / "go", tmp_path / "needed"
