@@ -33,6 +33,8 @@ TABLES = """
 CREATE TABLE effects (
     id bigint GENERATED ALWAYS AS IDENTITY, run text, name text, what text, key text, detail text);
 CREATE TABLE mended (name text PRIMARY KEY)"""
+#: So long a step that hangs may take.
+STALLED_SECONDS = 2
 #: So many calls of ``few`` run at once.
 MOST = 2
 
@@ -134,11 +136,25 @@ def book(self: Task, part: Part) -> str:
     return f"did {part['name']}"
 
 
-@book.confirm
-def find_booking(key: str, part: Part) -> Any:
+@app.task(name="stall", **SAGA)
+def stall(self: Task, part: Part) -> str:
+    """Run out of time before an effect that can be asked for, or after it."""
+    hangs = part["breaks"] and not mended(part["name"])
+    if hangs and part["asks"]:
+        time.sleep(60)
+    write("do", self.request.root_id, part["name"], self.request.id)
+    time.sleep(60 if hangs else part["slow"])
+    return f"did {part['name']}"
+
+
+def find_effect(key: str, part: Part) -> Any:
     """Ask the outside world."""
     known = found("SELECT 1 FROM effects WHERE key = :key AND what = 'do'", key=key)
     return byrd.NOT_DONE if known is None else f"found {part['name']}"
+
+
+book.confirm(find_effect)
+stall.confirm(find_effect)
 
 
 @app.task(name="trade", bind=True, base=CheckpointSagaTask, byrd_retry=SOON)
@@ -199,7 +215,7 @@ def take_back(self: Task, result: str | None, part: Part) -> None:
     write("undo", why.run_id, name, why.key, json.dumps([why.known, result]))
 
 
-for undoable in (do, buy, send, tried, few, book, trade):
+for undoable in (do, buy, send, tried, few, book, stall, trade):
     undoable.compensation(take_back, **PATIENCE)
 
 
@@ -212,7 +228,7 @@ def take_back_if_agreed(self: Any, result: str | None, part: Part) -> None:
 
 # -- canvases --------------------------------------------------------------------------------------
 
-TASKS = {task.name: task for task in (do, buy, pay, send, mail, note, plain, tried, few, book, trade, doze)}
+TASKS = {task.name: task for task in (do, buy, pay, send, mail, note, plain, tried, few, book, stall, trade, doze)}
 
 
 @engine.workflow("random.inner")
@@ -248,4 +264,6 @@ def canvas(part: Part) -> Any:
             sig = TASKS[kind].si(part)
             if part["policy"]:
                 sig.set(byrd_retry=SOON)
+            if kind == "stall" and part["breaks"]:
+                sig.set(soft_time_limit=STALLED_SECONDS)
     return sig

@@ -12,11 +12,13 @@ Path = tuple[tuple[int, bool], ...]
 
 #: The kinds of steps, and how often each is made.  Those with a compensation, and what the others are.
 STEPS = {
-    "do": 24, "book": 12, "tried": 8, "few": 8, "trade": 8, "doze": 6, "note": 5, "plain": 5, "mail": 3, "send": 3,
-    "pay": 4, "buy": 3, "wait": 8, "sleep": 4,
+    "do": 24, "book": 12, "stall": 9, "tried": 8, "few": 8, "trade": 8, "doze": 6, "note": 5, "plain": 5, "mail": 3,
+    "send": 3, "pay": 4, "buy": 3, "wait": 8, "sleep": 4,
 }  # fmt: skip
-ITEMS = {"do": 4, "book": 2, "tried": 1, "few": 2, "trade": 1, "doze": 1, "note": 1, "sub": 1}
-UNDOABLE = frozenset({"do", "book", "tried", "few", "trade", "doze", "buy", "send"})
+ITEMS = {"do": 4, "book": 2, "tried": 1, "few": 2, "trade": 1, "doze": 1, "note": 1, "sub": 1, "mail": 1, "send": 1}
+UNDOABLE = frozenset({"do", "book", "stall", "tried", "few", "trade", "doze", "buy", "send"})
+#: Whether they took effect can be asked.
+ASKED = frozenset({"book", "stall"})
 PIVOTS = frozenset({"pay", "buy"})
 RETRIABLE = frozenset({"mail", "send"})
 #: How a wait for a signal ends: by one sent before it begins, or after; in its time, by a default or not; or by either.
@@ -56,7 +58,7 @@ class Leaf:
 
     @property
     def retriable(self) -> bool:
-        return self.kind in RETRIABLE
+        return self.kind in RETRIABLE or self.part.get("task") in RETRIABLE
 
     def comes_before(self, other: Leaf) -> bool:
         """Tell whether the other one starts only after this one is done."""
@@ -123,13 +125,21 @@ class Maker:
                 return self._saga(depth)
             case "chord":
                 return {"kind": kind, "parts": self._parts(depth, 2), "body": self._part(depth + 1)}
+            case "group" if self.rng.random() < 0.3:
+                return self._saga_beside_a_pivot()
         return {"kind": kind, "parts": self._parts(depth, 2 if kind == "group" else 1)}
 
     def _saga(self, depth: int) -> Part:
         parts = self._parts(depth)
         if self.rng.random() < 0.25:
-            parts.append(self._step("do", fragile=1.0))  # so that there is something to undo
+            parts.append(self._step(self.rng.choice(["do", "stall"]), fragile=1.0))  # so that something is undone
         return {"kind": "saga", "parts": parts}
+
+    def _saga_beside_a_pivot(self) -> Part:
+        """Return a saga that undoes itself, most likely while a pivot beside it runs."""
+        saga = {"kind": "saga", "parts": [self._step("do", fragile=0.0), self._step("note", fragile=1.0)]}
+        pivot = {**self._step("pay", fragile=0.0), "slow": 3.0}
+        return {"kind": "group", "parts": [saga, pivot]}
 
     def _each(self) -> Part:
         name, kind = self._name(), self._one_of(ITEMS)
@@ -158,6 +168,7 @@ class Maker:
         if kind == "wait":
             return self._wait(name)
         rng = self.rng
+        fragile = max(fragile, 0.8) if kind == "stall" else fragile
         return {
             "kind": kind,
             "name": name,
@@ -165,10 +176,10 @@ class Maker:
             "failures": rng.choice([0, 0, 0, 1]),
             "breaks": kind != "book" and rng.random() < fragile,
             "undo_failures": rng.choice([0, 0, 1]),
-            "undo_breaks": kind != "book" and rng.random() < 0.1,
+            "undo_breaks": kind not in ASKED and rng.random() < 0.1,
             "fails_at": rng.choice(["sell", "buy"]),
             "asks": rng.random() < 0.5,
-            "policy": rng.random() < 0.2,
+            "policy": kind != "stall" and rng.random() < 0.2,
         }
 
     def _wait(self, name: str) -> Part:

@@ -58,7 +58,7 @@ class Step:
     @property
     def broken_off(self) -> int:
         """How many attempts ended so that they may have taken effect."""
-        return sum(outcome in ("preempted", "handed_back", "cancelled") for outcome in self.outcomes)
+        return sum(outcome in ("preempted", "handed_back", "cancelled", "out of time") for outcome in self.outcomes)
 
     @property
     def may_have_taken_effect(self) -> bool:
@@ -117,7 +117,11 @@ class Records:
 
     def _load_steps(self, cluster: Cluster) -> None:
         outcomes: dict[str, list[str]] = defaultdict(list)
-        for step_id, outcome in cluster.rows("SELECT step_id, outcome FROM byrd.attempts ORDER BY step_id, attempt"):
+        for step_id, outcome in cluster.rows(
+            """SELECT step_id, CASE error::json->>'exc_type' WHEN 'SoftTimeLimitExceeded' THEN 'out of time'
+                                  ELSE outcome END
+                 FROM byrd.attempts ORDER BY step_id, attempt"""
+        ):
             outcomes[step_id].append(outcome)
         columns = [name for name in Step.__dataclass_fields__ if name not in ("name", "outcomes")]
         for run_id, task, args, kwargs, signal, *values in cluster.rows(

@@ -40,6 +40,7 @@ _CERTAIN = {
     "undone", "undone by a saga", "kept", "pivot passed", "pivot not passed", "operations undone", "signal", "default",
     "each", "tried again", "workflow within undone", "item undone", "run succeeded", "run failed", "run cancelled",
     "retried", "retry refused", "rolled back", "rollback refused", "seen to by hand", "stuck",
+    "found, and undone", "not found, and so not undone",
 }  # fmt: skip
 
 log = logging.getLogger(__name__)
