@@ -1,9 +1,10 @@
 """Whether a worker's memory and connections stay flat: ``python -m benchmarks.endurance``.
 
 One real worker (prefork, 2 processes) runs chains, chords, retries, failures, replacements and checkpoints, and is
-looked at all the while.  Memory is the resident set: what belongs to a process alone (USS) grows for a while in any
-pool, as pages that were shared with the main process are written to.  A process is flat when it grows by less than a
-given number of bytes per step, by the median of the slopes between all pairs of samples: single jumps do not count.
+looked at all the while; with ``--items`` it runs one each over so many items instead.  Memory is the resident set: what
+belongs to a process alone (USS) grows for a while in any pool, as pages that were shared with the main process are
+written to.  A process is flat when it grows by less than a given number of bytes per step, by the median of the slopes
+between all pairs of samples: single jumps do not count.
 """
 
 from __future__ import annotations
@@ -48,9 +49,13 @@ _STILL_SECONDS = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The worker at one moment: memory in bytes of the main process and of each child, connections, open files."""
+    """The worker at one moment: memory in bytes of the main process and of each child, connections, open files.
+
+    ``open``: how many steps have not ended.
+    """
 
     steps: int
+    open: int
     main: int
     children: tuple[int, ...]
     postgres: int
@@ -103,10 +108,14 @@ def endure(
     broker_url: str,
     *,
     steps: int = STEPS,
+    items: int = 0,
     look_seconds: float = 2.0,
     environment: Mapping[str, str] | None = None,
 ) -> Report:
-    """Have a worker run this many attempts at steps on migrated, otherwise idle servers, and look at it meanwhile."""
+    """Have a worker run this many attempts at steps on migrated, otherwise idle servers, and look at it meanwhile.
+
+    ``items``: or one each over so many items.
+    """
     store = Store(database_url)
     urls = {"BYRD_DATABASE_URL": database_url, "BYRD_BROKER_URL": broker_url}
     with _environment(urls), tempfile.TemporaryDirectory(prefix="byrd-endurance-") as folder:
@@ -115,7 +124,8 @@ def endure(
         with _worker(Path(folder) / "worker.log", {**os.environ, **(environment or {})}) as worker:
             _wait_until_ready(worker, store)
             began = time.monotonic()
-            samples = list(_samples(worker, store, load, broker_url, steps=steps, look_seconds=look_seconds))
+            fed = _items_of_one_run(store, load, items) if items else _runs_of_all_kinds(store, load, steps)
+            samples = list(_samples(worker, store, broker_url, fed, look_seconds=look_seconds))
             report = Report(samples, time.monotonic() - began)
         load.engine.close()
         load.app.close()
@@ -125,36 +135,57 @@ def endure(
     return report
 
 
+def _runs_of_all_kinds(store: Store, load: Any, steps: int) -> Iterator[int]:
+    """Submit runs, never many at once, until so many attempts were made; yield how many there are so far."""
+    done = 0
+    while done < steps:
+        done, open_runs = store.run(_progress)
+        while open_runs < _OUTSTANDING_RUNS:
+            for canvas in load.canvases():
+                load.engine.submit(canvas)
+                open_runs += 1
+        yield done
+
+
+def _items_of_one_run(store: Store, load: Any, items: int) -> Iterator[int]:
+    """Submit one each over so many items; yield how many have ended so far, until the run has."""
+    run = load.engine.submit(load.over(items))
+    while not run.status.final:
+        yield store.run(_items_done)
+    run.get(timeout=0)
+    yield items
+
+
 def _samples(
-    worker: psutil.Process, store: Store, load: Any, broker_url: str, *, steps: int, look_seconds: float
+    worker: psutil.Process, store: Store, broker_url: str, fed: Iterator[int], *, look_seconds: float
 ) -> Iterator[Sample]:
-    """Submit runs, never many at once, until so many attempts were made; look every few seconds."""
+    """Have the worker fed, until that is over; look every few seconds, and at the end."""
     children = sorted(worker.children(), key=lambda child: child.pid)
     next_look, last, since = time.monotonic(), -1, time.monotonic()
+    processes = [worker, *children]
     with redis.Redis.from_url(broker_url) as client:
-        done = 0
-        while done < steps:
-            done, open_runs = store.run(_progress)
-            while open_runs < _OUTSTANDING_RUNS:
-                for canvas in load.canvases():
-                    load.engine.submit(canvas)
-                    open_runs += 1
+
+        def sample() -> Sample:
+            return Sample(
+                steps=last,
+                open=store.run(_open_steps),
+                main=worker.memory_info().rss,
+                children=tuple(child.memory_info().rss for child in children),
+                postgres=store.run(_connections),
+                redis=len(client.client_list()),
+                files=sum(process.num_fds() for process in processes),
+            )
+
+        for done in fed:
             if done != last:
                 last, since = done, time.monotonic()
             elif time.monotonic() - since > _STILL_SECONDS or not worker.is_running():
                 raise BenchmarkError(f"the worker made no step for {_STILL_SECONDS:g} s, after {done:,} steps")
-            if time.monotonic() >= next_look or done >= steps:
+            if time.monotonic() >= next_look:
                 next_look += look_seconds
-                processes = [worker, *children]
-                yield Sample(
-                    steps=done,
-                    main=worker.memory_info().rss,
-                    children=tuple(child.memory_info().rss for child in children),
-                    postgres=store.run(_connections),
-                    redis=len(client.client_list()),
-                    files=sum(process.num_fds() for process in processes),
-                )
+                yield sample()
             time.sleep(0.1)
+        yield sample()
 
 
 def _progress(conn: Any) -> tuple[int, int]:
@@ -164,6 +195,16 @@ def _progress(conn: Any) -> tuple[int, int]:
                   (SELECT count(*) FROM byrd.runs WHERE finished_at IS NULL) AS open""",
     ).one()
     return int(row.done), int(row.open)
+
+
+def _items_done(conn: Any) -> int:
+    sql = "SELECT coalesce(sum(completed + failed), 0) FROM byrd.checkpoints WHERE name = 'items'"
+    return int(query(conn, sql).scalar_one())
+
+
+def _open_steps(conn: Any) -> int:
+    sql = "SELECT count(*) FROM byrd.steps WHERE status IN ('pending','ready','running','waiting')"
+    return int(query(conn, sql).scalar_one())
 
 
 def _connections(conn: Any) -> int:
@@ -213,7 +254,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 def table_of(report: Report, *, rows: int = 20) -> Table:
     """Return some of the samples, evenly spread, as a table."""
-    table = Table("steps", "main", box=None, header_style="dim")
+    table = Table("steps", "open", "main", box=None, header_style="dim")
     for number in range(len(report.samples[0].children)):
         table.add_column(f"child {number + 1}")
     for name in ("Postgres", "Redis", "files"):
@@ -221,20 +262,23 @@ def table_of(report: Report, *, rows: int = 20) -> Table:
     every = max(1, len(report.samples) // rows)
     for sample in [*report.samples[:-1:every], report.samples[-1]]:
         memory = [f"{used / 2**20:.1f} MB" for used in (sample.main, *sample.children)]
-        table.add_row(f"{sample.steps:,}", *memory, str(sample.postgres), str(sample.redis), str(sample.files))
+        table.add_row(
+            f"{sample.steps:,}", f"{sample.open:,}", *memory, str(sample.postgres), str(sample.redis), str(sample.files)
+        )
     return table
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--steps", type=click.IntRange(1000), default=STEPS, show_default=True, help="Attempts at steps.")
-def main(steps: int) -> None:
+@click.option("--items", type=click.IntRange(1000), default=None, help="One each over so many items, instead.")
+def main(steps: int, items: int | None) -> None:
     """Watch a worker's memory and connections over many steps; the exit status says whether they stayed flat."""
     console = Console()
     with embedded.postgres(in_memory=True) as postgres, embedded.valkey(persistence=False) as broker:
         migrate(postgres.url)
         try:
-            with console.status(f"running {steps:,} steps"):
-                report = endure(postgres.url, broker.url, steps=steps)
+            with console.status(f"running {items:,} items" if items else f"running {steps:,} steps"):
+                report = endure(postgres.url, broker.url, steps=steps, items=items or 0)
         except BenchmarkError as error:
             raise click.ClickException(str(error)) from None
     console.print(table_of(report))

@@ -73,6 +73,19 @@ def mourn(*_: Any) -> str:
     return "sorry"
 
 
+@app.task(shared=False)
+def pages(most: int, cursor: int | None = None) -> tuple[list[int], int | None]:
+    """Enumerate 0 to most - 1, 500 at a time."""
+    first = cursor or 0
+    after = min(most, first + 500)
+    return list(range(first, after)), after if after < most else None
+
+
+def over(items: int) -> Any:
+    """One each over so many items, whose values nobody needs as a list."""
+    return byrd.each(step.s(), over=pages.s(items), limit=64, results=False)
+
+
 def canvases() -> list[Any]:
     """One canvas of each kind: 40 attempts at steps, two of which fail."""
     return [
