@@ -152,7 +152,8 @@ def _items_of_one_run(store: Store, load: Any, items: int) -> Iterator[int]:
     run = load.engine.submit(load.over(items))
     while not run.status.final:
         yield store.run(_items_done)
-    run.get(timeout=0)
+    if run.status != "succeeded":
+        raise BenchmarkError(f"the each ended as {run.status}: {' '.join(run.why())}")
     yield items
 
 

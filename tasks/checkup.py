@@ -21,6 +21,7 @@ from tasks import store
 from tasks.dispatch import is_signed
 from tasks.rival import RivalServer, Traffic, expected_changes, load_site
 from tasks.rival.content import HIDDEN_PAGES
+from tasks.settings import Settings
 
 
 class Inbox:
@@ -195,9 +196,9 @@ def _the_site_was_treated_politely(evidence: Evidence) -> Verdict:
     busiest = max(traffic.busiest_second for traffic in both)
     # Slots are exact, and arrivals are not: each thread can have one request that was held up on its way to a second
     # in which the others keep their slots.
-    peak = max(traffic.peak_concurrency for traffic in both)
+    peak, threads = max(traffic.peak_concurrency for traffic in both), Settings().parallelism
     slots = int(1 / evidence.crawl_delay) + 1
-    good = trespasses == 0 and busiest <= slots + peak
+    good = trespasses == 0 and peak <= 2 * threads and busiest <= slots + threads
     seen = f"at most {busiest} requests a second, {peak} at a time"
     return Verdict("robots.txt and its crawl delay were honoured", good, seen)
 

@@ -203,11 +203,11 @@ class Fetcher:
         """Book a moment, and wait for it.
 
         Who wakes up late, for the process or the machine was held up, books another, or it would come together with
-        those who have the slots after it.
+        those who have the slots after it; but after a few of these it goes, for what is slow has to get on, too.
         """
         for _ in range(_SLOTS_TO_MISS + 1):
-            asked_at = time.monotonic()
             with self._database.begin() as connection:
+                asked_at = time.monotonic()
                 wait = store.reserve_slot(connection, origin, interval=interval, max_wait=_MAX_SLOT_WAIT)
             if wait is None:
                 raise TemporaryError(f"{origin} asked for a pause of more than {_MAX_SLOT_WAIT:g} s.")

@@ -309,7 +309,7 @@ def _delayed(case: _Case, step: OpenStep) -> _Reason:
     when = f"{moment(step.run_at, case.standing.now)}"
     if step.run_at is not None and step.run_at.year < 9999:
         when += f" ({ago(step.run_at, case.standing.now)})"
-    if step.last_outcome == "retried":
+    if step.last_outcome in ("retried", "failed"):  # failed: where nothing is rolled back, that is not the end of it
         why = error_text(step.last_error) if step.last_error else "it asked for a retry"
         again = f"is tried again{_which_attempt(case, step)}"
         return _Reason(
@@ -337,9 +337,9 @@ def _delegated(case: _Case, step: OpenStep) -> _Reason:
 
 
 def _over_items(case: _Case, step: OpenStep) -> _Reason:
-    """An each whose items are under way."""
+    """An each whose items are under way; or that is to be tried again, for it has failed."""
     found = case.store.run(items.of_number, case.standing.run.id, step.no)
-    if found is None:
+    if found is None or (step.run_at is not None and step.run_at.year < 9999):
         return _delayed(case, step)
     total = f"{found.inserted:,} items so far" if found.total is None and not found.done else f"{found.all:,} items"
     failed = f", {found.failed:,} failed" if found.failed else ""

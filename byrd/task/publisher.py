@@ -119,21 +119,24 @@ class Publisher:
             if not wakeup.solo:
                 queue = wakeup.queue
                 if queue not in left:
-                    left[queue] = self._remembered(producer, queue)
+                    left[queue], looked_at = self._remembered(producer, queue)
+                    self._room[queue] = left[queue], looked_at
                 if left[queue] <= 0:
                     continue
                 left[queue] -= 1
             wanted.append(wakeup)
-        now = time.monotonic()
-        self._room.update({queue: (room, now) for queue, room in left.items()})
+        self._room.update({queue: (room, self._room[queue][1]) for queue, room in left.items()})
         return wanted
 
-    def _remembered(self, producer: Any, queue: str) -> int:
-        """Return how many wake-ups there is room for: that there was some is true for a while, for they are taken."""
-        room, since = self._room.get(queue, (0, 0.0))
-        if room <= 0 or time.monotonic() - since > _ROOM_SECONDS:
-            room = self._look(producer.connection.default_channel, queue)
-        return room
+    def _remembered(self, producer: Any, queue: str) -> tuple[int, float]:
+        """Return how many wake-ups there is room for, and as of when.
+
+        That there was some is true for a while, for they are taken.
+        """
+        room, looked_at = self._room.get(queue, (0, 0.0))
+        if room <= 0 or time.monotonic() - looked_at > _ROOM_SECONDS:
+            return self._look(producer.connection.default_channel, queue), time.monotonic()
+        return room, looked_at
 
     def _look(self, channel: Any, queue: str) -> int:
         """Return how many wake-ups there is room for, as the queue in Redis tells.

@@ -279,7 +279,7 @@ class Runtime:
     ) -> tuple[str, dict[str, Any], str | None]:
         """Check what an each calls; it runs where its enumerator would, or else its items do, unless it says where.
 
-        Where its items are retriable it is, too: it fails because they do.
+        Where its items are retriable it is, too, whatever it fails of.
         """
         spec = each_of(loads(step.kwargs))
         item, takes_item = item_of(spec, self.app)

@@ -34,7 +34,7 @@ CREATE TABLE effects (
     id bigint GENERATED ALWAYS AS IDENTITY, run text, name text, what text, key text, detail text);
 CREATE TABLE mended (name text PRIMARY KEY)"""
 #: So long a step that hangs may take.
-STALLED_SECONDS = 2
+STALLED_SECONDS = 4
 #: So many calls of ``few`` run at once.
 MOST = 2
 

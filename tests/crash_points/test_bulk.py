@@ -14,7 +14,7 @@ RUNS = 12
 
 
 @slow
-@pytest.mark.byrd_crash_points(skip=START, every=6 * EVERY)
+@pytest.mark.byrd_crash_points(skip=START, every=6 * EVERY, pairs=3)
 def test_a_bulk_cancel(app: Any, byrd_crash_points: CrashPoints) -> None:
     key = [0]
 
@@ -36,4 +36,5 @@ def test_a_bulk_cancel(app: Any, byrd_crash_points: CrashPoints) -> None:
 
     report = byrd_crash_points(app.engine, cancel_all, reset=reset, check=check)
     assert report.tried > 20 / byrd_crash_points.every
+    assert report.pairs_tried >= byrd_crash_points.pairs / 2
     assert any("before the commit" in name and "worker" in name for name in report.boundaries)

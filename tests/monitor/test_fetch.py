@@ -122,7 +122,7 @@ def test_a_process_that_was_frozen_does_not_make_up_for_its_slots(
         reader.wait()
     traffic = rival.traffic
     assert sum(traffic.requests[path] for path in rival.site.public_paths[:8]) == 8
-    assert traffic.shortest_gap > 0.1
+    assert traffic.shortest_gap > 0.03  # else three of them would come at once
 
 
 def test_a_longer_crawl_delay_wins(database: Engine) -> None:

@@ -28,6 +28,14 @@ def test_memory_and_connections_of_a_worker_stay_flat(database_url: str, broker_
 
 
 @pytest.mark.timeout(600)
+def test_the_items_of_an_each_do_not_wait_in_the_tables(database_url: str, broker_url: str) -> None:
+    """No more than a page and twice its limit, whatever their number: a million by ``--items 1000000``."""
+    report = endure(database_url, broker_url, items=4000, look_seconds=0.1)
+    assert report.samples[-1].steps == 4000
+    assert max(sample.open for sample in report.samples) <= 1 + 500 + 2 * 64, told(report)
+
+
+@pytest.mark.timeout(600)
 def test_a_leak_of_a_kilobyte_per_step_is_noticed(database_url: str, broker_url: str) -> None:
     report = endure(
         database_url, broker_url, steps=LEAKING_STEPS, look_seconds=0.5, environment={"ENDURANCE_LEAK": "1024"}

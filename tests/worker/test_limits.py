@@ -20,8 +20,7 @@ from byrd.worker.bootstep import _shares
 from tests.cluster import Cluster, wait_until
 from tests.invariants import check_database
 
-#: Four are for a machine that does nothing else.
-WORKERS = int(os.environ.get("BYRD_LIMIT_WORKERS", "3"))
+WORKERS = int(os.environ.get("BYRD_LIMIT_WORKERS", "4"))
 APP = "tests.apps.limited"
 
 

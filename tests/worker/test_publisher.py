@@ -12,6 +12,8 @@ from celery import Celery
 
 from byrd.embedded import EmbeddedValkey
 from byrd.store import Wakeup
+from byrd.store.rows import Consumers
+from byrd.task import publisher as publisher_module
 from byrd.task.publisher import Publisher
 from tests.cluster import wait_until
 
@@ -49,6 +51,20 @@ def test_only_what_is_due_is_sent(app: Celery, broker_url: str) -> None:
 def test_a_wakeup_that_cannot_be_sent_does_not_hold_up_the_others(app: Celery, broker_url: str) -> None:
     assert not Publisher(app).publish([_wakeup(1), _wakeup(2, queue="unknown"), _wakeup(3)])
     assert _sent(broker_url) == [1, 3]
+
+
+def test_who_consumes_a_queue_is_asked_again_while_much_is_published(
+    app: Celery, broker_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each step would have a message of its own for ever, for a consumer that is gone."""
+    monkeypatch.setattr(publisher_module, "_CONSUMERS_SECONDS", 0.0)
+    shared, published, ends = [False], 0, time.monotonic() + 1.5
+    publisher = Publisher(app, lambda _queue: Consumers(1, shared[0]))
+    while time.monotonic() < ends:
+        assert publisher.publish([_wakeup(published)._replace(solo=False)])
+        shared[0], published = True, published + 1
+        time.sleep(0.02)
+    assert 16 <= len(_sent(broker_url)) < published
 
 
 @pytest.mark.parametrize("prefix", ["", "own."])

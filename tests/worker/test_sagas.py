@@ -154,10 +154,14 @@ def test_an_each_of_retriable_items_causes_no_rollback(shared: Any, module_clust
               WHERE s.run_id = %s AND s.task = 'byrd.each' AND a.outcome = 'failed'"""
     wait_until(lambda: module_cluster.rows(sql, run.id) >= [(2,)])
     assert run.status == "running"
+    wait_until(lambda: "is tried again at" in " ".join(run.why()), what=lambda: str(run.why()))
+    assert "after EachToleranceError: 1 of 2 items failed" in " ".join(run.why())
     (files / "shut.down").unlink()
     assert run.get(timeout=30) == ["sent", "sent"]
     assert effects(module_cluster, run) == [("do", "a")]
-    assert [step.attempt for step in run.steps() if step.kind == "item"] == [1, 3]
+    first, second = (step.attempt for step in run.steps() if step.kind == "item")
+    assert first == 1
+    assert second >= 3
 
 
 # -- after a crash ---------------------------------------------------------------------------------

@@ -82,14 +82,15 @@ LANGUAGE plpgsql VOLATILE
 AS $$
 #variable_conflict use_column
 DECLARE
-    now timestamptz := clock_timestamp();
+    now timestamptz;
 BEGIN
     INSERT INTO byrd.runs (id, workflow, title, key, args, output, parent_step, deadline)
-    VALUES (run, flow, heading, its_key, call, 0, parent, now + seconds * interval '1 second')
+    VALUES (run, flow, heading, its_key, call, 0, parent, clock_timestamp() + seconds * interval '1 second')
     ON CONFLICT DO NOTHING;
     IF NOT FOUND THEN
         RETURN false;
     END IF;
+    now := clock_timestamp();  -- it may have waited for another one with its key
     INSERT INTO byrd.steps (run_id, id, no, kind, task, queue, args, kwargs, options, solo,
                             status, ready_at, run_at, wake_at, sends)
     VALUES (run, step, 0, 'task', its_task, its_queue, its_args, its_kwargs, its_options, alone,
