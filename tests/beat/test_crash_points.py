@@ -14,8 +14,7 @@ from tests.cluster import ClusterFactory
 
 
 @pytest.mark.timeout(1200)
-# The workflow's own boundaries are those of any run.
-@pytest.mark.byrd_crash_points(skip=r"^worker|keeper|sweeper", pairs=8)
+@pytest.mark.byrd_crash_points(skip=r"^worker|keeper|sweeper")  # the workflow's own boundaries are those of any run
 def test_a_schedule_fires(
     schedules_url: str, broker_url: str, cluster_on: ClusterFactory, byrd_crash_points: CrashPoints
 ) -> None:
@@ -39,7 +38,6 @@ def test_a_schedule_fires(
 
     report = byrd_crash_points(shop.engine, lambda: beat_once(shop.app), reset=reset, check=check)
     assert report.tried > 20
-    assert report.pairs_tried >= byrd_crash_points.pairs / 2
     assert any("django_celery_beat_periodictask" in name for name in report.boundaries)
 
 
