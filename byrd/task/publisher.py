@@ -68,7 +68,7 @@ class Publisher:
         self._ask_consumers = consumers
         self._consumers: dict[str, tuple[int, float]] = {}
         self._complained = self._away_until = 0.0
-        #: For each queue, for how many wake-ups there was room, and when.
+        #: For each queue, for how many wake-ups there is still room, and when it was looked at.
         self._room: dict[str, tuple[int, float]] = {}
 
     def publish(self, wakeups: Iterable[Wakeup]) -> bool:
@@ -113,19 +113,17 @@ class Publisher:
         """Leave out the wake-ups that nobody needs."""
         if all(wakeup.solo for wakeup in due) or producer.connection.transport.driver_type != "redis":
             return due
-        left: dict[str, int] = {}
+        left: dict[str, tuple[int, float]] = {}
         wanted = []
         for wakeup in due:
             if not wakeup.solo:
                 queue = wakeup.queue
-                if queue not in left:
-                    left[queue], looked_at = self._remembered(producer, queue)
-                    self._room[queue] = left[queue], looked_at
-                if left[queue] <= 0:
+                room, looked_at = left[queue] if queue in left else self._remembered(producer, queue)
+                left[queue] = max(0, room - 1), looked_at
+                if room <= 0:
                     continue
-                left[queue] -= 1
             wanted.append(wakeup)
-        self._room.update({queue: (room, self._room[queue][1]) for queue, room in left.items()})
+        self._room.update(left)
         return wanted
 
     def _remembered(self, producer: Any, queue: str) -> tuple[int, float]:

@@ -22,18 +22,16 @@ _FINAL = ("succeeded", "failed", "cancelled", "skipped")
 _SLACK = timedelta(seconds=1)
 
 
-def must_fail(part: Part) -> bool:
-    """Tell whether a canvas fails, for certain, unless it is mended or told to do otherwise."""
-    return any(_breaks(leaf) for leaf in leaves_of(part) if leaf.item_of is None)
+def fails(part: Part, *, perhaps: bool = False) -> bool:
+    """Tell whether a canvas fails, for certain, unless it is mended or told to do otherwise.
+
+    ``perhaps``: or may, for a step that has ended badly succeeds if its effect is found before another attempt.
+    """
+    return any(_breaks(leaf, perhaps=perhaps) for leaf in leaves_of(part) if leaf.item_of is None)
 
 
-def may_fail(part: Part) -> bool:
-    """Tell whether a canvas fails, perhaps: not where a step has ended badly, and was asked for in another attempt."""
-    return any(_breaks(leaf, perhaps=True) for leaf in leaves_of(part) if leaf.item_of is None)
-
-
-def _breaks(leaf: Leaf, *, perhaps: bool = False) -> bool:
-    """Tell whether a leaf fails by itself, for certain or perhaps."""
+def _breaks(leaf: Leaf, *, perhaps: bool) -> bool:
+    """Tell whether a leaf fails by itself."""
     match leaf.kind:
         case "wait":
             return bool(leaf.part["mode"] == "lost")
@@ -41,7 +39,7 @@ def _breaks(leaf: Leaf, *, perhaps: bool = False) -> bool:
             failing = sum(_breaks(one, perhaps=perhaps) for one in leaves_of(leaf.part) if one.item_of is not None)
             return bool(failing > leaf.part["tolerate"])
         case "sub":
-            return may_fail(leaf.part["canvas"]) if perhaps else must_fail(leaf.part["canvas"])
+            return fails(leaf.part["canvas"], perhaps=perhaps)
         case "stall":
             return bool(leaf.part["breaks"] and (perhaps or leaf.part["asks"]))
     return bool(leaf.part["breaks"])
@@ -215,9 +213,10 @@ class Case:
         self.seen[f"run {run.status}"] += 1
         if self.mended and not run.last("cancel_requested") and not run.last("rollback_requested"):
             lost = any(leaf.part.get("mode") == "lost" for leaf in all_leaves_of(self.part))
-            assert lost or run.status == "succeeded", f"it was mended, and failed again: {self}"
+            kept = lost or self._holds_what_is_undone_in_part
+            assert kept or run.status == "succeeded", f"it was mended, and failed again: {self}"
         if not self.is_touched:
-            assert must_fail(self.part) <= (run.status == "failed") <= may_fail(self.part), self
+            assert fails(self.part) <= (run.status == "failed") <= fails(self.part, perhaps=True), self
 
     @cached_property
     def is_touched(self) -> bool:
@@ -231,6 +230,15 @@ class Case:
             for leaf in self.leaves
             if leaf.kind == "sub"
             for run_id in self._runs_of(leaf)
+        )
+
+    @property
+    def _holds_what_is_undone_in_part(self) -> bool:
+        """Whether a workflow within was undone in part, and cannot be begun anew: its step fails again with its error."""
+        return any(
+            (case.run.undos and (case.run.pivot is not None or case.run.last("rollback_requested")))
+            or case._holds_what_is_undone_in_part
+            for case in self.runs_within()
         )
 
     def _was_stopped(self, leaf: Leaf) -> bool:
