@@ -234,7 +234,7 @@ class Case:
 
     @property
     def _holds_what_is_undone_in_part(self) -> bool:
-        """Whether a workflow within was undone in part, and cannot be begun anew: its step fails again with its error."""
+        """Whether a workflow within was undone in part, and cannot be begun anew: its step fails again."""
         return any(
             (case.run.undos and (case.run.pivot is not None or case.run.last("rollback_requested")))
             or case._holds_what_is_undone_in_part
