@@ -13,6 +13,7 @@ and holds up nobody: a thread records what had finished before it, and gives bac
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -31,6 +32,7 @@ from byrd.store.database import first_line
 from byrd.store.work import Done, Own, Work
 from byrd.task.attempt import Attempt
 from byrd.task.runtime import Runtime
+from byrd.task.standby import STANDBY
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +47,8 @@ _AFTER_ERROR_SECONDS = 1.0
 #: A wake-up costs more than this many looks at what is ready, and where wake-ups come so close to each other, more work
 #: is likely to come within these few milliseconds.
 _LOOKS, _LOOK_AFTER_SECONDS, _CLOSE_SECONDS = 4, 0.005, 0.03
+#: A process copes alone while it runs what it has claimed within so many times what it takes to claim it.
+_EASY = 2
 #: No slice runs more steps than this.
 _MOST_STEPS = 2000
 
@@ -81,6 +85,7 @@ class Slice:
         watch = _watch()
         watch.begin(self)
         try:
+            self._stand_by()
             own_is_ready = self._exchange([], own=own).own_is_ready
             while (claim := self._next() or self._linger()) is not None:
                 got = self._run(Attempt(self.runtime, claim, in_slice=self))
@@ -91,6 +96,7 @@ class Slice:
             self._abandon()
             raise
         finally:
+            STANDBY.say(copes=False)
             watch.end()
             self._pace.ended_at = time.monotonic()
         return own_is_ready, outcome
@@ -137,6 +143,14 @@ class Slice:
 
     # -- in between ------------------------------------------------------------------------------
 
+    def _stand_by(self) -> None:
+        """Wait while another process copes; no longer than this slice has time."""
+        stood_by = False
+        while STANDBY.another_copes() and time.monotonic() < self._ends_at and not self.runtime.stopping:
+            stood_by = True
+            STANDBY.rest()
+        STANDBY.say(copes=stood_by)  # of those that stood by, one goes on, until it knows more
+
     def _next(self) -> Claim | None:
         """Return the next step to run; None when the slice is over."""
         with self._lock:
@@ -157,6 +171,7 @@ class Slice:
         for _ in range(_LOOKS if self._close and self.steps > 0 else 0):
             if self.runtime.stopping or time.monotonic() + _LOOK_AFTER_SECONDS >= self._ends_at:
                 break
+            STANDBY.say(copes=False)
             time.sleep(_LOOK_AFTER_SECONDS)
             self._over = False
             if self._exchange([]).claims:
@@ -192,8 +207,11 @@ class Slice:
             if room or own is not None:  # Postgres says whether its worker still may: if not, it is sent again
                 # What follows each step that is done is run on here, whatever the pace.
                 most = max(self._pace.steps_at_once, len(last))
-                found = self._call(last, current, own=own, most=most, others=True, peek=own is not None)
+                asked_at = time.monotonic()
+                found = self._call(last, current, own=own, most=most, others=room, peek=own is not None)
+                STANDBY.say(copes=self._pace.is_easy(len(found.claims), most, time.monotonic() - asked_at))
             else:
+                STANDBY.say(copes=False)
                 found = self._call(last, current, peek=True)  # others are to go on where this slice ends
             with self._lock:
                 self._over = not found.claims
@@ -335,6 +353,8 @@ class Pace:
 
     def __init__(self) -> None:
         self.steps_at_once = 1
+        #: How long each of the last ones took.
+        self._each = math.inf
         self._began_at, self._steps = 0.0, 0
         #: When this process's last slice ended.
         self.ended_at = 0.0
@@ -346,14 +366,18 @@ class Pace:
     def ended(self) -> None:
         """They have ended."""
         if self._steps:
-            each = (time.monotonic() - self._began_at) / self._steps
-            fitting = int(_BATCH_SECONDS / max(each, 1e-6))
+            self._each = (time.monotonic() - self._began_at) / self._steps
+            fitting = int(_BATCH_SECONDS / max(self._each, 1e-6))
             self.steps_at_once = max(1, min(fitting, 2 * self.steps_at_once, _MOST_AT_ONCE))
             self._steps = 0
 
     def slow_down(self) -> None:
         """A step took longer than those before it: claim one at a time again."""
-        self.steps_at_once, self._steps = 1, 0
+        self.steps_at_once, self._steps, self._each = 1, 0, math.inf
+
+    def is_easy(self, steps: int, most: int, call_seconds: float) -> bool:
+        """Tell whether so many steps are all that there is, and take little time beside what claimed them."""
+        return 0 < steps < most and steps * self._each <= _EASY * call_seconds
 
 
 class _Watch(threading.Thread):

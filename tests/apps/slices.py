@@ -15,6 +15,7 @@ from celery import Celery, Task, signals
 from celery.exceptions import Ignore, Reject
 
 import byrd
+from byrd.task.standby import STANDBY
 
 app = Celery("slices")
 app.conf.update(
@@ -114,6 +115,26 @@ def limited(self: Task, *_: Any) -> dict[str, Any]:
 def timed(self: Task, *_: Any) -> dict[str, Any]:
     """The same, by a task with time limits."""
     return _seen(self.request)
+
+
+@app.task
+def cope(seconds: float, says_so_once: bool = False) -> None:
+    """Say, as a process does whose slice takes all that is ready, that no other need join in."""
+    note("copes", ended=False)
+    until = time.monotonic() + seconds
+    STANDBY.say(copes=True)
+    while time.monotonic() < until:
+        time.sleep(0.002)
+        if not says_so_once:
+            STANDBY.say(copes=True)
+    note("copes", ended=True)
+    STANDBY.say(copes=False)
+
+
+@app.task
+def does_cope(*_: Any) -> bool:
+    """Tell whether this process says that it copes."""
+    return bool(STANDBY.copes())
 
 
 @app.task(bind=True, max_retries=3)

@@ -1,0 +1,53 @@
+"""How the pool processes of a worker keep from sharing what one of them does better alone.
+
+What a slice records together costs one statement and one commit, however many steps it is.  Two processes that share a
+trickle of short steps make twice as many statements of half the size, and are slower together than one of them alone.
+So a process whose slice takes all that is ready, and is done with it in little more time than it takes to record it,
+says so.  Those whose wake-ups come meanwhile stand by, message in hand, and begin when it does not say so any more, for
+whatever reason: there is more than it takes, a step takes its time, its slice is over, or it is gone.
+"""
+
+from __future__ import annotations
+
+import mmap
+import time
+
+#: What a process has said is true for so long: it says so again, or takes it back, with each statement.
+_TRUE_SECONDS = 0.02
+#: How often those that stand by look.
+_LOOK_SECONDS = 0.002
+
+
+class Standby:
+    """Until when a process of this worker copes, by the clock that all processes of a machine share.
+
+    It is in memory that pool processes inherit from the process that forks them.  Where they are not forked each has
+    its own, and none ever stands by.  Two that write at once do no harm: what is lost is said again, or expires.
+    """
+
+    def __init__(self) -> None:
+        self._until = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("d")
+        self._mine = 0.0
+
+    def say(self, *, copes: bool) -> None:
+        """Say that this process copes with all that there is, or does not."""
+        if copes:
+            self._until[0] = self._mine = time.monotonic() + _TRUE_SECONDS
+        elif self.copes():
+            self._until[0] = 0.0
+
+    def copes(self) -> bool:
+        """Tell whether this process was the last to say that it copes."""
+        return self._mine == self._until[0] > 0.0
+
+    def another_copes(self) -> bool:
+        """Tell whether another process copes, so that this one need not join in."""
+        return self._mine != self._until[0] > time.monotonic()
+
+    def rest(self) -> None:
+        """Wait until it is time to look again."""
+        time.sleep(_LOOK_SECONDS)
+
+
+#: Of this worker.
+STANDBY = Standby()

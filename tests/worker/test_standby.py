@@ -1,0 +1,161 @@
+"""Processes that stand by while one of them copes: none is kept from work for longer, whatever becomes of that one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import chain
+
+from byrd.task.standby import Standby
+from tests.cluster import Cluster, Worker, wait_until
+from tests.invariants import check_database
+
+APP = "tests.apps.slices"
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def app(cluster: Cluster) -> Iterator[Any]:
+    yield cluster.app(APP)
+    check_database(cluster.database_url)
+
+
+def lines(notes: Path, name: str) -> list[dict[str, Any]]:
+    path = notes / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def start(cluster: Cluster, notes: Path, *, slice_seconds: float = 0.2, concurrency: int = 2) -> Worker:
+    env = {"NOTES": str(notes), "TEST_SLICE_SECONDS": str(slice_seconds)}
+    worker = cluster.worker(APP, concurrency=concurrency, env=env)
+    assert cluster.app(APP).engine.submit(cluster.app(APP).tick.s(0)).get(timeout=60) == 0
+    return worker
+
+
+def pretend(app: Any, notes: Path, seconds: float, *, once: bool = False) -> int:
+    """Have one process say that it copes; return its process id."""
+    app.cope.apply_async((seconds, once))
+    copes: list[dict[str, Any]] = wait_until(lambda: lines(notes, "copes"), timeout=30)
+    return int(copes[0]["pid"])
+
+
+def ran_at(notes: Path, run: Any) -> float:
+    return float(next(line["at"] for line in lines(notes, "ran") if line["id"] == run.steps()[0].id))
+
+
+def in_a_fork(*calls: Callable[[], None]) -> None:
+    pid = os.fork()
+    if pid == 0:
+        for call in calls:
+            call()
+        os._exit(0)
+    os.waitpid(pid, 0)
+
+
+# ------------------------------------------------------------------------------------------------- what is said
+
+
+def test_others_know_that_a_process_copes_and_that_it_does_not_any_more() -> None:
+    standby = Standby()
+    assert not standby.another_copes()
+    in_a_fork(lambda: standby.say(copes=True))
+    assert standby.another_copes()
+    in_a_fork(lambda: standby.say(copes=False))  # it is not for others to take it back
+    assert standby.another_copes()
+    in_a_fork(lambda: standby.say(copes=True), lambda: standby.say(copes=False))
+    assert not standby.another_copes()
+
+
+def test_what_a_process_says_of_itself_does_not_keep_it() -> None:
+    standby = Standby()
+    standby.say(copes=True)
+    assert standby.copes()
+    assert not standby.another_copes()
+
+
+def test_what_was_said_is_true_for_a_moment_only() -> None:
+    standby = Standby()
+    in_a_fork(lambda: standby.say(copes=True))
+    wait_until(lambda: not standby.another_copes(), timeout=5)
+
+
+# ------------------------------------------------------------------------------------------------- on a worker
+
+
+def test_short_steps_let_others_stand_by_and_long_ones_do_not(cluster: Cluster, app: Any, notes: Path) -> None:
+    start(cluster, notes, concurrency=1)
+    for run in app.engine.submit_many(app.tick.s(n) for n in range(300)):  # it learns that they are short
+        assert run.wait(timeout=60) == "succeeded"
+
+    def said(steps: list[Any]) -> list[bool]:
+        run = app.engine.submit(chain(*steps))
+        run.get(timeout=60)
+        return [json.loads(step.result) for step in run.steps() if step.task == app.does_cope.name]
+
+    short = said([app.does_cope.si() for _ in range(30)])
+    assert sum(short) > 15
+    long = said([step for _ in range(5) for step in (app.nap.si(0.06), app.does_cope.si())])
+    assert not any(long)
+
+
+def test_a_step_waits_while_another_process_copes(cluster: Cluster, app: Any, notes: Path) -> None:
+    start(cluster, notes, slice_seconds=20)
+    pretend(app, notes, 0.5)
+    run = app.engine.submit(app.tick.s(1))
+    assert run.get(timeout=30) == 1
+    [_, ended] = lines(notes, "copes")
+    assert ended["at"] <= ran_at(notes, run) < ended["at"] + 5
+
+
+def test_no_step_waits_for_longer_than_a_slice_takes(cluster: Cluster, app: Any, notes: Path) -> None:
+    start(cluster, notes)
+    pretend(app, notes, 8)
+    began = time.time()
+    run = app.engine.submit(app.tick.s(1))
+    assert run.get(timeout=30) == 1
+    assert ran_at(notes, run) < began + 4
+    assert len(lines(notes, "copes")) == 1, "it says so still"
+
+
+@pytest.mark.parametrize("fault", ["killed", "frozen", "busy"])
+def test_a_process_that_copes_no_more_without_saying_so(cluster: Cluster, app: Any, notes: Path, fault: str) -> None:
+    start(cluster, notes, slice_seconds=20)
+    pid = pretend(app, notes, 15, once=fault == "busy")
+    run = app.engine.submit(app.tick.s(1))
+    time.sleep(0.2)
+    if fault != "busy":
+        assert not [line for line in lines(notes, "ran") if line["id"] == run.steps()[0].id]
+        os.kill(pid, signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
+    gone = time.time()
+    try:
+        assert run.get(timeout=30) == 1
+    finally:
+        if fault == "frozen":
+            os.kill(pid, signal.SIGCONT)
+    assert ran_at(notes, run) < gone + 5
+
+
+def test_a_worker_that_is_told_to_stop_waits_for_none_that_stands_by(cluster: Cluster, app: Any, notes: Path) -> None:
+    worker = start(cluster, notes, slice_seconds=30)
+    pretend(app, notes, 3)
+    run = app.engine.submit(app.tick.s(1))
+    time.sleep(0.3)
+    began = time.monotonic()
+    assert worker.stop() == 0
+    assert time.monotonic() - began < 15
+    start(cluster, notes)
+    assert run.get(timeout=60) == 1
+    assert len([line for line in lines(notes, "ran") if line["id"] == run.steps()[0].id]) == 1
