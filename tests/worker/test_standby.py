@@ -68,7 +68,8 @@ def in_a_fork(*calls: Callable[[], None]) -> None:
 # ------------------------------------------------------------------------------------------------- what is said
 
 
-def test_others_know_that_a_process_copes_and_that_it_does_not_any_more() -> None:
+def test_others_know_that_a_process_copes_and_that_it_does_not_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("byrd.task.standby._TRUE_SECONDS", 60.0)
     standby = Standby()
     assert not standby.another_copes()
     in_a_fork(lambda: standby.say(copes=True))
