@@ -20,6 +20,8 @@ RELAY, RECOVERY, WAITS = 0x62797264_02, 0x62797264_03, 0x62797264_04
 
 _BATCH = 0x62797265
 _RUN = "1652126308, hashtext({run}::text)"
+#: Shared by the claims of a slice (``byrd.work``): a worker is not given up while one of them is under way.
+_WORKER = "1652126310, hashtext(%(worker)s)"
 
 #: A row source that shares the run of the step %(id)s, for the FROM of the statement that moves the step.
 SHARE_RUN_OF_STEP = f"""(SELECT pg_advisory_xact_lock_shared({_RUN.format(run="run_id")})
@@ -70,6 +72,16 @@ def own_families(conn: Connection, run_ids: Iterable[str]) -> None:
         {"runs": list(run_ids), "task": SUBWORKFLOW},
     )
     own_runs(conn, found.scalars())
+
+
+def own_worker(conn: Connection, worker_id: str) -> None:
+    """Have a worker to oneself: wait until none of its slices claims anything."""
+    query(conn, f"SELECT pg_advisory_xact_lock({_WORKER})", {"worker": worker_id})
+
+
+def try_own_worker(conn: Connection, worker_id: str) -> bool:
+    """Have a worker to oneself, unless one of its slices claims something just now; false then."""
+    return bool(query(conn, f"SELECT pg_try_advisory_xact_lock({_WORKER})", {"worker": worker_id}).scalar())
 
 
 def own_batch(conn: Connection, step_id: str) -> None:

@@ -333,7 +333,8 @@ def release_worker(
     conn: Connection, worker_id: str, *, reason: str, max_preemptions: int = steps.MAX_PREEMPTIONS
 ) -> list[Wakeup]:
     """End a worker's lease; what it was running becomes ready at once."""
-    # FOR UPDATE waits for the claims that are under way: what they claim is given back with the rest.
+    # Both wait for the claims that are under way: what they claim is given back with the rest.
+    locks.own_worker(conn, worker_id)
     query(conn, "SELECT 1 FROM byrd.workers WHERE id = %(id)s FOR UPDATE", {"id": worker_id})
     query(conn, f"UPDATE byrd.workers SET lease_until = {_NOW}, stopping = true WHERE id = %(id)s", {"id": worker_id})
     wakeups = steps.preempt(conn, worker_id, reason=reason, max_preemptions=max_preemptions, limit=1000)
@@ -348,7 +349,8 @@ def recover(conn: Connection, *, max_preemptions: int = steps.MAX_PREEMPTIONS) -
     """
     if not locks.alone(conn, locks.RECOVERY):
         return [], []
-    lost = query(conn, "SELECT id, hostname FROM byrd.workers WHERE lease_until < now() FOR UPDATE SKIP LOCKED").all()
+    over = query(conn, "SELECT id, hostname FROM byrd.workers WHERE lease_until < now() FOR UPDATE SKIP LOCKED").all()
+    lost = [worker for worker in over if locks.try_own_worker(conn, str(worker.id))]
     # Nobody deletes a worker that runs something, but an operator can.
     deleted = query(
         conn,

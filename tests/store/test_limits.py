@@ -732,7 +732,9 @@ class Line:
         self.run_id = str(run_id)
 
     def rows(self) -> list[Any]:
-        return self.world.sql("SELECT * FROM byrd.steps WHERE run_id = %(run)s AND kind = 'task'", run=self.run_id)
+        return self.world.sql(
+            "SELECT * FROM byrd.steps WHERE run_id = %(run)s AND kind = 'task' ORDER BY no", run=self.run_id
+        )
 
 
 def test_steps_line_up_in_their_order_without_a_message_or_a_claim(world: World) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -297,6 +298,48 @@ def test_nothing_is_claimed_that_was_taken_or_stopped_meanwhile(world: World, pa
     assert outcome.waited
     assert outcome.second.claims == []
     close_all(world)
+
+
+def test_a_worker_that_ends_gives_back_what_its_slices_claim_just_then(world: World) -> None:
+    world.submit(group(sig("a"), sig("b")), shared=True)
+    claims = batch(world, [], most=2, others=True)
+    release = partial(sweeps.release_worker, worker_id=world.worker_id, reason="stops")
+    outcome = race(world.store, claims, release, commit=True)
+    assert outcome.waited
+    assert len(outcome.first.claims) == 2
+    assert [row.status for row in world.sql("SELECT status FROM byrd.steps WHERE task IS NOT NULL")] == ["ready"] * 2
+    assert world.sql("SELECT 1 FROM byrd.workers WHERE id = %(id)s", id=world.worker_id) == []
+
+
+def test_a_worker_is_not_given_up_while_its_slices_claim(world: World) -> None:
+    world.submit(group(sig("a"), sig("b")), shared=True)
+
+    def recover(conn: Connection) -> Any:
+        world.end_lease(world.worker_id)
+        return sweeps.recover(conn)
+
+    outcome = race(world.store, batch(world, [], most=2, others=True), recover, commit=True)
+    assert not outcome.waited
+    assert len(outcome.first.claims) == 2
+    assert outcome.second == ([], [])
+    names, wakeups = world.do(sweeps.recover)
+    assert len(names) == 1
+    assert len(wakeups) == 2
+    close_all(world)
+
+
+def test_a_slice_claims_nothing_for_a_worker_that_was_given_up_meanwhile(world: World) -> None:
+    world.submit(group(sig("a"), sig("b")), shared=True)
+    release = partial(sweeps.release_worker, worker_id=world.worker_id, reason="stops")
+    outcome = race(world.store, release, batch(world, [], most=2, others=True), commit=True)
+    assert outcome.waited
+    assert outcome.second.claims == []
+
+
+def test_a_look_that_finds_nothing_writes_nothing(world: World) -> None:
+    with world.store.engine.begin() as conn:
+        assert batch(world, [], most=2, others=True)(conn) == Work()
+        assert query(conn, "SELECT pg_current_xact_id_if_assigned() IS NULL").scalar_one()
 
 
 def test_others_pass_by_a_run_that_is_being_paused(world: World) -> None:

@@ -2,7 +2,7 @@
 
 A later version of it gets a name of its own, for workers of both versions run side by side during an upgrade.
 
-Locks are taken in the order of :mod:`byrd.store.locks`, run after run: the worker's row, the runs (shared), the steps,
+Locks are taken in the order of :mod:`byrd.store.locks`, run after run: the worker (shared), the runs (shared), the steps,
 and then, for one run after the other, its joins from the inside out; at last the rows of the runs that may be over.
 Whoever calls it names no two joins of one run, or their joins would be taken in an order of their own.
 
@@ -40,10 +40,12 @@ DECLARE
     unusual boolean; uncalled boolean; next_ids text[]; mine_ids text[]; maybe_over uuid[];
     a_run uuid; a_join int; a_count int; left_over int; a_kind text; a_status text; own_left boolean; of_step boolean;
 BEGIN
-    -- A worker is not given up between this check and the commit, or nobody would ever recover what is claimed here.
+    -- A worker is not given up between this check and the commit, or nobody would ever recover what is claimed here.  No
+    -- lock of its row, which is written: a look that finds nothing would have a commit of its own.
     IF most > 0 OR peek THEN
+        PERFORM pg_advisory_xact_lock_shared(1652126310, hashtext(me::text));
         SELECT w.queues, w.shares INTO my_queues, my_tasks FROM byrd.workers w
-         WHERE w.id = me AND w.lease_until > clock_timestamp() AND NOT w.stopping FOR KEY SHARE;
+         WHERE w.id = me AND w.lease_until > clock_timestamp() AND NOT w.stopping;
     END IF;
     my_tasks := coalesce(my_tasks, '{}');
     my_queues := coalesce(my_queues, '{}');
@@ -212,7 +214,10 @@ BEGIN
 
     -- Other ready steps of this worker's queues, whoever was told of them.
     IF others THEN
-        FOR a_queue IN SELECT q FROM unnest(my_queues) q ORDER BY random() LOOP
+        IF cardinality(my_queues) > 1 THEN  -- none comes always first
+            my_queues := ARRAY(SELECT q FROM unnest(my_queues) q ORDER BY random());
+        END IF;
+        FOREACH a_queue IN ARRAY my_queues LOOP
             EXIT WHEN claimed >= most;
             -- First their ids: a LIMIT in the FROM of an UPDATE may be taken again for each of its rows.
             SELECT array_agg(c.id) INTO mine_ids
