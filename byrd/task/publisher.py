@@ -39,8 +39,10 @@ _ENOUGH = 16
 _CONSUMERS_SECONDS = 3.0
 #: More than that are never wanted at once.
 _MANY = 1_000_000
-#: For so long what a queue had room for is remembered.
+#: For so long it is remembered that a queue had room.
 _ROOM_SECONDS = 0.5
+#: To take a wake-up and to look what is ready takes its process this long, at the very least.
+_LEAST_SECONDS = 0.00025
 #: In a queue of no more messages than this, it is looked which are there; of a longer one, it is known how many.
 MOST_READ = 500
 #: Nor is it looked when all of them are larger than this: whoever else uses the queue may put large messages there.
@@ -66,7 +68,8 @@ class Publisher:
         self._line_up = line_up
         #: Asks who consumes a queue; without it, each step gets a message of its own.
         self._ask_consumers = consumers
-        self._consumers: dict[str, tuple[int, float]] = {}
+        #: For each queue, how many wake-ups are enough, how many processes there are for them, and when it was asked.
+        self._consumers: dict[str, tuple[int, int, float]] = {}
         self._complained = self._away_until = 0.0
         #: For each queue, for how many wake-ups there is still room, and when it was looked at.
         self._room: dict[str, tuple[int, float]] = {}
@@ -129,20 +132,23 @@ class Publisher:
     def _remembered(self, producer: Any, queue: str) -> tuple[int, float]:
         """Return how many wake-ups there is room for, and as of when.
 
-        That there was some is true for a while, for they are taken.
+        That there was some is true for a while, for they are taken.  That there was none is true for a moment: until
+        all of those wake-ups may have been taken, and what they are for looked up, nothing needs another one.
         """
         room, looked_at = self._room.get(queue, (0, 0.0))
-        if room <= 0 or time.monotonic() - looked_at > _ROOM_SECONDS:
-            return self._look(producer.connection.default_channel, queue), time.monotonic()
+        enough, processes = self._enough(queue)
+        lasts = _ROOM_SECONDS if room > 0 else _LEAST_SECONDS * enough / max(processes, 1)
+        now = time.monotonic()
+        if now - looked_at > lasts:
+            return self._look(producer.connection.default_channel, queue, enough), now
         return room, looked_at
 
-    def _look(self, channel: Any, queue: str) -> int:
+    def _look(self, channel: Any, queue: str, enough: int) -> int:
         """Return how many wake-ups there is room for, as the queue in Redis tells.
 
         It is long enough when the message that stands so far from its newest end is a wake-up: whoever takes that finds
         what is committed by now, and wakes others while there is more.
         """
-        enough = self._enough(queue)
         if enough >= _MANY:
             return enough
         older = channel.client.lindex(f"{_prefix(channel)}{queue}", enough - 1)
@@ -150,23 +156,26 @@ class Publisher:
             return max(1, enough - int(channel.client.llen(queue)))  # kombu prefixes this one by itself
         return 0 if _SHARED in older else 1
 
-    def _enough(self, queue: str) -> int:
-        """Return how many wake-ups are enough for a queue, as its consumers are: those of threads need one each."""
-        known, since = self._consumers.get(queue, (0, 0.0))
-        if not known or time.monotonic() - since > _CONSUMERS_SECONDS:
-            known = self._ask(queue)
-            self._consumers[queue] = (known, time.monotonic())
-        return known
+    def _enough(self, queue: str) -> tuple[int, int]:
+        """Return how many wake-ups are enough for a queue, as its consumers are, and how many processes these have.
 
-    def _ask(self, queue: str) -> int:
+        Those of threads need one each.
+        """
+        enough, processes, since = self._consumers.get(queue, (0, 0, 0.0))
+        if not enough or time.monotonic() - since > _CONSUMERS_SECONDS:
+            enough, processes = self._ask(queue)
+            self._consumers[queue] = (enough, processes, time.monotonic())
+        return enough, processes
+
+    def _ask(self, queue: str) -> tuple[int, int]:
         if self._ask_consumers is None:
-            return _MANY
+            return _MANY, _MANY
         try:
             processes, all_share = self._ask_consumers(queue)
         except (NotLiveError, DBAPIError) as exc:
             log.debug("who consumes %s is not known: %s", queue, exc)
-            return _MANY
-        return max(_ENOUGH, processes) if all_share else _MANY
+            return _MANY, _MANY
+        return max(_ENOUGH, processes) if all_share else _MANY, processes
 
     def room(self, queue: str) -> int | None:
         """Return for how many wake-ups of steps that need no message of their own there is room in a queue.
@@ -175,10 +184,11 @@ class Publisher:
         """
         try:
             with self.app.producer_pool.acquire(block=True, timeout=5) as producer:
-                if producer.connection.transport.driver_type != "redis" or self._enough(queue) >= _MANY:
+                enough, _ = self._enough(queue)
+                if producer.connection.transport.driver_type != "redis" or enough >= _MANY:
                     return None
                 producer.connection.ensure_connection(max_retries=0, timeout=5)
-                return self._look(producer.connection.default_channel, queue)
+                return self._look(producer.connection.default_channel, queue, enough)
         except Exception as exc:  # noqa: BLE001 - each transport has errors of its own
             self._complain("the broker does not answer (%r); the relay will ask again", exc)
             return 0

@@ -67,6 +67,35 @@ def test_who_consumes_a_queue_is_asked_again_while_much_is_published(
     assert 16 <= len(_sent(broker_url)) < published
 
 
+def test_a_queue_that_was_found_full_is_not_looked_at_again_at_once(
+    app: Celery, broker_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher_module, "_LEAST_SECONDS", 0.1)
+    publisher = Publisher(app, lambda _queue: Consumers(4, all_share=True))
+    assert publisher.publish(_wakeup(no)._replace(solo=False) for no in range(40))
+    assert len(_sent(broker_url)) == 16
+    with redis.Redis.from_url(broker_url) as client:
+        client.delete("celery")
+        looks = client.info("commandstats")["cmdstat_lindex"]["calls"]
+        began = time.monotonic()
+        assert publisher.publish([_wakeup(40)._replace(solo=False)])
+        assert not _sent(broker_url), "for 0.4 s four processes have enough to do with sixteen wake-ups"
+        assert client.info("commandstats")["cmdstat_lindex"]["calls"] == looks
+        wait_until(lambda: publisher.publish([_wakeup(41)._replace(solo=False)]) and _sent(broker_url), timeout=10)
+        assert time.monotonic() - began > 0.2
+
+
+def test_as_many_processes_as_wakeups_are_enough_for_may_have_taken_them_already(app: Celery, broker_url: str) -> None:
+    publisher = Publisher(app, lambda _queue: Consumers(100, all_share=True))
+    assert publisher.publish(_wakeup(no)._replace(solo=False) for no in range(120))
+    assert len(_sent(broker_url)) == 100
+    with redis.Redis.from_url(broker_url) as client:
+        client.delete("celery")
+    time.sleep(0.001)
+    assert publisher.publish([_wakeup(120)._replace(solo=False)])
+    assert _sent(broker_url) == [120]
+
+
 @pytest.mark.parametrize("prefix", ["", "own."])
 def test_which_messages_are_missing(app: Celery, broker_url: str, prefix: str) -> None:
     app.conf.broker_transport_options = {**app.conf.broker_transport_options, "global_keyprefix": prefix}

@@ -2,8 +2,8 @@
 
 A later version of it gets a name of its own, for workers of both versions run side by side during an upgrade.
 
-Locks are taken in the order of :mod:`byrd.store.locks`, run after run: the worker (shared), the runs (shared), the steps,
-and then, for one run after the other, its joins from the inside out; at last the rows of the runs that may be over.
+Locks are taken in the order of :mod:`byrd.store.locks`, run after run: the worker and the runs (shared), the steps, and
+then, for one run after the other, its joins from the inside out; at last the rows of the runs that may be over.
 Whoever calls it names no two joins of one run, or their joins would be taken in an order of their own.
 
 The planner's choices are fixed, for these plans live as long as their connection: made while the tables are small, a
@@ -40,8 +40,8 @@ DECLARE
     unusual boolean; uncalled boolean; next_ids text[]; mine_ids text[]; maybe_over uuid[];
     a_run uuid; a_join int; a_count int; left_over int; a_kind text; a_status text; own_left boolean; of_step boolean;
 BEGIN
-    -- A worker is not given up between this check and the commit, or nobody would ever recover what is claimed here.  No
-    -- lock of its row, which is written: a look that finds nothing would have a commit of its own.
+    -- A worker is not given up between this check and the commit, or nobody would ever recover what is claimed here.
+    -- To lock its row is to write it: a look that finds nothing would have a commit of its own.
     IF most > 0 OR peek THEN
         PERFORM pg_advisory_xact_lock_shared(1652126310, hashtext(me::text));
         SELECT w.queues, w.shares INTO my_queues, my_tasks FROM byrd.workers w
