@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -135,8 +136,10 @@ class Publisher:
         That there was some is true for a while, for they are taken.  That there was none is true for a moment: until
         all of those wake-ups may have been taken, and what they are for looked up, nothing needs another one.
         """
-        room, looked_at = self._room.get(queue, (0, 0.0))
+        room, looked_at = self._room.get(queue, (0, -math.inf))
         enough, processes = self._enough(queue)
+        if enough >= _MANY:
+            return enough, -math.inf
         lasts = _ROOM_SECONDS if room > 0 else _LEAST_SECONDS * enough / max(processes, 1)
         now = time.monotonic()
         if now - looked_at > lasts:
@@ -175,7 +178,7 @@ class Publisher:
         except (NotLiveError, DBAPIError) as exc:
             log.debug("who consumes %s is not known: %s", queue, exc)
             return _MANY, _MANY
-        return max(_ENOUGH, processes) if all_share else _MANY, processes
+        return (max(_ENOUGH, processes), processes) if all_share else (_MANY, _MANY)
 
     def room(self, queue: str) -> int | None:
         """Return for how many wake-ups of steps that need no message of their own there is room in a queue.

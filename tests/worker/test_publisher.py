@@ -85,6 +85,19 @@ def test_a_queue_that_was_found_full_is_not_looked_at_again_at_once(
         assert time.monotonic() - began > 0.2
 
 
+def test_a_full_queue_is_forgotten_once_it_has_a_consumer_that_needs_each_message(
+    app: Celery, broker_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher_module, "_CONSUMERS_SECONDS", 0.0)
+    shared = [True]
+    publisher = Publisher(app, lambda _queue: Consumers(2, shared[0]))
+    assert publisher.publish(_wakeup(no)._replace(solo=False) for no in range(20))
+    assert len(_sent(broker_url)) == 16
+    shared[0] = False
+    assert publisher.publish([_wakeup(20)._replace(solo=False)])
+    assert _sent(broker_url)[-1] == 20
+
+
 def test_as_many_processes_as_wakeups_are_enough_for_may_have_taken_them_already(app: Celery, broker_url: str) -> None:
     publisher = Publisher(app, lambda _queue: Consumers(100, all_share=True))
     assert publisher.publish(_wakeup(no)._replace(solo=False) for no in range(120))
