@@ -349,8 +349,15 @@ def recover(conn: Connection, *, max_preemptions: int = steps.MAX_PREEMPTIONS) -
     """
     if not locks.alone(conn, locks.RECOVERY):
         return [], []
-    over = query(conn, "SELECT id, hostname FROM byrd.workers WHERE lease_until < now() FOR UPDATE SKIP LOCKED").all()
-    lost = [worker for worker in over if locks.try_own_worker(conn, str(worker.id))]
+    # Whoever claims something just now is left alone, and is not kept from renewing its lease.
+    over = query(conn, "SELECT id FROM byrd.workers WHERE lease_until < now()").scalars().all()
+    mine = [str(worker_id) for worker_id in over if locks.try_own_worker(conn, str(worker_id))]
+    lost = query(
+        conn,
+        """SELECT id, hostname FROM byrd.workers WHERE id = ANY(%(ids)s::uuid[]) AND lease_until < now()
+           FOR UPDATE SKIP LOCKED""",
+        {"ids": mine},
+    ).all()
     # Nobody deletes a worker that runs something, but an operator can.
     deleted = query(
         conn,

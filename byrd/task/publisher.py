@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -43,7 +42,7 @@ _MANY = 1_000_000
 #: For so long it is remembered that a queue had room.
 _ROOM_SECONDS = 0.5
 #: To take a wake-up and to look what is ready takes its process this long, at the very least.
-_LEAST_SECONDS = 0.00025
+_TAKING_SECONDS = 0.00025
 #: In a queue of no more messages than this, it is looked which are there; of a longer one, it is known how many.
 MOST_READ = 500
 #: Nor is it looked when all of them are larger than this: whoever else uses the queue may put large messages there.
@@ -72,7 +71,7 @@ class Publisher:
         #: For each queue, how many wake-ups are enough, how many processes there are for them, and when it was asked.
         self._consumers: dict[str, tuple[int, int, float]] = {}
         self._complained = self._away_until = 0.0
-        #: For each queue, for how many wake-ups there is still room, and when it was looked at.
+        #: For each queue, for how many wake-ups there is still room, and until when that is so.
         self._room: dict[str, tuple[int, float]] = {}
 
     def publish(self, wakeups: Iterable[Wakeup]) -> bool:
@@ -122,8 +121,8 @@ class Publisher:
         for wakeup in due:
             if not wakeup.solo:
                 queue = wakeup.queue
-                room, looked_at = left[queue] if queue in left else self._remembered(producer, queue)
-                left[queue] = max(0, room - 1), looked_at
+                room, until = left[queue] if queue in left else self._remembered(producer, queue)
+                left[queue] = (room - 1, until) if room > 1 else (0, until if room == 0 else 0.0)
                 if room <= 0:
                     continue
             wanted.append(wakeup)
@@ -131,33 +130,36 @@ class Publisher:
         return wanted
 
     def _remembered(self, producer: Any, queue: str) -> tuple[int, float]:
-        """Return how many wake-ups there is room for, and as of when.
-
-        That there was some is true for a while, for they are taken.  That there was none is true for a moment: until
-        all of those wake-ups may have been taken, and what they are for looked up, nothing needs another one.
-        """
-        room, looked_at = self._room.get(queue, (0, -math.inf))
+        """Return how many wake-ups there is room for, and until when that is so, by the monotonic clock."""
         enough, processes = self._enough(queue)
         if enough >= _MANY:
-            return enough, -math.inf
-        lasts = _ROOM_SECONDS if room > 0 else _LEAST_SECONDS * enough / max(processes, 1)
+            return enough, 0.0
+        room, until = self._room.get(queue, (0, 0.0))
         now = time.monotonic()
-        if now - looked_at > lasts:
-            return self._look(producer.connection.default_channel, queue, enough), now
-        return room, looked_at
+        if now >= until:
+            room, only_wakeups = self._look(producer.connection.default_channel, queue, enough)
+            if room > 0:  # they are taken, so there will not be less for a while, but for what others put there
+                until = now + _ROOM_SECONDS
+            elif only_wakeups:  # nothing needs another one until all of them may have been taken, and looked
+                until = now + _TAKING_SECONDS * enough / max(processes, 1)
+        return room, until
 
-    def _look(self, channel: Any, queue: str, enough: int) -> int:
-        """Return how many wake-ups there is room for, as the queue in Redis tells.
+    def _look(self, channel: Any, queue: str, enough: int) -> tuple[int, bool]:
+        """Return how many wake-ups there is room for, as the queue in Redis tells, and whether it ends with wake-ups.
 
         It is long enough when the message that stands so far from its newest end is a wake-up: whoever takes that finds
         what is committed by now, and wakes others while there is more.
         """
         if enough >= _MANY:
-            return enough
-        older = channel.client.lindex(f"{_prefix(channel)}{queue}", enough - 1)
-        if older is None:
-            return max(1, enough - int(channel.client.llen(queue)))  # kombu prefixes this one by itself
-        return 0 if _SHARED in older else 1
+            return enough, False
+        key = f"{_prefix(channel)}{queue}"
+        with channel.client.pipeline(transaction=False) as pipe:
+            newest, oldest = pipe.lindex(key, 0).lindex(key, enough - 1).execute()
+        if oldest is None:
+            return max(1, enough - int(channel.client.llen(queue))), False  # kombu prefixes this one by itself
+        if _SHARED not in oldest:
+            return 1, False
+        return 0, _SHARED in newest
 
     def _enough(self, queue: str) -> tuple[int, int]:
         """Return how many wake-ups are enough for a queue, as its consumers are, and how many processes these have.
@@ -191,7 +193,7 @@ class Publisher:
                 if producer.connection.transport.driver_type != "redis" or enough >= _MANY:
                     return None
                 producer.connection.ensure_connection(max_retries=0, timeout=5)
-                return self._look(producer.connection.default_channel, queue, enough)
+                return self._look(producer.connection.default_channel, queue, enough)[0]
         except Exception as exc:  # noqa: BLE001 - each transport has errors of its own
             self._complain("the broker does not answer (%r); the relay will ask again", exc)
             return 0

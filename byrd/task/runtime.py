@@ -29,6 +29,7 @@ from byrd.model import Mark, StepKind
 from byrd.policies import Retry
 from byrd.store import Store, Wakeup, limits, steps, sweeps
 from byrd.task.publisher import Publisher
+from byrd.task.standby import Standby
 from byrd.task.values import loads
 
 T = TypeVar("T")
@@ -79,10 +80,11 @@ class Runtime:
         self.chores: deque[Callable[[], list[Wakeup]]] = deque()
         #: What it has to publish: the sweeper does it.
         self.outbox: deque[Wakeup] = deque()
-        #: Shared with the pool processes: whether anybody listens to Celery's events, whether the worker stops, and
-        #: which step each of them runs.
+        #: Shared with the pool processes: whether anybody listens to Celery's events, whether the worker stops, which
+        #: step each of them runs, and whether one of them copes alone.
         self._flags: mmap.mmap | None = None
         self._running: mmap.mmap | None = None
+        self.standby = Standby()
         self._natures: dict[str, tuple[tuple[Any, ...], _Nature]] = {}
         #: The settings when they were read, and what was read of them.
         self._settings: tuple[Any, int, dict[str, Any], dict[str, Any]] | None = None
@@ -150,6 +152,7 @@ class Runtime:
         self._worker_id = os.environ[_WORKER_ID] = worker_id
         self._main_pid = os.getpid()
         self._flags, self._running = mmap.mmap(-1, 2), mmap.mmap(-1, _SLOTS * _SLOT_BYTES)
+        self.standby = Standby()
 
     @property
     def listened(self) -> bool:

@@ -32,7 +32,6 @@ from byrd.store.database import first_line
 from byrd.store.work import Done, Own, Work
 from byrd.task.attempt import Attempt
 from byrd.task.runtime import Runtime
-from byrd.task.standby import STANDBY
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +46,8 @@ _AFTER_ERROR_SECONDS = 1.0
 #: A wake-up costs more than this many looks at what is ready, and where wake-ups come so close to each other, more work
 #: is likely to come within these few milliseconds.
 _LOOKS, _LOOK_AFTER_SECONDS, _CLOSE_SECONDS = 4, 0.005, 0.03
-#: A process copes alone while it runs what it has claimed within so many times what it takes to claim it.
+#: A process copes alone while it runs what it has claimed within so many times what the statement takes that records
+#: it and claims the next.
 _EASY = 2
 #: No slice runs more steps than this.
 _MOST_STEPS = 2000
@@ -60,6 +60,9 @@ class Slice:
         self.runtime, self._run = runtime, run
         self._pid = os.getpid()
         self._pace = _pace()
+        self._standby = runtime.standby
+        #: How long the last statement took.
+        self._statement_seconds = 0.0
         #: Held while what follows is changed, and by the watch while it does something about it.
         self._lock = threading.Lock()
         self._waiting: deque[Claim] = deque()
@@ -81,14 +84,15 @@ class Slice:
 
         Returns whether that step is still to be claimed, in the ordinary way, and its outcome if it was run here.
         """
-        outcome = None
+        runtime, outcome = self.runtime, None
         watch = _watch()
         watch.begin(self)
         try:
-            self._stand_by()
+            # Of those that stood by one goes on as if it coped, until it knows more; the others need not all join in.
+            self._standby.say(copes=self._standby.stand_by(self._ends_at, unless=lambda: runtime.stopping))
             own_is_ready = self._exchange([], own=own).own_is_ready
             while (claim := self._next() or self._linger()) is not None:
-                got = self._run(Attempt(self.runtime, claim, in_slice=self))
+                got = self._run(Attempt(runtime, claim, in_slice=self))
                 self._busy_since = self._current = None
                 if claim.id == own.step_id:
                     outcome = got
@@ -96,7 +100,7 @@ class Slice:
             self._abandon()
             raise
         finally:
-            STANDBY.say(copes=False)
+            self._standby.say(copes=False)
             watch.end()
             self._pace.ended_at = time.monotonic()
         return own_is_ready, outcome
@@ -143,14 +147,6 @@ class Slice:
 
     # -- in between ------------------------------------------------------------------------------
 
-    def _stand_by(self) -> None:
-        """Wait while another process copes; no longer than this slice has time."""
-        stood_by = False
-        while STANDBY.another_copes() and time.monotonic() < self._ends_at and not self.runtime.stopping:
-            stood_by = True
-            STANDBY.rest()
-        STANDBY.say(copes=stood_by)  # of those that stood by, one goes on, until it knows more
-
     def _next(self) -> Claim | None:
         """Return the next step to run; None when the slice is over."""
         with self._lock:
@@ -171,7 +167,7 @@ class Slice:
         for _ in range(_LOOKS if self._close and self.steps > 0 else 0):
             if self.runtime.stopping or time.monotonic() + _LOOK_AFTER_SECONDS >= self._ends_at:
                 break
-            STANDBY.say(copes=False)
+            self._standby.say(copes=False)
             time.sleep(_LOOK_AFTER_SECONDS)
             self._over = False
             if self._exchange([]).claims:
@@ -207,11 +203,11 @@ class Slice:
             if room or own is not None:  # Postgres says whether its worker still may: if not, it is sent again
                 # What follows each step that is done is run on here, whatever the pace.
                 most = max(self._pace.steps_at_once, len(last))
-                asked_at = time.monotonic()
                 found = self._call(last, current, own=own, most=most, others=room, peek=own is not None)
-                STANDBY.say(copes=self._pace.is_easy(len(found.claims), most, time.monotonic() - asked_at))
+                is_easy = self._pace.is_easy(len(found.claims), most, self._statement_seconds)
+                self._standby.say(copes=room and is_easy)
             else:
-                STANDBY.say(copes=False)
+                self._standby.say(copes=False)
                 found = self._call(last, current, peek=True)  # others are to go on where this slice ends
             with self._lock:
                 self._over = not found.claims
@@ -308,9 +304,12 @@ class Slice:
 
     def _work(self, **wanted: Any) -> Work:
         runtime, token = self.runtime, str(uuid.uuid4())
-        return runtime.patient_store.run_alone(
+        began = time.monotonic()
+        found = runtime.patient_store.run_alone(
             work.work, worker_id=runtime.worker_id, pid=self._pid, token=token, **wanted
         )
+        self._statement_seconds = time.monotonic() - began
+        return found
 
     def _one_by_one(self, done: Sequence[Done], current: str | None) -> Work:
         """Record results each in a transaction of its own: what is unusual, or is refused by Postgres."""
@@ -375,9 +374,9 @@ class Pace:
         """A step took longer than those before it: claim one at a time again."""
         self.steps_at_once, self._steps, self._each = 1, 0, math.inf
 
-    def is_easy(self, steps: int, most: int, call_seconds: float) -> bool:
-        """Tell whether so many steps are all that there is, and take little time beside what claimed them."""
-        return 0 < steps < most and steps * self._each <= _EASY * call_seconds
+    def is_easy(self, steps: int, most: int, statement_seconds: float) -> bool:
+        """Tell whether so many steps are all that there is, and take little time beside the statement that claims."""
+        return 0 < steps < most and steps * self._each <= _EASY * statement_seconds
 
 
 class _Watch(threading.Thread):

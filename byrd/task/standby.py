@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import mmap
 import time
+from collections.abc import Callable
 
 #: What a process has said is true for so long: it says so again, or takes it back, with each statement.
 _TRUE_SECONDS = 0.02
 #: How often those that stand by look, which costs each of them about a hundredth of a core.
 _LOOK_SECONDS = 0.005
+#: Nobody stands by longer, for in the queue there may be messages behind the one in hand that nobody else can take.
+_MOST_SECONDS = 0.05
 
 
 class Standby:
     """Until when a process of this worker copes, by the clock that all processes of a machine share.
 
-    It is in memory that pool processes inherit from the process that forks them.  Where they are not forked each has
+    It is in memory that pool processes inherit from the worker that forks them.  Where they are not forked each has
     its own, and none ever stands by.  Two that write at once do no harm: what is lost is said again, or expires.
     """
 
@@ -44,10 +47,16 @@ class Standby:
         """Tell whether another process copes, so that this one need not join in."""
         return self._mine != self._until[0] > time.monotonic()
 
-    def rest(self) -> None:
-        """Wait until it is time to look again."""
-        time.sleep(_LOOK_SECONDS)
+    def stand_by(self, until: float, *, unless: Callable[[], bool]) -> bool:
+        """Wait while another process copes; return whether it has ceased to meanwhile.
 
-
-#: Of this worker.
-STANDBY = Standby()
+        It ends ``until`` then, by the monotonic clock, and after ``_MOST_SECONDS`` at the latest.
+        """
+        until = min(until, time.monotonic() + _MOST_SECONDS)
+        stood_by = False
+        while self.another_copes():
+            if time.monotonic() >= until or unless():
+                return False
+            stood_by = True
+            time.sleep(_LOOK_SECONDS)
+        return stood_by

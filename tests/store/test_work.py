@@ -337,6 +337,13 @@ def test_a_claim_is_that_of_the_process_and_recovered_with_it(world: World) -> N
 # ------------------------------------------------------------------------------------------------- waking others
 
 
+def test_peek_shows_what_is_left_to_others_by_a_call_that_takes_its_own_step_only(world: World) -> None:
+    run = world.submit(group(sig("a"), sig("b")), shared=True)
+    found = world.work(own=world.step(run, "a"), most=5, others=False, peek=True)
+    assert (tasks(found), woken(found)) == (["a"], ["b"])
+    assert world.work(own=world.step(run, "b"), most=5, others=True, peek=True).wakeups == []
+
+
 def test_peek_shows_one_ready_step_of_each_queue_and_claims_nothing(world: World) -> None:
     world.sql("UPDATE byrd.workers SET queues = ARRAY['work', 'elsewhere', 'empty'] RETURNING 1")
     world.submit(group(sig("a"), sig("b"), sig("c", queue="elsewhere"), sig("d", queue="unheard")), shared=True)

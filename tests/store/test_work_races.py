@@ -328,6 +328,18 @@ def test_a_worker_is_not_given_up_while_its_slices_claim(world: World) -> None:
     close_all(world)
 
 
+def test_a_recovery_that_passes_by_a_worker_keeps_it_from_nothing(world: World) -> None:
+    world.submit(sig("a"), shared=True)
+    with world.store.engine.begin() as claiming:
+        claims = batch(world, [], most=2, others=True)(claiming).claims
+        world.end_lease(world.worker_id)
+        outcome = race(world.store, sweeps.recover, partial(sweeps.stop_worker, worker_id=world.worker_id), commit=True)
+        assert not outcome.waited
+        assert outcome.first == ([], [])
+    assert world.settle(claims[0]) == []
+    close_all(world)
+
+
 def test_a_slice_claims_nothing_for_a_worker_that_was_given_up_meanwhile(world: World) -> None:
     world.submit(group(sig("a"), sig("b")), shared=True)
     release = partial(sweeps.release_worker, worker_id=world.worker_id, reason="stops")

@@ -70,19 +70,48 @@ def test_who_consumes_a_queue_is_asked_again_while_much_is_published(
 def test_a_queue_that_was_found_full_is_not_looked_at_again_at_once(
     app: Celery, broker_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publisher_module, "_LEAST_SECONDS", 0.1)
+    monkeypatch.setattr(publisher_module, "_TAKING_SECONDS", 100.0)
     publisher = Publisher(app, lambda _queue: Consumers(4, all_share=True))
-    assert publisher.publish(_wakeup(no)._replace(solo=False) for no in range(40))
-    assert len(_sent(broker_url)) == 16
+    assert publisher.publish(_wakeup(no)._replace(solo=False) for no in range(16))
+    assert publisher.publish([_wakeup(16)._replace(solo=False)])
+    assert _sent(broker_url) == [*range(16)]
     with redis.Redis.from_url(broker_url) as client:
         client.delete("celery")
         looks = client.info("commandstats")["cmdstat_lindex"]["calls"]
-        began = time.monotonic()
-        assert publisher.publish([_wakeup(40)._replace(solo=False)])
-        assert not _sent(broker_url), "for 0.4 s four processes have enough to do with sixteen wake-ups"
+        assert publisher.publish([_wakeup(17)._replace(solo=False)])
+        assert not _sent(broker_url), "four processes have enough to do with sixteen wake-ups"
         assert client.info("commandstats")["cmdstat_lindex"]["calls"] == looks
-        wait_until(lambda: publisher.publish([_wakeup(41)._replace(solo=False)]) and _sent(broker_url), timeout=10)
-        assert time.monotonic() - began > 0.2
+
+
+def test_a_full_queue_is_looked_at_again_once_all_may_have_been_taken(
+    app: Celery, broker_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher_module, "_TAKING_SECONDS", 0.02)
+    publisher = Publisher(app, lambda _queue: Consumers(4, all_share=True))
+    assert publisher.publish(_wakeup(no)._replace(solo=False) for no in range(16))
+    assert publisher.publish([_wakeup(16)._replace(solo=False)])
+    with redis.Redis.from_url(broker_url) as client:
+        client.delete("celery")
+    time.sleep(0.09)
+    assert publisher.publish([_wakeup(17)._replace(solo=False)])
+    assert _sent(broker_url) == [17]
+
+
+def test_a_full_queue_is_looked_at_again_at_once_when_it_does_not_end_with_wakeups(
+    app: Celery, broker_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one wake-up in it may be taken at once, and others run something else."""
+    monkeypatch.setattr(publisher_module, "_TAKING_SECONDS", 100.0)
+    monkeypatch.setattr(publisher_module, "_ROOM_SECONDS", 0.0)
+    publisher = Publisher(app, lambda _queue: Consumers(4, all_share=True))
+    with redis.Redis.from_url(broker_url) as client:
+        assert publisher.publish([_wakeup(0)._replace(solo=False)])
+        assert publisher.publish(_wakeup(no) for no in range(1, 16))
+        assert publisher.publish([_wakeup(16)._replace(solo=False)])
+        assert _sent(broker_url) == [*range(16)], "one more would tell nobody anything"
+        assert b"step-0" in client.rpop("celery")
+        assert publisher.publish([_wakeup(17)._replace(solo=False)])
+        assert _sent(broker_url) == [*range(1, 16), 17]
 
 
 def test_a_full_queue_is_forgotten_once_it_has_a_consumer_that_needs_each_message(
@@ -98,13 +127,16 @@ def test_a_full_queue_is_forgotten_once_it_has_a_consumer_that_needs_each_messag
     assert _sent(broker_url)[-1] == 20
 
 
-def test_as_many_processes_as_wakeups_are_enough_for_may_have_taken_them_already(app: Celery, broker_url: str) -> None:
+def test_as_many_processes_as_wakeups_are_enough_for_may_have_taken_them_already(
+    app: Celery, broker_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher_module, "_TAKING_SECONDS", 0.02)
     publisher = Publisher(app, lambda _queue: Consumers(100, all_share=True))
     assert publisher.publish(_wakeup(no)._replace(solo=False) for no in range(120))
     assert len(_sent(broker_url)) == 100
     with redis.Redis.from_url(broker_url) as client:
         client.delete("celery")
-    time.sleep(0.001)
+    time.sleep(0.025)
     assert publisher.publish([_wakeup(120)._replace(solo=False)])
     assert _sent(broker_url) == [120]
 

@@ -38,18 +38,23 @@ def lines(notes: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def start(cluster: Cluster, notes: Path, *, slice_seconds: float = 0.2, concurrency: int = 2) -> Worker:
-    env = {"NOTES": str(notes), "TEST_SLICE_SECONDS": str(slice_seconds)}
+def start(cluster: Cluster, notes: Path, *, concurrency: int = 2, **settings: float) -> Worker:
+    """Start a worker; ``true``, ``stand_by``, ``slice``: its times in seconds, where they are not the usual ones."""
+    env = {"NOTES": str(notes)} | {f"TEST_{name.upper()}_SECONDS": str(value) for name, value in settings.items()}
     worker = cluster.worker(APP, concurrency=concurrency, env=env)
     assert cluster.app(APP).engine.submit(cluster.app(APP).tick.s(0)).get(timeout=60) == 0
     return worker
 
 
-def pretend(app: Any, notes: Path, seconds: float, *, once: bool = False) -> int:
-    """Have one process say that it copes; return its process id."""
-    app.cope.apply_async((seconds, once))
+def pretend(app: Any, notes: Path, *, once: bool = False) -> int:
+    """Have one process say, until ``enough``, that it copes; return its process id."""
+    app.cope.apply_async((str(notes / "enough"), once))
     copes: list[dict[str, Any]] = wait_until(lambda: lines(notes, "copes"), timeout=30)
     return int(copes[0]["pid"])
+
+
+def enough(notes: Path) -> None:
+    (notes / "enough").touch()
 
 
 def ran_at(notes: Path, run: Any) -> float:
@@ -112,33 +117,44 @@ def test_short_steps_let_others_stand_by_and_long_ones_do_not(cluster: Cluster, 
     assert not any(long)
 
 
+def has_run(notes: Path, run: Any) -> bool:
+    return any(line["id"] == run.steps()[0].id for line in lines(notes, "ran"))
+
+
 def test_a_step_waits_while_another_process_copes(cluster: Cluster, app: Any, notes: Path) -> None:
-    start(cluster, notes, slice_seconds=20)
-    pretend(app, notes, 0.5)
+    start(cluster, notes, slice=30, stand_by=30, true=2)
+    pretend(app, notes)
     run = app.engine.submit(app.tick.s(1))
+    time.sleep(0.5)
+    assert not has_run(notes, run)
+    enough(notes)
     assert run.get(timeout=30) == 1
     [_, ended] = lines(notes, "copes")
     assert ended["at"] <= ran_at(notes, run) < ended["at"] + 5
 
 
-def test_no_step_waits_for_longer_than_a_slice_takes(cluster: Cluster, app: Any, notes: Path) -> None:
-    start(cluster, notes)
-    pretend(app, notes, 8)
+@pytest.mark.parametrize("settings", [{"slice": 0.2, "stand_by": 30}, {"slice": 30}])
+def test_no_step_waits_for_longer_than_its_slice_takes_nor_than_a_moment(
+    cluster: Cluster, app: Any, notes: Path, settings: dict[str, float]
+) -> None:
+    start(cluster, notes, concurrency=2, true=30, **settings)
+    pretend(app, notes)
     began = time.time()
     run = app.engine.submit(app.tick.s(1))
     assert run.get(timeout=30) == 1
     assert ran_at(notes, run) < began + 4
     assert len(lines(notes, "copes")) == 1, "it says so still"
+    enough(notes)
 
 
 @pytest.mark.parametrize("fault", ["killed", "frozen", "busy"])
 def test_a_process_that_copes_no_more_without_saying_so(cluster: Cluster, app: Any, notes: Path, fault: str) -> None:
-    start(cluster, notes, slice_seconds=20)
-    pid = pretend(app, notes, 15, once=fault == "busy")
+    start(cluster, notes, slice=30, stand_by=30, true=1)
+    pid = pretend(app, notes, once=fault == "busy")
     run = app.engine.submit(app.tick.s(1))
-    time.sleep(0.2)
     if fault != "busy":
-        assert not [line for line in lines(notes, "ran") if line["id"] == run.steps()[0].id]
+        time.sleep(0.2)
+        assert not has_run(notes, run)
         os.kill(pid, signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
     gone = time.time()
     try:
@@ -146,17 +162,19 @@ def test_a_process_that_copes_no_more_without_saying_so(cluster: Cluster, app: A
     finally:
         if fault == "frozen":
             os.kill(pid, signal.SIGCONT)
-    assert ran_at(notes, run) < gone + 5
+        enough(notes)
+    assert ran_at(notes, run) < gone + 10
 
 
 def test_a_worker_that_is_told_to_stop_waits_for_none_that_stands_by(cluster: Cluster, app: Any, notes: Path) -> None:
-    worker = start(cluster, notes, slice_seconds=30)
-    pretend(app, notes, 3)
+    worker = start(cluster, notes, slice=60, stand_by=60, true=60)
+    pretend(app, notes, once=True)
     run = app.engine.submit(app.tick.s(1))
     time.sleep(0.3)
+    enough(notes)
     began = time.monotonic()
     assert worker.stop() == 0
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 20
     start(cluster, notes)
     assert run.get(timeout=60) == 1
     assert len([line for line in lines(notes, "ran") if line["id"] == run.steps()[0].id]) == 1

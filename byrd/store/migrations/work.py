@@ -41,7 +41,8 @@ DECLARE
     a_run uuid; a_join int; a_count int; left_over int; a_kind text; a_status text; own_left boolean; of_step boolean;
 BEGIN
     -- A worker is not given up between this check and the commit, or nobody would ever recover what is claimed here.
-    -- To lock its row is to write it: a look that finds nothing would have a commit of its own.
+    -- To lock its row is to write it: a look that finds nothing would have a commit of its own.  An advisory lock
+    -- needs no transaction id.
     IF most > 0 OR peek THEN
         PERFORM pg_advisory_xact_lock_shared(1652126310, hashtext(me::text));
         SELECT w.queues, w.shares INTO my_queues, my_tasks FROM byrd.workers w
@@ -256,8 +257,8 @@ BEGIN
                    (SELECT p.id FROM byrd.steps p WHERE p.run_id = s.run_id AND p.no = s.after), NULL::int, NULL
               FROM byrd.steps s WHERE s.id = ANY(ready_ids);
     END IF;
-    -- There is more than this process takes, and nobody else is told of it.
-    IF peek AND claimed >= most AND cardinality(ready_ids) = 0 THEN
+    -- There is more than this process takes, or it takes none, and nobody else is told of it.
+    IF peek AND (claimed >= most OR NOT others) AND cardinality(ready_ids) = 0 THEN
         RETURN QUERY
             SELECT 'ready', s.id, s.run_id, s.no, s.kind, s.task, s.queue, s.attempt, s.retries, 1, NULL, NULL,
                    s.options, s.group_id, NULL::int, s.join_pos,
