@@ -43,6 +43,8 @@ _MANY = 1_000_000
 _ROOM_SECONDS = 0.5
 #: To take a wake-up and to look what is ready takes its process this long, at the very least.
 _TAKING_SECONDS = 0.00025
+#: What a queue that nobody is known to consume holds will stay there for so long.
+_NOBODY_SECONDS = 0.02
 #: In a queue of no more messages than this, it is looked which are there; of a longer one, it is known how many.
 MOST_READ = 500
 #: Nor is it looked when all of them are larger than this: whoever else uses the queue may put large messages there.
@@ -84,6 +86,7 @@ class Publisher:
         due = [wakeup for wakeup in wakeups if wakeup.due]
         if limited := [wakeup for wakeup in due if wakeup.limited]:
             due = [wakeup for wakeup in due if not wakeup.limited] + self._in_line(limited)
+        due = self._not_known_to_be_vain(due)
         if not due:
             return True
         if time.monotonic() < self._away_until:
@@ -111,6 +114,15 @@ class Publisher:
         except (NotLiveError, DBAPIError) as exc:  # a worker may take them, and have them wait
             self._complain("Postgres does not answer (%r); what waits for a limit is sent instead", exc)
             return limited
+
+    def _not_known_to_be_vain(self, due: list[Wakeup]) -> list[Wakeup]:
+        """Leave out the wake-ups that nobody needs as far as one knows without the broker."""
+        full = {wakeup.queue for wakeup in due if not wakeup.solo and self._is_full(wakeup.queue)}
+        return [wakeup for wakeup in due if wakeup.solo or wakeup.queue not in full] if full else due
+
+    def _is_full(self, queue: str) -> bool:
+        room, until = self._room.get(queue, (0, 0.0))
+        return room == 0 and time.monotonic() < until and self._enough(queue)[0] < _MANY
 
     def _wanted(self, producer: Any, due: list[Wakeup]) -> list[Wakeup]:
         """Leave out the wake-ups that nobody needs."""
@@ -141,7 +153,7 @@ class Publisher:
             if room > 0:  # they are taken, so there will not be less for a while, but for what others put there
                 until = now + _ROOM_SECONDS
             elif only_wakeups:  # nothing needs another one until all of them may have been taken, and looked
-                until = now + _TAKING_SECONDS * enough / max(processes, 1)
+                until = now + (_TAKING_SECONDS * enough / processes if processes else _NOBODY_SECONDS)
         return room, until
 
     def _look(self, channel: Any, queue: str, enough: int) -> tuple[int, bool]:

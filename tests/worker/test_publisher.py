@@ -67,11 +67,12 @@ def test_who_consumes_a_queue_is_asked_again_while_much_is_published(
     assert 16 <= len(_sent(broker_url)) < published
 
 
+@pytest.mark.parametrize(("processes", "lasts"), [(4, "_TAKING_SECONDS"), (0, "_NOBODY_SECONDS")])
 def test_a_queue_that_was_found_full_is_not_looked_at_again_at_once(
-    app: Celery, broker_url: str, monkeypatch: pytest.MonkeyPatch
+    app: Celery, broker_url: str, monkeypatch: pytest.MonkeyPatch, processes: int, lasts: str
 ) -> None:
-    monkeypatch.setattr(publisher_module, "_TAKING_SECONDS", 100.0)
-    publisher = Publisher(app, lambda _queue: Consumers(4, all_share=True))
+    monkeypatch.setattr(publisher_module, lasts, 100.0)
+    publisher = Publisher(app, lambda _queue: Consumers(processes, all_share=True))
     assert publisher.publish(_wakeup(no)._replace(solo=False) for no in range(16))
     assert publisher.publish([_wakeup(16)._replace(solo=False)])
     assert _sent(broker_url) == [*range(16)]
@@ -79,8 +80,10 @@ def test_a_queue_that_was_found_full_is_not_looked_at_again_at_once(
         client.delete("celery")
         looks = client.info("commandstats")["cmdstat_lindex"]["calls"]
         assert publisher.publish([_wakeup(17)._replace(solo=False)])
-        assert not _sent(broker_url), "four processes have enough to do with sixteen wake-ups"
+        assert not _sent(broker_url), "there is enough to do with sixteen wake-ups"
         assert client.info("commandstats")["cmdstat_lindex"]["calls"] == looks
+        assert publisher.publish([_wakeup(18)._replace(solo=False), _wakeup(19)])
+        assert _sent(broker_url) == [19], "what needs a message of its own has it"
 
 
 def test_a_full_queue_is_looked_at_again_once_all_may_have_been_taken(
