@@ -14,6 +14,8 @@ import byrd
 
 app = Celery("shop")
 app.conf.byrd_lease_seconds = float(os.environ.get("TEST_LEASE_SECONDS", "3"))
+if "TEST_POLL_SECONDS" in os.environ:  # for so long a worker waits for a message before it asks Redis again
+    app.conf.broker_transport_options = {"polling_interval": float(os.environ["TEST_POLL_SECONDS"])}
 engine = byrd.Byrd(app)
 
 

@@ -120,6 +120,10 @@ def test_a_busy_worker_a_missing_task_a_missing_queue_and_a_lost_worker(
     becomes(held, rf"Step 0 .* is ready .* in queue 'celery', .*; it lost its worker at {TIME} \(.*lease.* ran out\)\.")
 
 
+#: The message must come while Redis still has a worker's word: usually that is good for a second only.
+PATIENT = {"TEST_LEASE_SECONDS": "60", "TEST_POLL_SECONDS": "30"}
+
+
 def frozen_in_wait(cluster: Cluster, worker: Worker) -> bool:
     """Freeze a worker just when Redis has its word that it takes the next message."""
     worker.sigstop()
@@ -134,7 +138,7 @@ def frozen_in_wait(cluster: Cluster, worker: Worker) -> bool:
 
 
 def test_a_message_that_is_not_taken(cluster: Cluster, shop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    worker = cluster.worker(APP, env={"TEST_LEASE_SECONDS": "60"})
+    worker = cluster.worker(APP, env=PATIENT)
     wait_until(lambda: frozen_in_wait(cluster, worker), what="worker that waits for a message")
     run = shop.engine.submit(shop.price.s(1))
     becomes(
@@ -186,7 +190,7 @@ def test_of_many_that_are_alike_it_names_those_whose_messages_are_lost(
     cluster: Cluster, shop: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the queue is looked at once, for all of them."""
-    worker = cluster.worker(APP, env={"TEST_LEASE_SECONDS": "60"})
+    worker = cluster.worker(APP, env=PATIENT)
     wait_until(lambda: frozen_in_wait(cluster, worker), what="worker that waits for a message")
     shop.engine.submit(shop.price.s(0))  # which the frozen worker gets
     run = shop.engine.submit(group(shop.price.s(n).set(time_limit=60) for n in range(10)))
