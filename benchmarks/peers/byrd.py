@@ -126,12 +126,13 @@ class ByrdPeer(plain.CeleryPeer):
         return [found[handle.id] for handle in handles]
 
     def grow(self, finished: int) -> None:
-        """Fill the tables as :mod:`benchmarks.scale` does."""
+        """Fill the tables as :mod:`benchmarks.scale` does, and have Postgres write to its disk what is left of that."""
         from benchmarks.scale import fill
 
         fill(self.engine, finished=finished, waiting=0)
         with self._callers.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
             conn.execute(text("DELETE FROM byrd.workers"))  # the filling's own, which nobody is
+            conn.execute(text("CHECKPOINT"))
 
     def checkpoints(self, items: int, every: int) -> dict[str, float]:
         """Run the loop with checkpoints, with one at its end only, and as a plain task without any."""

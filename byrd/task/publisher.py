@@ -35,8 +35,8 @@ _AWAY_SECONDS = 1.0
 #: So many wake-ups one after the other are enough, or one for each process that might take them: whoever takes one goes
 #: on with what else is ready, and sees that others are woken while there is more.
 _ENOUGH = 16
-#: For so long it is remembered who consumes a queue.
-_CONSUMERS_SECONDS = 3.0
+#: For so long it is remembered who consumes a queue, and that nobody does.
+_CONSUMERS_SECONDS, _NO_CONSUMERS_SECONDS = 3.0, 0.2
 #: More than that are never wanted at once.
 _MANY = 1_000_000
 #: For so long it is remembered that a queue had room.
@@ -73,7 +73,7 @@ class Publisher:
         #: For each queue, how many wake-ups are enough, how many processes there are for them, and when it was asked.
         self._consumers: dict[str, tuple[int, int, float]] = {}
         self._complained = self._away_until = 0.0
-        #: For each queue, for how many wake-ups there is still room, and until when that is so.
+        #: For each queue, for how many wake-ups there is still room, and until when that is so; then it is not known.
         self._room: dict[str, tuple[int, float]] = {}
 
     def publish(self, wakeups: Iterable[Wakeup]) -> bool:
@@ -86,12 +86,14 @@ class Publisher:
         due = [wakeup for wakeup in wakeups if wakeup.due]
         if limited := [wakeup for wakeup in due if wakeup.limited]:
             due = [wakeup for wakeup in due if not wakeup.limited] + self._in_line(limited)
-        due = self._not_known_to_be_vain(due)
         if not due:
             return True
         if time.monotonic() < self._away_until:
             return False
         try:
+            due = self._not_known_to_be_vain(due)
+            if not due:
+                return True
             with self.app.producer_pool.acquire(block=True, timeout=5) as producer:
                 # Else kombu would try for six seconds to reach a broker that refuses.
                 producer.connection.ensure_connection(max_retries=0, timeout=5)
@@ -149,18 +151,19 @@ class Publisher:
         room, until = self._room.get(queue, (0, 0.0))
         now = time.monotonic()
         if now >= until:
-            room, only_wakeups = self._look(producer.connection.default_channel, queue, enough)
+            room, newest_is_one = self._look(producer.connection.default_channel, queue, enough)
             if room > 0:  # they are taken, so there will not be less for a while, but for what others put there
                 until = now + _ROOM_SECONDS
-            elif only_wakeups:  # nothing needs another one until all of them may have been taken, and looked
+            elif newest_is_one:  # nothing needs another one until all messages may have been taken, and looked
                 until = now + (_TAKING_SECONDS * enough / processes if processes else _NOBODY_SECONDS)
         return room, until
 
     def _look(self, channel: Any, queue: str, enough: int) -> tuple[int, bool]:
-        """Return how many wake-ups there is room for, as the queue in Redis tells, and whether it ends with wake-ups.
+        """Return how many wake-ups there is room for, as the queue in Redis tells, and whether its newest is one, too.
 
         It is long enough when the message that stands so far from its newest end is a wake-up: whoever takes that finds
-        what is committed by now, and wakes others while there is more.
+        what is committed by now, and wakes others while there is more.  What is committed later is found by whoever
+        takes the newest, and to take all that is before that takes its time, whatever it is.
         """
         if enough >= _MANY:
             return enough, False
@@ -179,7 +182,7 @@ class Publisher:
         Those of threads need one each.
         """
         enough, processes, since = self._consumers.get(queue, (0, 0, 0.0))
-        if not enough or time.monotonic() - since > _CONSUMERS_SECONDS:
+        if not enough or time.monotonic() - since > (_CONSUMERS_SECONDS if processes else _NO_CONSUMERS_SECONDS):
             enough, processes = self._ask(queue)
             self._consumers[queue] = (enough, processes, time.monotonic())
         return enough, processes
@@ -205,6 +208,7 @@ class Publisher:
                 if producer.connection.transport.driver_type != "redis" or enough >= _MANY:
                     return None
                 producer.connection.ensure_connection(max_retries=0, timeout=5)
+                self._room.pop(queue, None)  # what is published now is published upon this answer
                 return self._look(producer.connection.default_channel, queue, enough)[0]
         except Exception as exc:  # noqa: BLE001 - each transport has errors of its own
             self._complain("the broker does not answer (%r); the relay will ask again", exc)

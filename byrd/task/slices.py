@@ -46,8 +46,7 @@ _AFTER_ERROR_SECONDS = 1.0
 #: A wake-up costs more than this many looks at what is ready, and where wake-ups come so close to each other, more work
 #: is likely to come within these few milliseconds.
 _LOOKS, _LOOK_AFTER_SECONDS, _CLOSE_SECONDS = 4, 0.005, 0.03
-#: A process copes alone while it runs what it has claimed within so many times what the statement takes that records
-#: it and claims the next.
+#: A process copes alone while it runs what it has claimed within so many times what the statement took that claimed it.
 _EASY = 2
 #: No slice runs more steps than this.
 _MOST_STEPS = 2000

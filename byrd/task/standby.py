@@ -4,7 +4,8 @@ What a slice records together costs one statement and one commit, however many s
 trickle of short steps make twice as many statements of half the size, and are slower together than one of them alone.
 So a process whose slice takes all that is ready, and is done with it in little more time than it takes to record it,
 says so.  Those whose wake-ups come meanwhile stand by, message in hand, and begin when it does not say so any more, for
-whatever reason: there is more than it takes, a step takes its time, its slice is over, or it is gone.
+whatever reason: there is more than it takes, a step takes its time, its slice is over, or it is gone.  Nor do they
+wait for long.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ class Standby:
         return self._mine != self._until[0] > time.monotonic()
 
     def stand_by(self, until: float, *, unless: Callable[[], bool]) -> bool:
-        """Wait while another process copes; return whether it has ceased to meanwhile.
+        """Wait while another process copes; return whether one did, and has ceased to meanwhile.
 
-        It ends ``until`` then, by the monotonic clock, and after ``_MOST_SECONDS`` at the latest.
+        No longer than ``_MOST_SECONDS``, nor than ``until``, by the monotonic clock, nor when ``unless`` says so.
         """
         until = min(until, time.monotonic() + _MOST_SECONDS)
         stood_by = False

@@ -121,13 +121,58 @@ def test_a_full_queue_is_forgotten_once_it_has_a_consumer_that_needs_each_messag
     app: Celery, broker_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(publisher_module, "_CONSUMERS_SECONDS", 0.0)
+    monkeypatch.setattr(publisher_module, "_TAKING_SECONDS", 100.0)
     shared = [True]
     publisher = Publisher(app, lambda _queue: Consumers(2, shared[0]))
     assert publisher.publish(_wakeup(no)._replace(solo=False) for no in range(20))
-    assert len(_sent(broker_url)) == 16
-    shared[0] = False
     assert publisher.publish([_wakeup(20)._replace(solo=False)])
-    assert _sent(broker_url)[-1] == 20
+    assert _sent(broker_url) == [*range(16)]
+    shared[0] = False
+    assert publisher.publish([_wakeup(21)._replace(solo=False)])
+    assert _sent(broker_url)[-1] == 21
+
+
+def test_a_full_queue_keeps_nothing_from_another(app: Celery, broker_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publisher_module, "_TAKING_SECONDS", 100.0)
+    app.conf.task_create_missing_queues = True
+    publisher = Publisher(app, lambda _queue: Consumers(2, all_share=True))
+    for _ in range(2):
+        assert publisher.publish(_wakeup(no)._replace(solo=False) for no in range(20))
+    both = [_wakeup(20)._replace(solo=False), _wakeup(21, queue="other")._replace(solo=False)]
+    assert publisher.publish(both)
+    assert _sent(broker_url) == [*range(16)]
+    assert publisher.count("other") == 1
+
+
+def test_whoever_asks_for_room_may_publish_upon_the_answer(
+    app: Celery, broker_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher_module, "_TAKING_SECONDS", 100.0)
+    publisher = Publisher(app, lambda _queue: Consumers(2, all_share=True))
+    for _ in range(2):
+        assert publisher.publish(_wakeup(no)._replace(solo=False) for no in range(16))
+    assert publisher.room("celery") == 0
+    assert publisher.publish([_wakeup(16)._replace(solo=False)])
+    with redis.Redis.from_url(broker_url) as client:
+        client.delete("celery")
+    assert publisher.room("celery") == 16
+    assert publisher.publish([_wakeup(17)._replace(solo=False)])
+    assert _sent(broker_url) == [17]
+
+
+def test_that_nobody_consumes_a_queue_is_soon_asked_again(
+    app: Celery, broker_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher_module, "_CONSUMERS_SECONDS", 100.0)
+    monkeypatch.setattr(publisher_module, "_NOBODY_SECONDS", 0.0)
+    asked: list[str] = []
+
+    def ask(queue: str) -> Consumers:
+        asked.append(queue)
+        return Consumers(0, all_share=True)
+
+    publisher = Publisher(app, ask)
+    wait_until(lambda: publisher.publish([_wakeup(1)._replace(solo=False)]) and len(asked) > 2, timeout=10)
 
 
 def test_as_many_processes_as_wakeups_are_enough_for_may_have_taken_them_already(
@@ -136,12 +181,13 @@ def test_as_many_processes_as_wakeups_are_enough_for_may_have_taken_them_already
     monkeypatch.setattr(publisher_module, "_TAKING_SECONDS", 0.02)
     publisher = Publisher(app, lambda _queue: Consumers(100, all_share=True))
     assert publisher.publish(_wakeup(no)._replace(solo=False) for no in range(120))
+    assert publisher.publish([_wakeup(120)._replace(solo=False)])
     assert len(_sent(broker_url)) == 100
     with redis.Redis.from_url(broker_url) as client:
         client.delete("celery")
     time.sleep(0.025)
-    assert publisher.publish([_wakeup(120)._replace(solo=False)])
-    assert _sent(broker_url) == [120]
+    assert publisher.publish([_wakeup(121)._replace(solo=False)])
+    assert _sent(broker_url) == [121]
 
 
 @pytest.mark.parametrize("prefix", ["", "own."])

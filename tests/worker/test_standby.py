@@ -142,19 +142,19 @@ def test_no_step_waits_for_longer_than_its_slice_takes_nor_than_a_moment(
     began = time.time()
     run = app.engine.submit(app.tick.s(1))
     assert run.get(timeout=30) == 1
-    assert ran_at(notes, run) < began + 4
+    assert ran_at(notes, run) < began + 10
     assert len(lines(notes, "copes")) == 1, "it says so still"
     enough(notes)
 
 
 @pytest.mark.parametrize("fault", ["killed", "frozen", "busy"])
 def test_a_process_that_copes_no_more_without_saying_so(cluster: Cluster, app: Any, notes: Path, fault: str) -> None:
-    start(cluster, notes, slice=30, stand_by=30, true=1)
+    start(cluster, notes, slice=30, stand_by=30, true=2)
     pid = pretend(app, notes, once=fault == "busy")
     run = app.engine.submit(app.tick.s(1))
+    time.sleep(0.2)
+    assert not has_run(notes, run)
     if fault != "busy":
-        time.sleep(0.2)
-        assert not has_run(notes, run)
         os.kill(pid, signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
     gone = time.time()
     try:
@@ -171,6 +171,7 @@ def test_a_worker_that_is_told_to_stop_waits_for_none_that_stands_by(cluster: Cl
     pretend(app, notes, once=True)
     run = app.engine.submit(app.tick.s(1))
     time.sleep(0.3)
+    assert not has_run(notes, run)
     enough(notes)
     began = time.monotonic()
     assert worker.stop() == 0

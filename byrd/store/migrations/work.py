@@ -257,7 +257,7 @@ BEGIN
                    (SELECT p.id FROM byrd.steps p WHERE p.run_id = s.run_id AND p.no = s.after), NULL::int, NULL
               FROM byrd.steps s WHERE s.id = ANY(ready_ids);
     END IF;
-    -- There is more than this process takes, or it takes none, and nobody else is told of it.
+    -- There is more than this process takes, or it takes no others, and nobody else is told.
     IF peek AND (claimed >= most OR NOT others) AND cardinality(ready_ids) = 0 THEN
         RETURN QUERY
             SELECT 'ready', s.id, s.run_id, s.no, s.kind, s.task, s.queue, s.attempt, s.retries, 1, NULL, NULL,
