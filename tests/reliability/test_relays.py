@@ -121,7 +121,8 @@ def test_two_relays_at_once_of_a_queue_too_long_to_be_read(cluster: Cluster) -> 
                 cluster.rows(look)
             wait_until(lambda: late(cluster) == 0, timeout=60, what="a look at each step")
             assert client.llen("celery") <= 600 + 25, "each had counted before the other had sent, once at most"
-    assert cluster.rows("SELECT max(sends) FROM byrd.steps") == [(2,)]
+        # Which steps that were is chance: one and the same may be sent by both.
+        assert cluster.rows("SELECT sum(sends) FROM byrd.steps") == [(client.llen("celery") + 50,)]
     check_database(cluster.database_url)
 
 

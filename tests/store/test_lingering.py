@@ -14,6 +14,7 @@ from celery import chain
 from byrd.store.work import Own
 from byrd.task import slices
 from byrd.task.attempt import Attempt
+from byrd.task.standby import Standby
 from tests.store.world import World, sig
 
 
@@ -24,6 +25,7 @@ class Rig:
         self.world, self.ran = world, list[str]()
         self.rests: list[Callable[[], object]] = []
         self.published: list[Any] = []
+        self.first: Callable[[], object] = lambda: None
         self.then: Callable[[], object] = lambda: None
         publisher = SimpleNamespace(publish=self.published.extend)
         self.runtime: Any = SimpleNamespace(
@@ -32,6 +34,7 @@ class Rig:
             patient_store=world.store,
             worker_id=world.worker_id,
             publisher=publisher,
+            standby=Standby(),
         )
         slices._pace().ended_at = 0.0
         monkeypatch.setattr(slices, "time", SimpleNamespace(monotonic=time.monotonic, sleep=self.sleep))
@@ -44,6 +47,7 @@ class Rig:
 
     def run(self, attempt: Attempt) -> None:
         self.ran.append(attempt.claim.task)
+        self.first()
         attempt.complete('"done"')
         self.then()
 
@@ -99,3 +103,20 @@ def test_nor_when_a_message_of_its_own_is_on_its_way(rig: Rig) -> None:
     rig.slice(run, "b")
     assert rig.ran == ["b"]
     assert [wakeup.task for wakeup in rig.published] == ["own"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "each", "copes"), [(60.0, 1e-6, True), (60.0, 10.0, False), (0.0, 1e-6, False)],
+    ids=["short steps", "long steps", "the slice is over"],
+)  # fmt: skip
+def test_whether_others_may_stand_by_while_its_step_is_run(
+    rig: Rig, seconds: float, each: float, *, copes: bool
+) -> None:
+    run, said = rig.submit("a"), list[bool]()
+    rig.runtime.slice_seconds = seconds
+    rig.first = lambda: said.append(rig.runtime.standby.copes())
+    pace = slices._pace()
+    pace.steps_at_once, pace._each = 8, each
+    rig.slice(run, "a", close=False)
+    assert (rig.ran, said) == (["a"], [copes])
+    assert not rig.runtime.standby.copes()
