@@ -136,9 +136,10 @@ class Publisher:
             if not wakeup.solo:
                 queue = wakeup.queue
                 room, until = left[queue] if queue in left else self._remembered(producer, queue)
-                left[queue] = (room - 1, until) if room > 1 else (0, until if room == 0 else 0.0)
-                if room <= 0:
+                if room == 0:
+                    left[queue] = 0, until
                     continue
+                left[queue] = room - 1, until if room > 1 else 0.0  # the last of it: the next one is looked for
             wanted.append(wakeup)
         self._room.update(left)
         return wanted
@@ -165,8 +166,6 @@ class Publisher:
         what is committed by now, and wakes others while there is more.  What is committed later is found by whoever
         takes the newest, and to take all that is before that takes its time, whatever it is.
         """
-        if enough >= _MANY:
-            return enough, False
         key = f"{_prefix(channel)}{queue}"
         with channel.client.pipeline(transaction=False) as pipe:
             newest, oldest = pipe.lindex(key, 0).lindex(key, enough - 1).execute()

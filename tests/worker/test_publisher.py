@@ -31,6 +31,11 @@ def _wakeup(no: int, *, queue: str = "celery", due: bool = True) -> Wakeup:
     return Wakeup(f"step-{no}", "run", no, "task", "shop.price", queue, 0, 0, "{}", None, None, None, due)
 
 
+def _shared(no: int, *, queue: str = "celery") -> Wakeup:
+    """Return the wake-up of a step that needs no message of its own."""
+    return _wakeup(no, queue=queue)._replace(solo=False)
+
+
 def _sent(broker_url: str) -> list[int]:
     """Return the numbers of the steps in the queue, the oldest first."""
     with redis.Redis.from_url(broker_url) as client:
@@ -61,7 +66,7 @@ def test_who_consumes_a_queue_is_asked_again_while_much_is_published(
     shared, published, ends = [False], 0, time.monotonic() + 1.5
     publisher = Publisher(app, lambda _queue: Consumers(1, shared[0]))
     while time.monotonic() < ends:
-        assert publisher.publish([_wakeup(published)._replace(solo=False)])
+        assert publisher.publish([_shared(published)])
         shared[0], published = True, published + 1
         time.sleep(0.02)
     assert 16 <= len(_sent(broker_url)) < published
@@ -73,16 +78,16 @@ def test_a_queue_that_was_found_full_is_not_looked_at_again_at_once(
 ) -> None:
     monkeypatch.setattr(publisher_module, lasts, 100.0)
     publisher = Publisher(app, lambda _queue: Consumers(processes, all_share=True))
-    assert publisher.publish(_wakeup(no)._replace(solo=False) for no in range(16))
-    assert publisher.publish([_wakeup(16)._replace(solo=False)])
+    assert publisher.publish(_shared(no) for no in range(16))
+    assert publisher.publish([_shared(16)])
     assert _sent(broker_url) == [*range(16)]
     with redis.Redis.from_url(broker_url) as client:
         client.delete("celery")
         looks = client.info("commandstats")["cmdstat_lindex"]["calls"]
-        assert publisher.publish([_wakeup(17)._replace(solo=False)])
+        assert publisher.publish([_shared(17)])
         assert not _sent(broker_url), "there is enough to do with sixteen wake-ups"
         assert client.info("commandstats")["cmdstat_lindex"]["calls"] == looks
-        assert publisher.publish([_wakeup(18)._replace(solo=False), _wakeup(19)])
+        assert publisher.publish([_shared(18), _wakeup(19)])
         assert _sent(broker_url) == [19], "what needs a message of its own has it"
 
 
@@ -91,12 +96,12 @@ def test_a_full_queue_is_looked_at_again_once_all_may_have_been_taken(
 ) -> None:
     monkeypatch.setattr(publisher_module, "_TAKING_SECONDS", 0.02)
     publisher = Publisher(app, lambda _queue: Consumers(4, all_share=True))
-    assert publisher.publish(_wakeup(no)._replace(solo=False) for no in range(16))
-    assert publisher.publish([_wakeup(16)._replace(solo=False)])
+    assert publisher.publish(_shared(no) for no in range(16))
+    assert publisher.publish([_shared(16)])
     with redis.Redis.from_url(broker_url) as client:
         client.delete("celery")
     time.sleep(0.09)
-    assert publisher.publish([_wakeup(17)._replace(solo=False)])
+    assert publisher.publish([_shared(17)])
     assert _sent(broker_url) == [17]
 
 
@@ -108,12 +113,12 @@ def test_a_full_queue_is_looked_at_again_at_once_when_it_does_not_end_with_wakeu
     monkeypatch.setattr(publisher_module, "_ROOM_SECONDS", 0.0)
     publisher = Publisher(app, lambda _queue: Consumers(4, all_share=True))
     with redis.Redis.from_url(broker_url) as client:
-        assert publisher.publish([_wakeup(0)._replace(solo=False)])
+        assert publisher.publish([_shared(0)])
         assert publisher.publish(_wakeup(no) for no in range(1, 16))
-        assert publisher.publish([_wakeup(16)._replace(solo=False)])
+        assert publisher.publish([_shared(16)])
         assert _sent(broker_url) == [*range(16)], "one more would tell nobody anything"
         assert b"step-0" in client.rpop("celery")
-        assert publisher.publish([_wakeup(17)._replace(solo=False)])
+        assert publisher.publish([_shared(17)])
         assert _sent(broker_url) == [*range(1, 16), 17]
 
 
@@ -124,11 +129,11 @@ def test_a_full_queue_is_forgotten_once_it_has_a_consumer_that_needs_each_messag
     monkeypatch.setattr(publisher_module, "_TAKING_SECONDS", 100.0)
     shared = [True]
     publisher = Publisher(app, lambda _queue: Consumers(2, shared[0]))
-    assert publisher.publish(_wakeup(no)._replace(solo=False) for no in range(20))
-    assert publisher.publish([_wakeup(20)._replace(solo=False)])
+    assert publisher.publish(_shared(no) for no in range(20))
+    assert publisher.publish([_shared(20)])
     assert _sent(broker_url) == [*range(16)]
     shared[0] = False
-    assert publisher.publish([_wakeup(21)._replace(solo=False)])
+    assert publisher.publish([_shared(21)])
     assert _sent(broker_url)[-1] == 21
 
 
@@ -137,8 +142,8 @@ def test_a_full_queue_keeps_nothing_from_another(app: Celery, broker_url: str, m
     app.conf.task_create_missing_queues = True
     publisher = Publisher(app, lambda _queue: Consumers(2, all_share=True))
     for _ in range(2):
-        assert publisher.publish(_wakeup(no)._replace(solo=False) for no in range(20))
-    both = [_wakeup(20)._replace(solo=False), _wakeup(21, queue="other")._replace(solo=False)]
+        assert publisher.publish(_shared(no) for no in range(20))
+    both = [_shared(20), _shared(21, queue="other")]
     assert publisher.publish(both)
     assert _sent(broker_url) == [*range(16)]
     assert publisher.count("other") == 1
@@ -150,13 +155,13 @@ def test_whoever_asks_for_room_may_publish_upon_the_answer(
     monkeypatch.setattr(publisher_module, "_TAKING_SECONDS", 100.0)
     publisher = Publisher(app, lambda _queue: Consumers(2, all_share=True))
     for _ in range(2):
-        assert publisher.publish(_wakeup(no)._replace(solo=False) for no in range(16))
+        assert publisher.publish(_shared(no) for no in range(16))
     assert publisher.room("celery") == 0
-    assert publisher.publish([_wakeup(16)._replace(solo=False)])
+    assert publisher.publish([_shared(16)])
     with redis.Redis.from_url(broker_url) as client:
         client.delete("celery")
     assert publisher.room("celery") == 16
-    assert publisher.publish([_wakeup(17)._replace(solo=False)])
+    assert publisher.publish([_shared(17)])
     assert _sent(broker_url) == [17]
 
 
@@ -172,7 +177,7 @@ def test_that_nobody_consumes_a_queue_is_soon_asked_again(
         return Consumers(0, all_share=True)
 
     publisher = Publisher(app, ask)
-    wait_until(lambda: publisher.publish([_wakeup(1)._replace(solo=False)]) and len(asked) > 2, timeout=10)
+    wait_until(lambda: publisher.publish([_shared(1)]) and len(asked) > 2, timeout=10)
 
 
 def test_as_many_processes_as_wakeups_are_enough_for_may_have_taken_them_already(
@@ -180,13 +185,13 @@ def test_as_many_processes_as_wakeups_are_enough_for_may_have_taken_them_already
 ) -> None:
     monkeypatch.setattr(publisher_module, "_TAKING_SECONDS", 0.02)
     publisher = Publisher(app, lambda _queue: Consumers(100, all_share=True))
-    assert publisher.publish(_wakeup(no)._replace(solo=False) for no in range(120))
-    assert publisher.publish([_wakeup(120)._replace(solo=False)])
+    assert publisher.publish(_shared(no) for no in range(120))
+    assert publisher.publish([_shared(120)])
     assert len(_sent(broker_url)) == 100
     with redis.Redis.from_url(broker_url) as client:
         client.delete("celery")
     time.sleep(0.025)
-    assert publisher.publish([_wakeup(121)._replace(solo=False)])
+    assert publisher.publish([_shared(121)])
     assert _sent(broker_url) == [121]
 
 
