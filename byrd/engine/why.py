@@ -75,7 +75,7 @@ def explain(engine: Byrd, run_id: str, *, ask_broker: bool = True) -> list[str]:
     if not reasons:
         sentences.append(
             "None of its steps is ready, running or waiting, which should never be: please report it, with the output "
-            f"of `byrd show {case.short} --json`."
+            f"of `byrd show {case.short} --json`; `byrd pause` and then `byrd resume` let it go on."
         )
     return sentences
 

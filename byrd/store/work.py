@@ -64,7 +64,7 @@ def work(
 ) -> Work:
     """running → succeeded for what is ``done``; claim at most ``most`` steps: what follows, ``own``, and ``others``.
 
-    No two steps that are done may be members of two groups of one run.  ``peek``: return a ready step of each queue
+    Members of two groups of one run are refused as unusual.  ``peek``: return a ready step of each queue
     of this worker, for others to be woken, if this call may leave some and has made none ready.  Right when it is run
     twice with the same ``token``: what was recorded stays so, and what was claimed is found.
     """

@@ -173,7 +173,7 @@ class Publisher:
             return max(1, enough - int(channel.client.llen(queue))), False  # kombu prefixes this one by itself
         if _SHARED not in oldest:
             return 1, False
-        return 0, _SHARED in newest
+        return 0, newest is not None and _SHARED in newest  # None: it was empty a moment before
 
     def _enough(self, queue: str) -> tuple[int, int]:
         """Return how many wake-ups are enough for a queue, as its consumers are, and how many processes these have.

@@ -129,7 +129,7 @@ class Slice:
             if time.monotonic() - busy_since < HOLD_SECONDS:
                 return
             if self._done:
-                self._settle(self._call(self._done, None), None)
+                self._report(self._done)
                 self._done = []
             if not self._waiting or time.monotonic() - busy_since < _PUT_BACK_SECONDS:
                 return
@@ -190,9 +190,7 @@ class Slice:
     def _exchange(self, done: list[Done], *, own: Own | None = None, current: str | None = None) -> Work:
         """Tell Postgres what is done, and have it tell what is next."""
         *early, last = _apart(done)
-        refused: dict[str, BaseException] = {}
-        for part in early:
-            refused |= self._settle(self._call(part, current), current)
+        refused = self._report_parts(early, current)
         if self._waiting:
             found = self._call(last, current)
         else:
@@ -215,6 +213,16 @@ class Slice:
         found.refused = refused | self._settle(found, current)
         return found
 
+    def _report(self, done: list[Done]) -> None:
+        """Tell Postgres what is done, and nothing else."""
+        self._report_parts(_apart(done), None)
+
+    def _report_parts(self, parts: Sequence[Sequence[Done]], current: str | None) -> dict[str, BaseException]:
+        refused: dict[str, BaseException] = {}
+        for part in parts:
+            refused |= self._settle(self._call(part, current), current)
+        return refused
+
     def _settle(self, found: Work, current: str | None) -> dict[str, BaseException]:
         """Publish what became ready, say what was refused, and return it."""
         self.runtime.publisher.publish(found.wakeups)
@@ -232,7 +240,7 @@ class Slice:
             self._done = []
             self._waiting.clear()
         try:
-            self._settle(self._call(done, None), None)
+            self._report(done)
         except Exception:
             log.exception("%d results could not be recorded; their steps are given back", len(done))
             left += [one.claim for one in done]

@@ -57,6 +57,20 @@ def test_without_workers_it_waits_for_one(cluster: Cluster, shop: Any, byrd_cli:
     becomes(run, rf"It was cancelled at {TIME}\.")
 
 
+def test_a_run_that_nothing_drives_can_be_let_go_on(cluster: Cluster, shop: Any, byrd_cli: Cli) -> None:
+    """Such a run is a mistake of Byrd's own; an operator need not wait for its repair."""
+    worker = cluster.worker(APP)
+    run = shop.engine.submit(shop.price.s(1))
+    run.wait(timeout=30)
+    worker.stop()
+    cluster.rows("UPDATE byrd.runs SET status = 'running', finished_at = NULL WHERE id = %s RETURNING 1", run.id)
+    [reason] = run.why()
+    assert reason.startswith("None of its steps is ready, running or waiting, which should never be: please report it")
+    for command in re.findall(r"`byrd (pause|resume)`", reason):
+        byrd_cli(command, run.id)
+    assert run.wait(timeout=5) == "succeeded"
+
+
 def test_it_names_who_gave_a_command(shop: Any, byrd_cli: Cli) -> None:
     run = shop.engine.submit(shop.price.s(1))
     byrd_cli("pause", run.id)

@@ -9,12 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from celery import chain
+from celery import chain, group
 
 from byrd.store.work import Own
 from byrd.task import slices
 from byrd.task.attempt import Attempt
 from byrd.task.standby import Standby
+from tests.cluster import wait_until
 from tests.store.world import World, sig
 
 
@@ -120,3 +121,26 @@ def test_whether_others_may_stand_by_while_its_step_is_run(
     rig.slice(run, "a", close=False)
     assert (rig.ran, said) == (["a"], [copes])
     assert not rig.runtime.standby.copes()
+
+
+# ------------------------------------------------------------------------------------------------- the watch
+
+
+def test_what_ends_two_groups_of_a_run_before_a_long_step_ends_the_run(rig: Rig) -> None:
+    """It is not the slice that records it then, but the thread that sees that a long step holds up nothing."""
+    world = rig.world
+    run = world.submit(group(chain(sig("a"), group(sig("b"), sig("c"))), sig("d")), shared=True)
+    for name in "ab":
+        world.settle(world.claim(run, name))
+    rig.submit("long")
+    world.sql("UPDATE byrd.steps SET wake_at = now() + interval '1 hour' WHERE task = 'long' RETURNING 1")
+
+    def until_recorded() -> None:
+        if rig.ran[-1] == "long":
+            wait_until(lambda: world.run(run).status == "succeeded", timeout=10)
+
+    rig.first = until_recorded
+    slices._pace().steps_at_once = 8
+    rig.slice(run, "c", close=False)
+    assert rig.ran == ["c", "d", "long"]
+    world.check()

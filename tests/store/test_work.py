@@ -219,6 +219,18 @@ def test_what_is_unusual_is_refused_and_changes_nothing(world: World, name: str)
     assert world.drive(run).status == ("succeeded" if name == "an empty group" else "failed")
 
 
+def test_members_of_two_groups_of_one_run_are_refused_and_change_nothing(world: World) -> None:
+    """The outer group, which ends by both, would say that it waits, and the run's end would be nobody's business."""
+    run = world.submit(group(chain(sig("a"), group(sig("b"), sig("c"))), sig("d")), shared=True)
+    for task in "ab":
+        world.settle(world.claim(run, task))
+    last = [world.claim(run, task) for task in "cd"]
+    assert_refused(world, last)
+    for claim in last:
+        world.work([claim])
+    assert world.run(run).status == "succeeded"
+
+
 def assert_refused(world: World, claims: list[Claim]) -> None:
     before = world.rows()
     with pytest.raises(DBAPIError) as caught:

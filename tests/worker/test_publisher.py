@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import redis
@@ -89,6 +91,17 @@ def test_a_queue_that_was_found_full_is_not_looked_at_again_at_once(
         assert client.info("commandstats")["cmdstat_lindex"]["calls"] == looks
         assert publisher.publish([_shared(18), _wakeup(19)])
         assert _sent(broker_url) == [19], "what needs a message of its own has it"
+
+
+def test_a_queue_that_is_filled_while_it_is_looked_at_is_not_taken_for_one_that_ends_with_wakeups(app: Celery) -> None:
+    """The two answers are of two moments."""
+    pipe = MagicMock()
+    pipe.__enter__.return_value.lindex.return_value.lindex.return_value.execute.return_value = [
+        None,
+        publisher_module._SHARED,
+    ]
+    channel = SimpleNamespace(client=SimpleNamespace(pipeline=lambda **_: pipe))
+    assert Publisher(app)._look(channel, "celery", 16) == (0, False)
 
 
 def test_a_full_queue_is_looked_at_again_once_all_may_have_been_taken(

@@ -4,7 +4,8 @@ A later version of it gets a name of its own, for workers of both versions run s
 
 Locks are taken in the order of :mod:`byrd.store.locks`, run after run: the worker and the runs (shared), the steps, and
 then, for one run after the other, its joins from the inside out; at last the rows of the runs that may be over.
-Whoever calls it names no two joins of one run, or their joins would be taken in an order of their own.
+It refuses members of two joins of one run: the joins would be taken in an order of their own, and of a run whose last
+join ends by both, the first would say that it waits for the other.
 
 The planner's choices are fixed, for these plans live as long as their connection: made while the tables are small, a
 sequential scan would stay when they are large.  For the same reason ``status || ''`` stands wherever a row is found by
@@ -38,7 +39,8 @@ DECLARE
     n_runs uuid[]; n_nos int[];
     going uuid[] := '{}'; ended uuid[] := '{}'; ready_ids text[] := '{}'; some_ready text[]; some_runs uuid[];
     unusual boolean; uncalled boolean; next_ids text[]; mine_ids text[]; maybe_over uuid[];
-    a_run uuid; a_join int; a_count int; left_over int; a_kind text; a_status text; own_left boolean; of_step boolean;
+    a_run uuid; last_run uuid; a_join int; a_count int; left_over int; a_kind text; a_status text;
+    own_left boolean; of_step boolean;
 BEGIN
     -- A worker is not given up between this check and the commit, or nobody would ever recover what is claimed here.
     -- To lock its row is to write it: a look that finds nothing would have a commit of its own.  An advisory lock
@@ -127,6 +129,10 @@ BEGIN
             SELECT f.run_id, f.join_no, count(*) FROM unnest(f_runs, f_joins) AS f (run_id, join_no)
              WHERE f.join_no IS NOT NULL GROUP BY 1, 2 ORDER BY 1, 2
         LOOP
+            IF a_run = last_run THEN
+                RAISE EXCEPTION 'not for the fast path' USING ERRCODE = 'BY001';
+            END IF;
+            last_run := a_run;
             WHILE a_join IS NOT NULL LOOP
                 UPDATE byrd.steps s SET waiting = s.waiting - a_count
                  WHERE s.run_id = a_run AND s.no = a_join AND s.status || '' = 'pending'
