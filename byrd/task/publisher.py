@@ -18,6 +18,8 @@ from byrd.errors import NotLiveError
 from byrd.model import PROTOCOL_VERSION
 from byrd.store import Wakeup
 from byrd.store.rows import Consumers
+from byrd.store.work import Own
+from byrd.task import idle
 
 log = logging.getLogger(__name__)
 
@@ -72,12 +74,14 @@ class Publisher:
         self._ask_consumers = consumers
         #: For each queue, how many wake-ups are enough, how many processes there are for them, and when it was asked.
         self._consumers: dict[str, tuple[int, int, float]] = {}
-        self._complained = self._away_until = 0.0
+        self._complained = self._away_until = self._deaf_until = 0.0
         #: For each queue, for how many wake-ups there is still room, and until when that is so; then it is not known.
         self._room: dict[str, tuple[int, float]] = {}
 
-    def publish(self, wakeups: Iterable[Wakeup]) -> bool:
+    def publish(self, wakeups: Iterable[Wakeup], *, offer: bool = True) -> bool:
         """Publish the wake-ups that are due; tell whether all went out.
+
+        ``offer``: those of steps that need no message of their own are offered first to processes that are idle.
 
         Never raises for a broker that is away: the steps stay ready in Postgres and are sent again.  A step that needs
         no message of its own gets none while the newest messages of its queue are wake-ups enough: whoever takes them
@@ -97,6 +101,8 @@ class Publisher:
             with self.app.producer_pool.acquire(block=True, timeout=5) as producer:
                 # Else kombu would try for six seconds to reach a broker that refuses.
                 producer.connection.ensure_connection(max_retries=0, timeout=5)
+                if offer and not (due := self._untaken(producer, due)):
+                    return True
                 wanted = self._wanted(producer, due)
                 with _batch(producer, len(wanted)):
                     failed = [wakeup for wakeup in wanted if not self._sent(producer, wakeup)]
@@ -126,9 +132,54 @@ class Publisher:
         room, until = self._room.get(queue, (0, 0.0))
         return room == 0 and time.monotonic() < until and self._enough(queue)[0] < _MANY
 
+    def _untaken(self, producer: Any, due: list[Wakeup]) -> list[Wakeup]:
+        """Offer wake-ups to the processes that wait for them; return those that are still to be published."""
+        if all(wakeup.solo for wakeup in due) or not _is_redis(producer):
+            return due
+        offers: dict[str, list[Wakeup]] = {}
+        for wakeup in due:
+            if not wakeup.solo and 0 < self._enough(wakeup.queue)[1] < _MANY:
+                offers.setdefault(wakeup.queue, []).append(wakeup)
+        left = [wakeup for wakeup in due if wakeup.solo or wakeup.queue not in offers]
+        client = producer.connection.default_channel.client
+        for queue, offered in offers.items():
+            left += idle.offer(client, queue, offered)
+        return left
+
+    def wait_for_offer(self, queues: Iterable[str], worker_id: str, seconds: float) -> Own | None:
+        """Wait for a step that is offered to this process instead of being published; None when there is none.
+
+        Returns at once where nobody can offer any: the broker is no Redis, or does not answer.
+        """
+        if time.monotonic() < max(self._away_until, self._deaf_until):
+            return None
+        try:
+            with self.app.producer_pool.acquire(block=True, timeout=5) as producer:
+                if not _is_redis(producer):
+                    return None
+                producer.connection.ensure_connection(max_retries=0, timeout=5)
+                channel = producer.connection.default_channel
+                return idle.wait(channel.client, _prefix(channel), queues, worker_id, seconds)
+        except Exception as exc:  # noqa: BLE001 - each transport has errors of its own
+            self._complain("the broker does not answer (%r); for a while, this process waits for messages only", exc)
+            self._deaf_until = time.monotonic() + _AWAY_SECONDS
+            return None
+
+    def cease_to_wait(self, worker_id: str) -> None:
+        """Have the process of a worker that waits for an offer wait no longer."""
+        if time.monotonic() < self._away_until:
+            return
+        try:
+            with self.app.producer_pool.acquire(block=True, timeout=5) as producer:
+                producer.connection.ensure_connection(max_retries=0, timeout=5)
+                idle.cease(producer.connection.default_channel.client, worker_id)
+        except Exception as exc:  # noqa: BLE001 - each transport has errors of its own
+            self._complain("the broker does not answer (%r); a message waits until a process has ceased to wait", exc)
+            self._away_until = time.monotonic() + _AWAY_SECONDS
+
     def _wanted(self, producer: Any, due: list[Wakeup]) -> list[Wakeup]:
         """Leave out the wake-ups that nobody needs."""
-        if all(wakeup.solo for wakeup in due) or producer.connection.transport.driver_type != "redis":
+        if all(wakeup.solo for wakeup in due) or not _is_redis(producer):
             return due
         left: dict[str, tuple[int, float]] = {}
         wanted = []
@@ -204,7 +255,7 @@ class Publisher:
         try:
             with self.app.producer_pool.acquire(block=True, timeout=5) as producer:
                 enough, _ = self._enough(queue)
-                if producer.connection.transport.driver_type != "redis" or enough >= _MANY:
+                if not _is_redis(producer) or enough >= _MANY:
                     return None
                 producer.connection.ensure_connection(max_retries=0, timeout=5)
                 self._room.pop(queue, None)  # what is published now is published upon this answer
@@ -238,7 +289,7 @@ class Publisher:
         """
         try:
             with self.app.producer_pool.acquire(block=True, timeout=5) as producer:
-                if producer.connection.transport.driver_type != "redis":
+                if not _is_redis(producer):
                     return None
                 producer.connection.ensure_connection(max_retries=0, timeout=5)
                 channel = producer.connection.default_channel
@@ -271,7 +322,7 @@ class Publisher:
         """
         try:
             with self.app.producer_pool.acquire(block=True, timeout=5) as producer:
-                if producer.connection.transport.driver_type != "redis":
+                if not _is_redis(producer):
                     return None
                 producer.connection.ensure_connection(max_retries=0, timeout=5)
                 client = producer.connection.default_channel.client
@@ -341,6 +392,10 @@ class Publisher:
             producer, wakeup.task, message, **target, headers=headers, retry=False, serializer="json",
             **{k: v for k, v in options.items() if k in _PROPERTIES},
         )  # fmt: skip
+
+
+def _is_redis(producer: Any) -> bool:
+    return bool(producer.connection.transport.driver_type == "redis")
 
 
 def _prefix(channel: Any) -> str:

@@ -9,7 +9,7 @@ import mmap
 import os
 import uuid
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -28,6 +28,8 @@ from byrd.limits import key_of, limit_of
 from byrd.model import Mark, StepKind
 from byrd.policies import Retry
 from byrd.store import Store, Wakeup, limits, steps, sweeps
+from byrd.store.work import Own
+from byrd.task.idle import Idle
 from byrd.task.publisher import Publisher
 from byrd.task.standby import Standby
 from byrd.task.values import loads
@@ -81,10 +83,10 @@ class Runtime:
         #: What it has to publish: the sweeper does it.
         self.outbox: deque[Wakeup] = deque()
         #: Shared with the pool processes: whether anybody listens to Celery's events, whether the worker stops, which
-        #: step each of them runs, and whether one of them copes alone.
+        #: step each of them runs, whether one of them copes alone, and whether one waits for an offer.
         self._flags: mmap.mmap | None = None
         self._running: mmap.mmap | None = None
-        self.standby = Standby()
+        self.standby, self.idle = Standby(), Idle()
         self._natures: dict[str, tuple[tuple[Any, ...], _Nature]] = {}
         #: The settings when they were read, and what was read of them.
         self._settings: tuple[Any, int, dict[str, Any], dict[str, Any]] | None = None
@@ -152,7 +154,7 @@ class Runtime:
         self._worker_id = os.environ[_WORKER_ID] = worker_id
         self._main_pid = os.getpid()
         self._flags, self._running = mmap.mmap(-1, 2), mmap.mmap(-1, _SLOTS * _SLOT_BYTES)
-        self.standby = Standby()
+        self.standby, self.idle = Standby(), Idle()
 
     @property
     def listened(self) -> bool:
@@ -173,6 +175,29 @@ class Runtime:
         """The worker was told to stop.  Postgres is told by its keeper, which takes a moment."""
         if self._flags is not None:
             self._flags[1] = 1
+        if self.idle.waits():
+            self.publisher.cease_to_wait(self.worker_id)
+
+    def wait_for_offer(self, queues: Iterable[str], seconds: float) -> Own | None:
+        """Wait, in a pool process that has begun to, for a step of these queues that has no message; None without one.
+
+        It takes about so many seconds, less when a message needs the process.
+        """
+        try:
+            return self.publisher.wait_for_offer(queues, self.worker_id, seconds)
+        finally:
+            self.idle.end()
+
+    @property
+    def is_forked(self) -> bool:
+        """True in a pool process that was forked from a worker's main process."""
+        return self._main_pid not in (None, os.getpid())
+
+    def note_free(self, *, free: bool) -> None:
+        """Say, in the main process, whether a pool process is free beside one that waits for an offer."""
+        self.idle.note_free(free=free)
+        if not free and self.idle.waits():
+            self.publisher.cease_to_wait(self.worker_id)
 
     def note_running(self, step_id: str | None) -> None:
         """Say which step this pool process runs from now on, for its main process."""

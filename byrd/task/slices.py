@@ -27,7 +27,7 @@ from sqlalchemy.exc import DBAPIError
 
 from byrd.errors import StaleAttempt
 from byrd.model import StepKind
-from byrd.store import Claim, items, steps, work
+from byrd.store import Claim, items, steps, sweeps, work
 from byrd.store.database import first_line
 from byrd.store.work import Done, Own, Work
 from byrd.task.attempt import Attempt
@@ -48,6 +48,8 @@ _AFTER_ERROR_SECONDS = 1.0
 _LOOKS, _LOOK_AFTER_SECONDS, _CLOSE_SECONDS = 4, 0.005, 0.03
 #: A process copes alone while it runs what it has claimed within so many times what the statement took that claimed it.
 _EASY = 2
+#: Steps that are offered to a process while it waits for more prolong its slice, to so many times its length.
+_MOST_SLICES = 5
 #: No slice runs more steps than this.
 _MOST_STEPS = 2000
 
@@ -71,7 +73,12 @@ class Slice:
         #: Since when the current step is run, or its hooks are; None between two of them.
         self._busy_since: float | None = None
         self._current: Claim | None = None
-        self._ends_at = time.monotonic() + runtime.slice_seconds
+        began = time.monotonic()
+        self._ends_at, self._ends_at_last = began + runtime.slice_seconds, began + _MOST_SLICES * runtime.slice_seconds
+        #: Of which it has run steps.
+        self._queues: set[str] = set()
+        #: A message for one step only is on its way, perhaps to this very process.
+        self._solo_sent = False
         #: Wake-ups come one right after the other.
         self._close = time.monotonic() - self._pace.ended_at < _CLOSE_SECONDS
         #: How many steps were begun.
@@ -159,11 +166,41 @@ class Slice:
             self.steps += 1
             self._busy_since = time.monotonic()
             self._current = self._waiting.popleft()
+            if self._current.queue is not None:
+                self._queues.add(self._current.queue)
             return self._current
 
     def _linger(self) -> Claim | None:
-        """Return the next step to run, if something becomes ready within a few milliseconds."""
-        for _ in range(_LOOKS if self._close and self.steps > 0 else 0):
+        """Return the next step to run, if something becomes ready soon."""
+        idle = self.runtime.idle
+        if self.steps == 0 or self._solo_sent or idle.waits():
+            return None
+        waits = False
+        while self.runtime.is_forked and not self.runtime.stopping:
+            left = self._ends_at - time.monotonic()
+            if left < _LOOK_AFTER_SECONDS or not idle.begin(left):
+                break
+            waits = True
+            self._standby.say(copes=False)
+            own = self.runtime.wait_for_offer(self._queues, left)
+            if own is None:
+                break
+            if (claim := self._taken(own)) is not None:
+                return claim
+        return None if waits else self._look_again()
+
+    def _taken(self, own: Own) -> Claim | None:
+        """Return the next step to run, after an offer: as after a message, this one first."""
+        # Not for ever: Celery is told of the step of the message when the slice ends.
+        self._ends_at = min(self._ends_at_last, time.monotonic() + self.runtime.slice_seconds)
+        self._over = False
+        found = self._exchange([], own=own)
+        if found.own_is_ready:
+            self.runtime.patient_store.run(sweeps.pass_on, own.step_id, own.attempt)
+        return self._next() if found.claims else None
+
+    def _look_again(self) -> Claim | None:
+        for _ in range(_LOOKS if self._close else 0):
             if self.runtime.stopping or time.monotonic() + _LOOK_AFTER_SECONDS >= self._ends_at:
                 break
             self._standby.say(copes=False)
@@ -227,7 +264,7 @@ class Slice:
         """Publish what became ready, say what was refused, and return it."""
         self.runtime.publisher.publish(found.wakeups)
         if any(wakeup.solo for wakeup in found.wakeups):
-            self._close = False  # its message is on its way, perhaps to this very process
+            self._solo_sent = True
         for step_id, why in found.refused.items():
             if step_id != current:
                 log.info("not recorded: %s", why)

@@ -343,7 +343,7 @@ class Sweeper(Loop):
         self._look_for_losses()
         publisher.publish([outbox.popleft() for _ in range(len(outbox))])
         due = store.run(sweeps.take_due)
-        publisher.publish(due)
+        publisher.publish(due, offer=False)  # what was offered before may have been lost
         sent = len(due)
         self._enough = False
         shared: set[str] = set()
@@ -393,7 +393,7 @@ class Sweeper(Loop):
 
     def _sent_again(self, wakeups: list[Wakeup]) -> bool:
         """Publish what was taken to be sent again; if the broker does not take it, it was not sent."""
-        if self.runtime.publisher.publish(wakeups):
+        if self.runtime.publisher.publish(wakeups, offer=False):
             return True
         self.store.run(sweeps.not_sent, [wakeup.id for wakeup in wakeups])
         return False

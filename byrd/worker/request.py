@@ -49,6 +49,15 @@ class DurableRequest(Request):
             plain(self, failed__retval__runtime, **kwargs)
 
         cls.on_success = on_success
+        to_pool = cls.execute_using_pool
+
+        @functools.wraps(to_pool)
+        def execute_using_pool(self: DurableRequest, pool: Any, **kwargs: Any) -> Any:
+            # As worker_disable_prefetch counts them.
+            runtime_of(self._app).note_free(free=len(state.reserved_requests) < pool.num_processes)
+            return to_pool(self, pool, **kwargs)
+
+        cls.execute_using_pool = execute_using_pool
 
     @property
     def durable(self) -> bool:

@@ -14,6 +14,7 @@ from celery import chain, group
 from byrd.store.work import Own
 from byrd.task import slices
 from byrd.task.attempt import Attempt
+from byrd.task.idle import Idle
 from byrd.task.standby import Standby
 from tests.cluster import wait_until
 from tests.store.world import World, sig
@@ -36,7 +37,14 @@ class Rig:
             worker_id=world.worker_id,
             publisher=publisher,
             standby=Standby(),
+            idle=Idle(),
+            is_forked=False,
+            wait_for_offer=self.wait_for_offer,
         )
+        self.runtime.idle.note_free(free=True)
+        #: Of a process that is forked: what happens while it waits for an offer, each time, and which step it is given.
+        self.waits: list[Callable[[], tuple[str, str] | None]] = []
+        self.waited: list[tuple[set[str], float]] = []
         slices._pace().ended_at = 0.0
         monkeypatch.setattr(slices, "time", SimpleNamespace(monotonic=time.monotonic, sleep=self.sleep))
 
@@ -45,6 +53,15 @@ class Rig:
             self.rests.pop(0)()
         else:
             time.sleep(seconds)
+
+    def wait_for_offer(self, queues: set[str], seconds: float) -> Own | None:
+        self.runtime.idle.end()
+        self.waited.append((set(queues), seconds))
+        given = self.waits.pop(0)() if self.waits else None
+        if given is None:
+            return None
+        step = self.world.step(*given)
+        return Own(step.id, step.attempt, given[1])
 
     def run(self, attempt: Attempt) -> None:
         self.ran.append(attempt.claim.task)
@@ -121,6 +138,93 @@ def test_whether_others_may_stand_by_while_its_step_is_run(
     rig.slice(run, "a", close=False)
     assert (rig.ran, said) == (["a"], [copes])
     assert not rig.runtime.standby.copes()
+
+
+# ------------------------------------------------------------------------------------------------- offers
+
+
+def test_what_is_offered_while_it_waits_is_run(rig: Rig) -> None:
+    rig.runtime.is_forked = True
+    run = rig.submit("a")
+    rig.waits = [lambda: (rig.submit("b"), "b"), lambda: (rig.submit("c", "d"), "c")]
+    rig.slice(run, "a", close=False)
+    rig.world.check()
+    assert rig.ran == ["a", "b", "c", "d"]
+    assert [queues for queues, _ in rig.waited] == [{"work"}] * 3
+
+
+def test_more_than_it_takes_is_told_to_others(rig: Rig) -> None:
+    rig.runtime.is_forked = True
+    run = rig.submit("a")
+
+    def two() -> tuple[str, str]:
+        others = [rig.submit(name) for name in "bcd"]
+        slices._pace().slow_down()
+        return others[0], "b"
+
+    rig.waits = [two]
+    rig.published.clear()
+    rig.slice(run, "a", close=False)
+    assert [wakeup.task for wakeup in rig.published][:1] == ["c"]
+
+
+def test_what_is_offered_and_may_not_be_run_here_is_sent_again_soon(rig: Rig) -> None:
+    rig.runtime.is_forked = True
+    run = rig.submit("a")
+
+    def strange() -> tuple[str, str]:
+        other = rig.submit("b")
+        rig.world.sql("UPDATE byrd.workers SET shares = '{a}' RETURNING 1")
+        return other, "b"
+
+    rig.waits = [strange]
+    rig.slice(run, "a", close=False)
+    assert rig.ran == ["a"]
+    [(sends, soon)] = rig.world.sql(
+        "SELECT sends, wake_at - clock_timestamp() < interval '1.5 seconds' FROM byrd.steps WHERE task = 'b'"
+    )
+    assert (sends, soon) == (0, True)
+
+
+def test_what_others_have_taken_ends_nothing(rig: Rig) -> None:
+    rig.runtime.is_forked = True
+    run = rig.submit("a")
+
+    def taken() -> tuple[str, str]:
+        other = rig.submit("b")
+        rig.world.claim(other, "b")
+        return other, "b"
+
+    rig.waits = [taken, lambda: (rig.submit("c"), "c")]
+    rig.slice(run, "a", close=False)
+    assert rig.ran == ["a", "c"]
+
+
+def test_offers_do_not_prolong_a_slice_for_ever(rig: Rig) -> None:
+    rig.runtime.is_forked, rig.runtime.slice_seconds = True, 0.1
+    run = rig.submit("a")
+
+    def later() -> tuple[str, str]:
+        time.sleep(0.05)
+        return rig.submit("b"), "b"
+
+    rig.waits = [later] * 100
+    began = time.monotonic()
+    rig.slice(run, "a", close=False)
+    assert time.monotonic() - began < 5
+    assert 2 < len(rig.ran) < 20
+
+
+@pytest.mark.parametrize("why", ["nothing was run", "a message of its own is on its way"])
+def test_no_offer_is_waited_for(rig: Rig, why: str) -> None:
+    rig.runtime.is_forked = True
+    if why == "nothing was run":
+        run = rig.submit("a")
+        rig.world.settle(rig.world.claim(run, "a"))
+        rig.slice(run, "a")
+    else:
+        rig.slice(rig.world.submit(chain(sig("b"), sig("own", priority=3)), shared=True), "b")
+    assert rig.waited == []
 
 
 # ------------------------------------------------------------------------------------------------- the watch

@@ -1,0 +1,271 @@
+"""A step that becomes ready while a process waits for work is offered to it, and needs no message."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import redis
+from celery import Celery
+
+from byrd.embedded import EmbeddedPostgres, EmbeddedValkey
+from byrd.store import Wakeup
+from byrd.store.work import Own
+from byrd.task import idle
+from byrd.task.idle import Idle
+from byrd.task.publisher import Publisher
+from tests.cluster import Cluster, ClusterFactory, Worker, wait_until
+from tests.invariants import check_database
+
+APP = "tests.apps.slices"
+#: A process waits for as long, unless it is told to cease.
+LONG = {"TEST_SLICE_SECONDS": "20", "TEST_LEASE_SECONDS": "3"}
+
+
+def _wakeup(no: int) -> Wakeup:
+    return Wakeup(f"step-{no}", "run", no, "task", "shop.price", "celery", 0, 0, "{}", None, None, None, True, False)
+
+
+# ------------------------------------------------------------------------------------------------- offers
+
+
+@pytest.fixture(params=["", "shop:"], ids=["no prefix", "a prefix"])
+def app(broker_url: str, request: pytest.FixtureRequest) -> Iterator[Celery]:
+    app = Celery("idle", broker=broker_url, set_as_current=False)
+    app.conf.broker_transport_options = {"global_keyprefix": request.param}
+    yield app
+    app.close()
+
+
+@pytest.fixture
+def client(app: Celery) -> Iterator[Any]:
+    with app.connection_for_write() as connection:
+        yield connection.default_channel.client
+
+
+def waiting(broker_url: str) -> set[int]:
+    """Return the ports of those that wait for an offer or, a worker's main process, for a message."""
+    with redis.Redis.from_url(broker_url) as direct:
+        db = str(direct.get_connection_kwargs().get("db", 0))
+        clients = [one for one in direct.client_list() if one["db"] == db and "b" in one["flags"]]
+    return {int(one["addr"].rpartition(":")[2]) for one in clients}
+
+
+def test_an_offer_that_nobody_waits_for_leaves_nothing_behind(client: Any, broker_url: str) -> None:
+    wakeups = [_wakeup(no) for no in range(3)]
+    assert idle.offer(client, "celery", wakeups) == wakeups
+    with redis.Redis.from_url(broker_url) as direct:
+        assert direct.keys() == []
+
+
+def test_one_that_waits_is_given_one_step_of_its_queues(app: Celery, client: Any, broker_url: str) -> None:
+    found: list[Own | None] = []
+    publisher = Publisher(app)
+    waits = threading.Thread(target=lambda: found.append(publisher.wait_for_offer(["rare", "celery"], "w", 30.0)))
+    waits.start()
+    wait_until(lambda: waiting(broker_url))
+    assert idle.offer(client, "other", [_wakeup(7)]) == [_wakeup(7)]
+    assert idle.offer(client, "celery", [_wakeup(1), _wakeup(2)]) == [_wakeup(2)]
+    waits.join(10)
+    assert found == [Own("step-1", 0, "shop.price")]
+    assert idle.offer(client, "celery", [_wakeup(3)]) == [_wakeup(3)], "it does not wait any more"
+
+
+def test_one_that_waits_ceases_when_it_is_told_to(app: Celery, broker_url: str) -> None:
+    publisher, began, found = Publisher(app), time.monotonic(), list[Any]()
+    waits = threading.Thread(target=lambda: found.append(publisher.wait_for_offer(["celery"], "w", 60.0)))
+    waits.start()
+    wait_until(lambda: waiting(broker_url))
+    publisher.cease_to_wait("another")
+    publisher.cease_to_wait("w")
+    waits.join(10)
+    assert found == [None]
+    assert time.monotonic() - began < 10
+    with redis.Redis.from_url(broker_url) as direct:  # what nobody has heard is forgotten
+        wait_until(lambda: direct.keys() == [], timeout=10)
+
+
+def test_it_does_not_wait_much_longer_than_it_is_to(app: Celery) -> None:
+    began = time.monotonic()
+    assert Publisher(app).wait_for_offer(["celery"], "w", 0.2) is None
+    assert 0.2 <= time.monotonic() - began < 5
+
+
+def test_of_many_who_offer_at_once_each_step_wakes_somebody(app: Celery, client: Any, broker_url: str) -> None:
+    """Somebody is given it, or it is published: as many as are offered, though not always the very same."""
+    offers, given = 400, list[Own]()
+    over = threading.Event()
+
+    def take(publisher: Publisher) -> None:
+        while not over.is_set():
+            own = publisher.wait_for_offer(["celery"], "w", 0.3)
+            if own is not None:
+                given.append(own)
+
+    with ThreadPoolExecutor(8) as pool:
+        takers = [pool.submit(take, Publisher(app)) for _ in range(2)]
+        left = list(pool.map(lambda no: len(idle.offer(client, "celery", [_wakeup(no)])), range(offers)))
+        over.set()
+        for taker in takers:
+            taker.result(30)
+    assert len(given) + sum(left) == offers
+    assert given, "else it is not tried"
+
+
+def test_a_broker_that_is_away_is_not_waited_for(own_broker: EmbeddedValkey) -> None:
+    app = Celery("idle", broker=own_broker.url, set_as_current=False)
+    publisher, found = Publisher(app), list[Any]()
+    waits = threading.Thread(target=lambda: found.append(publisher.wait_for_offer(["celery"], "w", 60.0)))
+    waits.start()
+    wait_until(lambda: waiting(own_broker.url))
+    own_broker.kill()
+    waits.join(10)
+    began = time.monotonic()
+    found.append(publisher.wait_for_offer(["celery"], "w", 60.0))
+    publisher.cease_to_wait("w")
+    assert found == [None, None]
+    assert time.monotonic() - began < 10
+    own_broker.start()
+    wait_until(lambda: publisher.publish([_wakeup(0)]), timeout=30)
+    app.close()
+
+
+def test_only_one_process_waits_and_only_while_another_is_free() -> None:
+    page = Idle()
+    assert not page.begin(60), "it is not known"
+    page.note_free(free=True)
+    assert page.begin(60)
+    assert page.waits()
+    assert not page.begin(60)
+    page.end()
+    page.note_free(free=False)
+    assert not page.begin(60)
+    assert not page.waits()
+    page.note_free(free=True)
+    assert page.begin(-1.0)
+    assert not page.waits(), "a process that is gone does not say so; after its time another one waits"
+
+
+# ------------------------------------------------------------------------------------------------- workers
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def start(cluster: Cluster, notes: Path) -> Callable[..., Worker]:
+    def start(**env: str) -> Worker:
+        return cluster.worker(APP, concurrency=2, env={"NOTES": str(notes), **LONG, **env})
+
+    return start
+
+
+def lines(notes: Path, name: str) -> list[dict[str, Any]]:
+    path = notes / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def who_waits(cluster: Cluster, worker: Worker) -> list[int]:
+    """Return the pool processes that wait for an offer."""
+    ports = waiting(cluster.broker_url)
+    return [pid for pid in worker.pids() if ports & {one.laddr.port for one in psutil.Process(pid).net_connections()}]
+
+
+def have_one_wait(cluster: Cluster, worker: Worker) -> int:
+    """Have a process run a step, and wait for an offer then; return its id."""
+    app = cluster.app(APP)
+
+    def waits() -> list[int]:
+        assert app.engine.submit(app.tick.s("first")).get(timeout=30) == "first"
+        time.sleep(0.1)
+        return who_waits(cluster, worker)
+
+    [pid] = wait_until(waits, what="a process that waits for an offer")
+    return pid
+
+
+def test_while_a_process_waits_a_step_needs_no_message(
+    cluster: Cluster, notes: Path, start: Callable[..., Worker]
+) -> None:
+    app, worker, runs = cluster.app(APP), start(), []
+    for n in range(20):
+        have_one_wait(cluster, worker)
+        runs.append(app.engine.submit(app.tick.s(n) | app.tick.s()))
+        assert runs[-1].get(timeout=30) == n
+    received = {line["id"] for line in lines(notes, "received")}
+    assert not received & {step.id for run in runs for step in run.steps()}
+    assert set(Counter(line["id"] for line in lines(notes, "ran")).values()) == {1}
+    check_database(cluster.database_url)
+
+
+@pytest.mark.parametrize("what", ["a plain task", "a step that needs its message"])
+def test_a_message_is_not_kept_waiting(cluster: Cluster, notes: Path, start: Callable[..., Worker], what: str) -> None:
+    """Though the process that waits would do so for longer, and the other is busy for longer still."""
+    app, worker = cluster.app(APP), start()
+    for n in range(3):
+        have_one_wait(cluster, worker)
+        app.nap.delay(3.0)
+        began = time.monotonic()
+        if what == "a plain task":
+            task_id = app.tick.delay(n).id
+            wait_until(lambda task_id=task_id: [line for line in lines(notes, "ran") if line["id"] == task_id])  # type: ignore[misc]
+        else:
+            assert app.engine.submit(app.tick.s(n).set(time_limit=60)).get(timeout=10) == n
+        assert time.monotonic() - began < 10
+    check_database(cluster.database_url)
+
+
+def test_a_worker_stops_while_one_waits(cluster: Cluster, start: Callable[..., Worker]) -> None:
+    worker = start()
+    have_one_wait(cluster, worker)
+    assert worker.stop(timeout=10) == 0
+
+
+@pytest.mark.parametrize("how", ["killed", "frozen"])
+def test_what_was_offered_to_a_process_that_is_gone_is_sent_again(
+    cluster: Cluster, notes: Path, start: Callable[..., Worker], how: str
+) -> None:
+    app = cluster.app(APP)
+    worker = start()
+    pid = have_one_wait(cluster, worker)
+    psutil.Process(pid).suspend()
+    run = app.engine.submit(app.tick.s(2))
+    wait_until(lambda: not who_waits(cluster, worker), what="the step to be given to the process that is frozen")
+    assert cluster.rows("SELECT sends FROM byrd.steps WHERE run_id = %s AND status = 'ready'", run.id) == [(1,)]
+    if how == "killed":
+        psutil.Process(pid).send_signal(signal.SIGKILL)
+    assert run.get(timeout=30) == 2
+    if how == "frozen":
+        psutil.Process(pid).resume()
+        again = app.engine.submit(app.tick.s(3))
+        assert again.get(timeout=30) == 3
+    assert set(Counter(line["id"] for line in lines(notes, "ran")).values()) == {1}
+    check_database(cluster.database_url)
+
+
+def test_a_broker_that_is_restarted_while_one_waits(
+    own_postgres: EmbeddedPostgres, own_broker: EmbeddedValkey, cluster_on: ClusterFactory, notes: Path
+) -> None:
+    cluster = cluster_on(database_url=own_postgres.url, broker_url=own_broker.url)
+    app = cluster.app(APP)
+    worker = cluster.worker(APP, concurrency=2, env={"NOTES": str(notes), **LONG})
+    have_one_wait(cluster, worker)
+    own_broker.kill()
+    run = app.engine.submit(app.tick.s(2))
+    own_broker.start()
+    assert run.get(timeout=60) == 2
+    wait_until(lambda: app.engine.submit(app.tick.s(3)).get(timeout=30) == 3)
+    check_database(cluster.database_url)
