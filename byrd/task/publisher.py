@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any
 
 from celery import Celery
@@ -146,17 +147,19 @@ class Publisher:
             left += idle.offer(client, queue, offered)
         return left
 
-    def wait_for_offer(self, queues: Iterable[str], worker_id: str, seconds: float) -> Own | None:
-        """Wait for a step that is offered to this process instead of being published; None when there is none.
+    def takes_offers(self) -> bool:
+        """Tell whether it is worth while to wait for offers: the broker is a Redis, and answered when last asked."""
+        return time.monotonic() >= max(self._away_until, self._deaf_until) and self._can_offer
 
-        Returns at once where nobody can offer any: the broker is no Redis, or does not answer.
-        """
-        if time.monotonic() < max(self._away_until, self._deaf_until):
-            return None
+    @cached_property
+    def _can_offer(self) -> bool:
+        with self.app.connection_for_write() as connection:
+            return bool(connection.get_transport_cls().driver_type == "redis")
+
+    def wait_for_offer(self, queues: Iterable[str], worker_id: str, seconds: float) -> Own | None:
+        """Wait for a step that is offered to this process instead of being published; None when there is none."""
         try:
             with self.app.producer_pool.acquire(block=True, timeout=5) as producer:
-                if not _is_redis(producer):
-                    return None
                 producer.connection.ensure_connection(max_retries=0, timeout=5)
                 channel = producer.connection.default_channel
                 return idle.wait(channel.client, _prefix(channel), queues, worker_id, seconds)

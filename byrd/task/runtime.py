@@ -87,6 +87,8 @@ class Runtime:
         self._flags: mmap.mmap | None = None
         self._running: mmap.mmap | None = None
         self.standby, self.idle = Standby(), Idle()
+        #: Has the pool process that waits for an offer cease; given by the worker's main process.
+        self.cease_to_wait: Callable[[], object] = tuple
         self._natures: dict[str, tuple[tuple[Any, ...], _Nature]] = {}
         #: The settings when they were read, and what was read of them.
         self._settings: tuple[Any, int, dict[str, Any], dict[str, Any]] | None = None
@@ -175,8 +177,6 @@ class Runtime:
         """The worker was told to stop.  Postgres is told by its keeper, which takes a moment."""
         if self._flags is not None:
             self._flags[1] = 1
-        if self.idle.waits():
-            self.publisher.cease_to_wait(self.worker_id)
 
     def wait_for_offer(self, queues: Iterable[str], seconds: float) -> Own | None:
         """Wait, in a pool process that has begun to, for a step of these queues that has no message; None without one.
@@ -197,7 +197,7 @@ class Runtime:
         """Say, in the main process, whether a pool process is free beside one that waits for an offer."""
         self.idle.note_free(free=free)
         if not free and self.idle.waits():
-            self.publisher.cease_to_wait(self.worker_id)
+            self.cease_to_wait()
 
     def note_running(self, step_id: str | None) -> None:
         """Say which step this pool process runs from now on, for its main process."""

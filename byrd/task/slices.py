@@ -48,6 +48,8 @@ _AFTER_ERROR_SECONDS = 1.0
 _LOOKS, _LOOK_AFTER_SECONDS, _CLOSE_SECONDS = 4, 0.005, 0.03
 #: A process copes alone while it runs what it has claimed within so many times what the statement took that claimed it.
 _EASY = 2
+#: For so long at a time a process waits for offers: meanwhile it does not see that its worker stops.
+_WAIT_SECONDS = 0.5
 #: Steps that are offered to a process while it waits for more prolong its slice, to so many times its length.
 _MOST_SLICES = 5
 #: No slice runs more steps than this.
@@ -175,19 +177,17 @@ class Slice:
         idle = self.runtime.idle
         if self.steps == 0 or self._solo_sent or idle.waits():
             return None
-        waits = False
-        while self.runtime.is_forked and not self.runtime.stopping:
-            left = self._ends_at - time.monotonic()
-            if left < _LOOK_AFTER_SECONDS or not idle.begin(left):
+        waited = False
+        while self.runtime.is_forked and not self.runtime.stopping and self.runtime.publisher.takes_offers():
+            seconds = min(_WAIT_SECONDS, self._ends_at - time.monotonic())
+            if seconds < _LOOK_AFTER_SECONDS or not idle.begin(seconds):
                 break
-            waits = True
+            waited = True
             self._standby.say(copes=False)
-            own = self.runtime.wait_for_offer(self._queues, left)
-            if own is None:
-                break
-            if (claim := self._taken(own)) is not None:
+            own = self.runtime.wait_for_offer(self._queues, seconds)
+            if own is not None and (claim := self._taken(own)) is not None:
                 return claim
-        return None if waits else self._look_again()
+        return None if waited else self._look_again()
 
     def _taken(self, own: Own) -> Claim | None:
         """Return the next step to run, after an offer: as after a message, this one first."""

@@ -20,6 +20,7 @@ from byrd.store import limits
 from byrd.task.limited import limits_of
 from byrd.task.runtime import SLICE_SECONDS, runtime_of
 from byrd.worker import broker, messages, remote
+from byrd.worker.crier import Crier
 from byrd.worker.keeper import CHILD_SECONDS, Keeper, Settings, Sweeper, has_exited
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ class LeaseStep(bootsteps.StartStopStep):
         super().__init__(worker, **options)
         self.keeper: Keeper | None = None
         self.sweeper: Sweeper | None = None
+        self.crier: Crier | None = None
         self._reaping: Any = None
         self._loop_seen_at = -math.inf
         # Before the pool starts, as above.
@@ -68,6 +70,9 @@ class LeaseStep(bootsteps.StartStopStep):
         self.keeper.start()
         remote.attend(self._remotely_changed)
         self.sweeper.start()
+        self.crier = Crier(runtime)
+        self.crier.start()
+        runtime.cease_to_wait = self.crier.wake
         worker_shutting_down.connect(self._told_to_stop, sender=worker.hostname, weak=False)
         _wrap(worker, "wait_for_soft_shutdown", before=self._told_to_stop)  # comes before that signal does
         _wrap(worker, "terminate", after=self._shut_down)  # sends no worker_shutdown
@@ -116,11 +121,12 @@ class LeaseStep(bootsteps.StartStopStep):
             self.keeper.runtime.stop()
 
     def _shut_down(self, **_: Any) -> None:
-        if self.sweeper is not None:
-            self.sweeper.stop()
+        for thread in (self.crier, self.sweeper):
+            if thread is not None:
+                thread.stop()
         if self.keeper is not None:
             self.keeper.release("the worker was shut down")
-        self.keeper = self.sweeper = None
+        self.keeper = self.sweeper = self.crier = None
 
 
 def _wrap(worker: Any, name: str, *, before: Callable[[], object] = tuple, after: Callable[[], object] = tuple) -> None:

@@ -27,9 +27,10 @@ class Rig:
         self.world, self.ran = world, list[str]()
         self.rests: list[Callable[[], object]] = []
         self.published: list[Any] = []
+        self.takes_offers = True
         self.first: Callable[[], object] = lambda: None
         self.then: Callable[[], object] = lambda: None
-        publisher = SimpleNamespace(publish=self.published.extend)
+        publisher = SimpleNamespace(publish=self.published.extend, takes_offers=lambda: self.takes_offers)
         self.runtime: Any = SimpleNamespace(
             slice_seconds=60.0,
             stopping=False,
@@ -55,9 +56,12 @@ class Rig:
             time.sleep(seconds)
 
     def wait_for_offer(self, queues: set[str], seconds: float) -> Own | None:
-        self.runtime.idle.end()
+        """Of a process that is forked; after what is to happen, another process is busy."""
         self.waited.append((set(queues), seconds))
         given = self.waits.pop(0)() if self.waits else None
+        if not self.waits:
+            self.runtime.idle.note_free(free=False)
+        self.runtime.idle.end()
         if given is None:
             return None
         step = self.world.step(*given)
@@ -150,7 +154,7 @@ def test_what_is_offered_while_it_waits_is_run(rig: Rig) -> None:
     rig.slice(run, "a", close=False)
     rig.world.check()
     assert rig.ran == ["a", "b", "c", "d"]
-    assert [queues for queues, _ in rig.waited] == [{"work"}] * 3
+    assert [queues for queues, _ in rig.waited] == [{"work"}] * 2
 
 
 def test_more_than_it_takes_is_told_to_others(rig: Rig) -> None:
@@ -215,16 +219,39 @@ def test_offers_do_not_prolong_a_slice_for_ever(rig: Rig) -> None:
     assert 2 < len(rig.ran) < 20
 
 
-@pytest.mark.parametrize("why", ["nothing was run", "a message of its own is on its way"])
+WHY = [
+    "nothing was run", "a message of its own is on its way", "another process waits", "no other process is free",
+    "the worker stops", "the broker takes none", "it is no pool process",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("why", WHY)
 def test_no_offer_is_waited_for(rig: Rig, why: str) -> None:
-    rig.runtime.is_forked = True
+    rig.runtime.is_forked = why != "it is no pool process"
+    rig.runtime.stopping = why == "the worker stops"
+    rig.takes_offers = why != "the broker takes none"
+    if why == "another process waits":
+        rig.runtime.idle.begin(60)
+    elif why == "no other process is free":
+        rig.runtime.idle.note_free(free=False)
     if why == "nothing was run":
         run = rig.submit("a")
         rig.world.settle(rig.world.claim(run, "a"))
         rig.slice(run, "a")
-    else:
+    elif why == "a message of its own is on its way":
         rig.slice(rig.world.submit(chain(sig("b"), sig("own", priority=3)), shared=True), "b")
+    else:
+        rig.slice(rig.submit("a"), "a", close=False)
+        assert rig.ran == ["a"]
     assert rig.waited == []
+
+
+def test_a_process_sees_now_and_then_that_its_worker_stops(rig: Rig) -> None:
+    rig.runtime.is_forked = True
+    run = rig.submit("a")
+    rig.waits = [lambda: None, lambda: setattr(rig.runtime, "stopping", True), lambda: None]
+    rig.slice(run, "a", close=False)
+    assert [seconds <= 1 for _, seconds in rig.waited] == [True] * 2
 
 
 # ------------------------------------------------------------------------------------------------- the watch

@@ -94,6 +94,11 @@ def test_one_that_waits_ceases_when_it_is_told_to(app: Celery, broker_url: str) 
         wait_until(lambda: direct.keys() == [], timeout=10)
 
 
+def test_a_broker_of_another_kind_takes_no_offers() -> None:
+    with Celery("idle", broker="memory://", set_as_current=False) as app:
+        assert not Publisher(app).takes_offers()
+
+
 def test_it_does_not_wait_much_longer_than_it_is_to(app: Celery) -> None:
     began = time.monotonic()
     assert Publisher(app).wait_for_offer(["celery"], "w", 0.2) is None
@@ -129,12 +134,11 @@ def test_a_broker_that_is_away_is_not_waited_for(own_broker: EmbeddedValkey) -> 
     wait_until(lambda: waiting(own_broker.url))
     own_broker.kill()
     waits.join(10)
-    began = time.monotonic()
-    found.append(publisher.wait_for_offer(["celery"], "w", 60.0))
+    assert found == [None]
+    assert not publisher.takes_offers()
     publisher.cease_to_wait("w")
-    assert found == [None, None]
-    assert time.monotonic() - began < 10
     own_broker.start()
+    wait_until(publisher.takes_offers)
     wait_until(lambda: publisher.publish([_wakeup(0)]), timeout=30)
     app.close()
 
