@@ -25,7 +25,7 @@ class Done(NamedTuple):
 
 
 class Own(NamedTuple):
-    """The step that a message names, and the attempt before the one to be made."""
+    """The step that a message names, or that was offered, and the attempt before the one to be made."""
 
     step_id: str
     attempt: int

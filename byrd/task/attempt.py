@@ -250,10 +250,10 @@ def readable_header(found: Any) -> Mapping[str, Any] | None:
     step, attempt = found.get("step"), found.get("attempt")
     if not isinstance(step, str) or type(attempt) is not int or not 0 <= attempt < _MOST_ATTEMPTS:
         return None
-    return found if _storable(step) else None
+    return found if storable(step) else None
 
 
-def _storable(text: str) -> bool:
+def storable(text: str) -> bool:
     """Tell whether Postgres can be asked about it: neither a NUL nor half of a surrogate pair is text there."""
     try:
         return b"\0" not in text.encode()

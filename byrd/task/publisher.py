@@ -19,7 +19,6 @@ from byrd.errors import NotLiveError
 from byrd.model import PROTOCOL_VERSION
 from byrd.store import Wakeup
 from byrd.store.rows import Consumers
-from byrd.store.work import Own
 from byrd.task import idle
 
 log = logging.getLogger(__name__)
@@ -34,6 +33,8 @@ _NO_CALL = "byrd_step: this message names a step of a run, and is no call of the
 #: For so long after a failure nobody tries to publish: a broker that hangs costs five seconds each time, and whoever
 #: submits much meanwhile, beat say, would fall behind.
 _AWAY_SECONDS = 1.0
+#: For so long after a failure nobody offers anything, or waits for an offer.
+_DEAF_SECONDS = 1.0
 
 #: So many wake-ups one after the other are enough, or one for each process that might take them: whoever takes one goes
 #: on with what else is ready, and sees that others are woken while there is more.
@@ -68,8 +69,10 @@ class Publisher:
         consumers: Callable[[str], Consumers] | None = None,
         *,
         line_up: Callable[[Sequence[Wakeup]], list[Wakeup]] = lambda limited: [*limited],
+        database: str = "",
     ) -> None:
         self.app = app
+        self._keys = idle.Keys(database)
         self._line_up = line_up
         #: Asks who consumes a queue; without it, each step gets a message of its own.
         self._ask_consumers = consumers
@@ -135,17 +138,29 @@ class Publisher:
 
     def _untaken(self, producer: Any, due: list[Wakeup]) -> list[Wakeup]:
         """Offer wake-ups to the processes that wait for them; return those that are still to be published."""
-        if all(wakeup.solo for wakeup in due) or not _is_redis(producer):
+        if time.monotonic() < self._deaf_until or all(wakeup.solo for wakeup in due) or not _is_redis(producer):
             return due
         offers: dict[str, list[Wakeup]] = {}
         for wakeup in due:
-            if not wakeup.solo and 0 < self._enough(wakeup.queue)[1] < _MANY:
+            if not wakeup.solo:
                 offers.setdefault(wakeup.queue, []).append(wakeup)
-        left = [wakeup for wakeup in due if wakeup.solo or wakeup.queue not in offers]
-        client = producer.connection.default_channel.client
-        for queue, offered in offers.items():
-            left += idle.offer(client, queue, offered)
-        return left
+        taken: set[str] = set()
+        channel = producer.connection.default_channel
+        for queue, wakeups in offers.items():
+            enough, processes = self._enough(queue)
+            some = wakeups[: processes if enough < _MANY else 0]
+            if some:
+                taken |= {wakeup.id for wakeup in some[: len(some) - self._left(channel, queue, some)]}
+        return [wakeup for wakeup in due if wakeup.id not in taken] if taken else due
+
+    def _left(self, channel: Any, queue: str, wakeups: list[Wakeup]) -> int:
+        """Offer wake-ups; return how many of them, the last ones, nobody has taken."""
+        try:
+            return idle.offer(channel.client, self._keys.queue(_prefix(channel), queue), wakeups)
+        except Exception as exc:  # noqa: BLE001 - of a broker that allows only what kombu needs, say
+            self._complain("the broker takes no offers (%r); for a while, messages are sent at once", exc)
+            self._deaf_until = time.monotonic() + _DEAF_SECONDS
+            return len(wakeups)  # somebody may have taken some of them: a message too many does no harm
 
     def takes_offers(self) -> bool:
         """Tell whether it is worth while to wait for offers: the broker is a Redis, and answered when last asked."""
@@ -156,29 +171,35 @@ class Publisher:
         with self.app.connection_for_write() as connection:
             return bool(connection.get_transport_cls().driver_type == "redis")
 
-    def wait_for_offer(self, queues: Iterable[str], worker_id: str, seconds: float) -> Own | None:
-        """Wait for a step that is offered to this process instead of being published; None when there is none."""
+    def wait_for_offer(self, queues: Iterable[str], worker_id: str, seconds: float) -> Any:
+        """Wait for a step that is offered to this process instead of being published; return it as it was written.
+
+        None when there is none.
+        """
         try:
             with self.app.producer_pool.acquire(block=True, timeout=5) as producer:
                 producer.connection.ensure_connection(max_retries=0, timeout=5)
                 channel = producer.connection.default_channel
-                return idle.wait(channel.client, _prefix(channel), queues, worker_id, seconds)
+                prefix = _prefix(channel)
+                keys = [self._keys.worker(prefix, worker_id), *(self._keys.queue(prefix, queue) for queue in queues)]
+                return idle.wait(channel.client, keys, seconds)
         except Exception as exc:  # noqa: BLE001 - each transport has errors of its own
-            self._complain("the broker does not answer (%r); for a while, this process waits for messages only", exc)
-            self._deaf_until = time.monotonic() + _AWAY_SECONDS
+            self._complain("the broker takes no offers (%r); for a while, this process waits for messages only", exc)
+            self._deaf_until = time.monotonic() + _DEAF_SECONDS
             return None
 
     def cease_to_wait(self, worker_id: str) -> None:
         """Have the process of a worker that waits for an offer wait no longer."""
-        if time.monotonic() < self._away_until:
+        if not self.takes_offers():
             return
         try:
             with self.app.producer_pool.acquire(block=True, timeout=5) as producer:
                 producer.connection.ensure_connection(max_retries=0, timeout=5)
-                idle.cease(producer.connection.default_channel.client, worker_id)
+                channel = producer.connection.default_channel
+                idle.cease(channel.client, self._keys.worker(_prefix(channel), worker_id))
         except Exception as exc:  # noqa: BLE001 - each transport has errors of its own
             self._complain("the broker does not answer (%r); a message waits until a process has ceased to wait", exc)
-            self._away_until = time.monotonic() + _AWAY_SECONDS
+            self._deaf_until = time.monotonic() + _DEAF_SECONDS
 
     def _wanted(self, producer: Any, due: list[Wakeup]) -> list[Wakeup]:
         """Leave out the wake-ups that nobody needs."""

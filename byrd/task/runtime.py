@@ -28,7 +28,6 @@ from byrd.limits import key_of, limit_of
 from byrd.model import Mark, StepKind
 from byrd.policies import Retry
 from byrd.store import Store, Wakeup, limits, steps, sweeps
-from byrd.store.work import Own
 from byrd.task.idle import Idle
 from byrd.task.publisher import Publisher
 from byrd.task.standby import Standby
@@ -76,6 +75,7 @@ class Runtime:
             app,
             lambda queue: self.store.run(sweeps.consumers, queue),
             line_up=partial(limits.line_up_all, self.store),
+            database=str(database_url.database),
         )
         #: What a worker's main process has to record: its event loop must not wait for Postgres or the broker, so
         #: its recorder does it, in this order.
@@ -178,10 +178,10 @@ class Runtime:
         if self._flags is not None:
             self._flags[1] = 1
 
-    def wait_for_offer(self, queues: Iterable[str], seconds: float) -> Own | None:
+    def wait_for_offer(self, queues: Iterable[str], seconds: float) -> Any:
         """Wait, in a pool process that has begun to, for a step of these queues that has no message; None without one.
 
-        It takes about so many seconds, less when a message needs the process.
+        It takes about so many seconds, less when a message needs the process.  Returns what anybody may have written.
         """
         try:
             return self.publisher.wait_for_offer(queues, self.worker_id, seconds)

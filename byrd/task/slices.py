@@ -30,7 +30,7 @@ from byrd.model import StepKind
 from byrd.store import Claim, items, steps, sweeps, work
 from byrd.store.database import first_line
 from byrd.store.work import Done, Own, Work
-from byrd.task.attempt import Attempt
+from byrd.task.attempt import Attempt, readable_header, storable
 from byrd.task.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -79,8 +79,9 @@ class Slice:
         self._ends_at, self._ends_at_last = began + runtime.slice_seconds, began + _MOST_SLICES * runtime.slice_seconds
         #: Of which it has run steps.
         self._queues: set[str] = set()
-        #: A message for one step only is on its way, perhaps to this very process.
-        self._solo_sent = False
+        #: Its end is waited for: by the step of its message, which is to be claimed in the ordinary way, or by a
+        #: message for one step only that is on its way, perhaps to this very process.
+        self._awaited = False
         #: Wake-ups come one right after the other.
         self._close = time.monotonic() - self._pace.ended_at < _CLOSE_SECONDS
         #: How many steps were begun.
@@ -99,6 +100,7 @@ class Slice:
             # Of those that stood by one goes on as if it coped, until it knows more; the others need not all join in.
             self._standby.say(copes=self._standby.stand_by(self._ends_at, unless=lambda: runtime.stopping))
             own_is_ready = self._exchange([], own=own).own_is_ready
+            self._awaited |= own_is_ready
             while (claim := self._next() or self._linger()) is not None:
                 got = self._run(Attempt(runtime, claim, in_slice=self))
                 self._busy_since = self._current = None
@@ -175,19 +177,24 @@ class Slice:
     def _linger(self) -> Claim | None:
         """Return the next step to run, if something becomes ready soon."""
         idle = self.runtime.idle
-        if self.steps == 0 or self._solo_sent or idle.waits():
+        if not 0 < self.steps < _MOST_STEPS or self._awaited or idle.waits():
             return None
         waited = False
-        while self.runtime.is_forked and not self.runtime.stopping and self.runtime.publisher.takes_offers():
+        while self._may_wait():
             seconds = min(_WAIT_SECONDS, self._ends_at - time.monotonic())
             if seconds < _LOOK_AFTER_SECONDS or not idle.begin(seconds):
                 break
             waited = True
             self._standby.say(copes=False)
-            own = self.runtime.wait_for_offer(self._queues, seconds)
+            own = _offered(self.runtime.wait_for_offer(self._queues, seconds))
             if own is not None and (claim := self._taken(own)) is not None:
                 return claim
         return None if waited else self._look_again()
+
+    def _may_wait(self) -> bool:
+        """Tell whether steps may be offered to this process."""
+        runtime = self.runtime
+        return runtime.is_forked and not runtime.stopping and not runtime.orphaned and runtime.publisher.takes_offers()
 
     def _taken(self, own: Own) -> Claim | None:
         """Return the next step to run, after an offer: as after a message, this one first."""
@@ -264,7 +271,7 @@ class Slice:
         """Publish what became ready, say what was refused, and return it."""
         self.runtime.publisher.publish(found.wakeups)
         if any(wakeup.solo for wakeup in found.wakeups):
-            self._solo_sent = True
+            self._awaited = True
         for step_id, why in found.refused.items():
             if step_id != current:
                 log.info("not recorded: %s", why)
@@ -372,6 +379,15 @@ class Slice:
                     error = self.runtime.app.backend.encoded_error(bad)
                     recorded.wakeups += store.run(steps.fail, claim.id, claim.attempt, error)
         return recorded
+
+
+def _offered(found: Any) -> Own | None:
+    """Return the step that was offered; None for what no publisher of ours has written, for anybody may write."""
+    header = readable_header(found)
+    task = header.get("task") if header is not None else None
+    if header is None or not isinstance(task, str) or not storable(task):
+        return None
+    return Own(header["step"], header["attempt"], task)
 
 
 def _apart(done: list[Done]) -> list[list[Done]]:

@@ -70,9 +70,10 @@ class LeaseStep(bootsteps.StartStopStep):
         self.keeper.start()
         remote.attend(self._remotely_changed)
         self.sweeper.start()
-        self.crier = Crier(runtime)
-        self.crier.start()
-        runtime.cease_to_wait = self.crier.wake
+        if _pool_name(worker) == "prefork" and runtime.slice_seconds > 0:
+            self.crier = Crier(runtime)
+            self.crier.start()
+            runtime.cease_to_wait = self.crier.wake
         worker_shutting_down.connect(self._told_to_stop, sender=worker.hostname, weak=False)
         _wrap(worker, "wait_for_soft_shutdown", before=self._told_to_stop)  # comes before that signal does
         _wrap(worker, "terminate", after=self._shut_down)  # sends no worker_shutdown

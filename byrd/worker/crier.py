@@ -32,5 +32,5 @@ class Crier(Loop):
         return 0.0
 
     def rest(self, seconds: float) -> None:
-        """Wait until woken."""
+        """Wait until woken, however long that is."""
         self._woken.wait()

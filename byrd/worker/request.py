@@ -53,7 +53,7 @@ class DurableRequest(Request):
 
         @functools.wraps(to_pool)
         def execute_using_pool(self: DurableRequest, pool: Any, **kwargs: Any) -> Any:
-            # As worker_disable_prefetch counts them.
+            # As worker_disable_prefetch counts them, but for processes that autoscaling may still start.
             runtime_of(self._app).note_free(free=len(state.reserved_requests) < pool.num_processes)
             return to_pool(self, pool, **kwargs)
 

@@ -15,7 +15,7 @@ from celery import Celery, Task, signals
 from celery.exceptions import Ignore, Reject
 
 import byrd
-from byrd.task import standby
+from byrd.task import slices, standby
 from byrd.task.runtime import runtime_of
 
 app = Celery("slices")
@@ -30,6 +30,8 @@ if "TEST_TRUE_SECONDS" in os.environ:  # for a machine that is busy meanwhile
     standby._TRUE_SECONDS = float(os.environ["TEST_TRUE_SECONDS"])
 if "TEST_STAND_BY_SECONDS" in os.environ:
     standby._MOST_SECONDS = float(os.environ["TEST_STAND_BY_SECONDS"])
+if "TEST_WAIT_SECONDS" in os.environ:
+    slices._WAIT_SECONDS = float(os.environ["TEST_WAIT_SECONDS"])
 
 
 def note(name: str, **facts: Any) -> None:

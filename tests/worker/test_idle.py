@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 import time
@@ -19,7 +20,7 @@ from celery import Celery
 
 from byrd.embedded import EmbeddedPostgres, EmbeddedValkey
 from byrd.store import Wakeup
-from byrd.store.work import Own
+from byrd.store.rows import Consumers
 from byrd.task import idle
 from byrd.task.idle import Idle
 from byrd.task.publisher import Publisher
@@ -27,8 +28,9 @@ from tests.cluster import Cluster, ClusterFactory, Worker, wait_until
 from tests.invariants import check_database
 
 APP = "tests.apps.slices"
-#: A process waits for as long, unless it is told to cease.
-LONG = {"TEST_SLICE_SECONDS": "20", "TEST_LEASE_SECONDS": "3"}
+#: A process waits for as long, at once, unless it is told to cease.
+LONG = {"TEST_SLICE_SECONDS": "20", "TEST_WAIT_SECONDS": "20"}
+KEY = idle.Keys("").queue("", "celery")
 
 
 def _wakeup(no: int) -> Wakeup:
@@ -61,23 +63,51 @@ def waiting(broker_url: str) -> set[int]:
 
 
 def test_an_offer_that_nobody_waits_for_leaves_nothing_behind(client: Any, broker_url: str) -> None:
-    wakeups = [_wakeup(no) for no in range(3)]
-    assert idle.offer(client, "celery", wakeups) == wakeups
+    assert idle.offer(client, KEY, [_wakeup(no) for no in range(3)]) == 3
     with redis.Redis.from_url(broker_url) as direct:
         assert direct.keys() == []
 
 
-def test_one_that_waits_is_given_one_step_of_its_queues(app: Celery, client: Any, broker_url: str) -> None:
-    found: list[Own | None] = []
-    publisher = Publisher(app)
-    waits = threading.Thread(target=lambda: found.append(publisher.wait_for_offer(["rare", "celery"], "w", 30.0)))
+def test_one_that_waits_is_given_one_step_of_its_queues(app: Celery, broker_url: str) -> None:
+    found: list[Any] = []
+    waiter, publisher = Publisher(app), Publisher(app, lambda _: Consumers(2, True))
+    waits = threading.Thread(target=lambda: found.append(waiter.wait_for_offer(["rare", "celery"], "w", 30.0)))
     waits.start()
     wait_until(lambda: waiting(broker_url))
-    assert idle.offer(client, "other", [_wakeup(7)]) == [_wakeup(7)]
-    assert idle.offer(client, "celery", [_wakeup(1), _wakeup(2)]) == [_wakeup(2)]
+    assert publisher.publish([_wakeup(7)._replace(queue="other")])
+    assert publisher.publish([_wakeup(8)._replace(solo=True)])
+    assert publisher.publish([_wakeup(9)], offer=False)
+    assert publisher.publish([_wakeup(1), _wakeup(2), _wakeup(3)])
     waits.join(10)
-    assert found == [Own("step-1", 0, "shop.price")]
-    assert idle.offer(client, "celery", [_wakeup(3)]) == [_wakeup(3)], "it does not wait any more"
+    assert found == [{"step": "step-1", "attempt": 0, "task": "shop.price"}]
+    assert publisher.publish([_wakeup(4)]), "it does not wait any more"
+    assert published(app, "celery") == [8, 9, 2, 3, 4]
+    assert published(app, "other") == [7]
+
+
+def published(app: Celery, queue: str) -> list[int]:
+    """Return the numbers of the steps in a queue, the oldest first."""
+    prefix = app.conf.broker_transport_options["global_keyprefix"]
+    with redis.Redis.from_url(app.conf.broker_url) as direct:
+        messages = [json.loads(raw) for raw in reversed(direct.lrange(f"{prefix}{queue}", 0, -1))]
+    return [message["headers"]["byrd"]["no"] for message in messages]
+
+
+@pytest.mark.parametrize("denied", ["-lpush", "-rpop"])
+def test_a_broker_that_allows_no_offers_is_published_to(
+    own_broker: EmbeddedValkey, caplog: pytest.LogCaptureFixture, denied: str
+) -> None:
+    with redis.Redis.from_url(own_broker.url) as direct:
+        selectors = ["(+@all ~celery* ~_kombu* ~unacked*)", f"(+@all {denied} ~byrd.*)"]
+        direct.execute_command("ACL", "SETUSER", "shy", "on", ">pw", "+@connection", *selectors)
+        url = own_broker.url.replace("redis://", "redis://shy:pw@")
+        with Celery("idle", broker=url, set_as_current=False) as app:
+            publisher = Publisher(app, lambda _: Consumers(2, True))
+            assert all(publisher.publish([_wakeup(no)]) for no in range(3))
+            assert direct.llen("celery") == 3
+            assert not publisher.takes_offers()
+            assert [record.getMessage() for record in caplog.records if "takes no offers" in record.getMessage()]
+        wait_until(lambda: direct.keys("byrd*") == [], timeout=10)
 
 
 def test_one_that_waits_ceases_when_it_is_told_to(app: Celery, broker_url: str) -> None:
@@ -107,18 +137,20 @@ def test_it_does_not_wait_much_longer_than_it_is_to(app: Celery) -> None:
 
 def test_of_many_who_offer_at_once_each_step_wakes_somebody(app: Celery, client: Any, broker_url: str) -> None:
     """Somebody is given it, or it is published: as many as are offered, though not always the very same."""
-    offers, given = 400, list[Own]()
+    offers, given = 400, list[Any]()
     over = threading.Event()
 
     def take(publisher: Publisher) -> None:
         while not over.is_set():
-            own = publisher.wait_for_offer(["celery"], "w", 0.3)
-            if own is not None:
-                given.append(own)
+            found = publisher.wait_for_offer(["celery"], "w", 5.0)
+            if found is not None:
+                given.append(found)
 
     with ThreadPoolExecutor(8) as pool:
         takers = [pool.submit(take, Publisher(app)) for _ in range(2)]
-        left = list(pool.map(lambda no: len(idle.offer(client, "celery", [_wakeup(no)])), range(offers)))
+        wait_until(lambda: len(waiting(broker_url)) == 2)
+        key = idle.Keys("").queue(app.conf.broker_transport_options["global_keyprefix"], "celery")
+        left = list(pool.map(lambda no: idle.offer(client, key, [_wakeup(no)]), range(offers)))
         over.set()
         for taker in takers:
             taker.result(30)
@@ -135,7 +167,6 @@ def test_a_broker_that_is_away_is_not_waited_for(own_broker: EmbeddedValkey) -> 
     own_broker.kill()
     waits.join(10)
     assert found == [None]
-    assert not publisher.takes_offers()
     publisher.cease_to_wait("w")
     own_broker.start()
     wait_until(publisher.takes_offers)
@@ -150,6 +181,10 @@ def test_only_one_process_waits_and_only_while_another_is_free() -> None:
     assert page.begin(60)
     assert page.waits()
     assert not page.begin(60)
+    page._page[2] = 1.0
+    page.end()
+    assert page.waits(), "another process does"
+    page._page[2] = os.getpid()
     page.end()
     page.note_free(free=False)
     assert not page.begin(60)
@@ -233,9 +268,19 @@ def test_a_message_is_not_kept_waiting(cluster: Cluster, notes: Path, start: Cal
 
 
 def test_a_worker_stops_while_one_waits(cluster: Cluster, start: Callable[..., Worker]) -> None:
-    worker = start()
+    worker = start(TEST_WAIT_SECONDS="0.5")
     have_one_wait(cluster, worker)
     assert worker.stop(timeout=10) == 0
+
+
+def test_the_relay_offers_nothing(cluster: Cluster, notes: Path, start: Callable[..., Worker]) -> None:
+    """What was offered before, perhaps to one that may not run it, is to have its message."""
+    app, worker = cluster.app(APP), start()
+    have_one_wait(cluster, worker)
+    with app.engine.runtime.store.engine.begin() as conn:  # then it is the relay that publishes it
+        run = app.engine.submit(app.tick.s(1), connection=conn)
+    assert run.get(timeout=30) == 1
+    assert {step.id for step in run.steps()} <= {line["id"] for line in lines(notes, "received")}
 
 
 @pytest.mark.parametrize("how", ["killed", "frozen"])

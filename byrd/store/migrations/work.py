@@ -244,7 +244,8 @@ BEGIN
         END LOOP;
     END IF;
 
-    -- As a slice begins, its process runs nothing.  What it is said to run was claimed by a call whose answer was lost.
+    -- As a slice begins, or takes what is offered, its process runs nothing.  What it is said to run was claimed by a
+    -- call whose answer was lost.
     RETURN QUERY
         SELECT 'claim', s.id, s.run_id, s.no, s.kind, s.task, s.queue, s.attempt, s.retries, s.preemptions, s.args,
                s.kwargs, s.options, s.group_id, s.join_no, s.join_pos,
