@@ -11,7 +11,6 @@ with one of them; ``docs/canvas.md`` says with which.
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from kombu.utils.json import loads
 
 from byrd.arguments import json_of, time_of_wait, times_of
 from byrd.errors import ArgumentError, CanvasError
+from byrd.ids import new_id
 from byrd.items import EACH, Each, each_of, is_each
 from byrd.model import StepKind
 from byrd.sagas import body_of, is_saga
@@ -286,7 +286,7 @@ class _Builder:
         no = self.add(
             Step(
                 no=len(self.steps),
-                id=str(own.get("task_id") or uuid.uuid4()),
+                id=str(own.get("task_id") or new_id()),
                 kind=given.kind,
                 task=task,
                 args=json_of(list(literal), task, "arguments") if literal else "[]",
@@ -325,7 +325,7 @@ class _Builder:
         no = self.add(
             Step(
                 no=len(self.steps),
-                id=str(sig.options.get("task_id") or uuid.uuid4()),
+                id=str(sig.options.get("task_id") or new_id()),
                 kind=StepKind.WAIT,
                 task=sig.task,
                 after=given.after,
@@ -350,7 +350,7 @@ class _Builder:
         no = self.add(
             Step(
                 no=len(self.steps),
-                id=str(sig.options.get("task_id") or uuid.uuid4()),
+                id=str(sig.options.get("task_id") or new_id()),
                 kind=StepKind.SAGA,
                 task=sig.task,
                 after=given.after,
@@ -474,7 +474,7 @@ class _Builder:
             return outs[0]  # GroupResult of one chain that ends in a group: Celery returns the inner one
         join = Step(
             no=len(self.steps),
-            id=str(sig.options.get("task_id") or uuid.uuid4()),
+            id=str(sig.options.get("task_id") or new_id()),
             kind=StepKind.JOIN,
             after=given.after,
             on_failure=given.on_failure,

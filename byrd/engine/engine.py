@@ -29,6 +29,7 @@ from byrd.errors import (
     SubmitError,
     UnknownWorkflowError,
 )
+from byrd.ids import new_id
 from byrd.model import RunStatus
 from byrd.policies import Retry
 from byrd.sagas import add_task as add_saga
@@ -172,7 +173,7 @@ class Byrd:
             raise ArgumentError(f"timeout={timeout!r} must be a number of seconds above 0")
         policy = None if retry is None else Retry.of(retry)
         plan = self.runtime.plan(canvas, args=args, kwargs=kwargs, retry=policy)
-        return plans.NewRun(str(uuid.uuid4()), plan, name, title, key, call, timeout, parent_step)
+        return plans.NewRun(new_id(), plan, name, title, key, call, timeout, parent_step)
 
     def _write(self, new: Sequence[plans.NewRun], connection: Any) -> list[str]:
         """Write runs in one transaction, or in the caller's."""

@@ -7,7 +7,6 @@ import json
 import math
 import mmap
 import os
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +22,7 @@ from byrd import policies
 from byrd.arguments import checked_priority, json_of
 from byrd.canvas import MAPS, Plan, Step, compile_canvas, enumerator_of, item_of, task_name
 from byrd.errors import ArgumentError, CanvasError, CompensationError, ConfigurationError, UnknownTaskError
+from byrd.ids import new_id
 from byrd.items import EACH, Each, each_of
 from byrd.limits import key_of, limit_of
 from byrd.model import Mark, StepKind
@@ -287,7 +287,7 @@ class Runtime:
     def item(self, spec: Each, item: Any, retry: Retry | None, *, template: tuple[Step, bool] | None = None) -> Step:
         """Return the step of one item of an each; ``template``: what :func:`byrd.canvas.item_of` says of its spec."""
         step, takes_item = template or item_of(spec, self.app)
-        new = replace(step, id=str(uuid.uuid4()))
+        new = replace(step, id=new_id())
         if takes_item:
             new.args = dumps([item, *loads(step.args)])
         return replace(self._frozen(new, retry), mark=None)

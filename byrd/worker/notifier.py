@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import urllib.request
-import uuid
 from http.client import HTTPException
 from importlib.metadata import version
 from typing import Any
@@ -19,6 +18,7 @@ from urllib.parse import urlsplit
 from celery import Celery
 
 from byrd.errors import ByrdError, ConfigurationError
+from byrd.ids import new_id
 from byrd.store import Store, notices, plans
 from byrd.store.notices import Notice
 from byrd.task.runtime import Runtime
@@ -122,7 +122,7 @@ class Notifier(Loop):
             return
         plan = self.runtime.plan(self.runtime.app.signature(hook, args=(payload,)))
         key = f"byrd.rollback_stuck:{notice.id}:{hook}"
-        run = plans.NewRun(str(uuid.uuid4()), plan, title=f"{hook}: run {notice.run_id} is stuck", key=key)
+        run = plans.NewRun(new_id(), plan, title=f"{hook}: run {notice.run_id} is stuck", key=key)
         self.runtime.publisher.publish(self.store.run(plans.write, [run])[1])
 
 
