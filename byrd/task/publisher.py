@@ -6,8 +6,8 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -177,9 +177,7 @@ class Publisher:
         None when there is none.
         """
         try:
-            with self.app.producer_pool.acquire(block=True, timeout=5) as producer:
-                producer.connection.ensure_connection(max_retries=0, timeout=5)
-                channel = producer.connection.default_channel
+            with self._channel() as channel:
                 prefix = _prefix(channel)
                 keys = [self._keys.worker(prefix, worker_id), *(self._keys.queue(prefix, queue) for queue in queues)]
                 return idle.wait(channel.client, keys, seconds)
@@ -188,14 +186,18 @@ class Publisher:
             self._deaf_until = time.monotonic() + _DEAF_SECONDS
             return None
 
+    @contextmanager
+    def _channel(self) -> Iterator[Any]:
+        with self.app.producer_pool.acquire(block=True, timeout=5) as producer:
+            producer.connection.ensure_connection(max_retries=0, timeout=5)
+            yield producer.connection.default_channel
+
     def cease_to_wait(self, worker_id: str) -> None:
         """Have the process of a worker that waits for an offer wait no longer."""
         if not self.takes_offers():
             return
         try:
-            with self.app.producer_pool.acquire(block=True, timeout=5) as producer:
-                producer.connection.ensure_connection(max_retries=0, timeout=5)
-                channel = producer.connection.default_channel
+            with self._channel() as channel:
                 idle.cease(channel.client, self._keys.worker(_prefix(channel), worker_id))
         except Exception as exc:  # noqa: BLE001 - each transport has errors of its own
             self._complain("the broker does not answer (%r); a message waits until a process has ceased to wait", exc)

@@ -26,6 +26,7 @@ from byrd.task.idle import Idle
 from byrd.task.publisher import Publisher
 from tests.cluster import Cluster, ClusterFactory, Worker, wait_until
 from tests.invariants import check_database
+from tests.notes import lines
 
 APP = "tests.apps.slices"
 #: A process waits for as long, at once, unless it is told to cease.
@@ -198,23 +199,11 @@ def test_only_one_process_waits_and_only_while_another_is_free() -> None:
 
 
 @pytest.fixture
-def notes(tmp_path: Path) -> Path:
-    folder = tmp_path / "notes"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture
 def start(cluster: Cluster, notes: Path) -> Callable[..., Worker]:
     def start(**env: str) -> Worker:
         return cluster.worker(APP, concurrency=2, env={"NOTES": str(notes), **LONG, **env})
 
     return start
-
-
-def lines(notes: Path, name: str) -> list[dict[str, Any]]:
-    path = notes / name
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def who_waits(cluster: Cluster, worker: Worker) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -15,26 +14,15 @@ from celery import chain, group
 from byrd.engine import Run
 from tests.cluster import Cluster, Worker, wait_until
 from tests.invariants import check_database
+from tests.notes import lines
 
 APP = "tests.apps.slices"
-
-
-@pytest.fixture
-def notes(tmp_path: Path) -> Path:
-    folder = tmp_path / "notes"
-    folder.mkdir()
-    return folder
 
 
 @pytest.fixture
 def app(cluster: Cluster) -> Iterator[Any]:
     yield cluster.app(APP)
     check_database(cluster.database_url)
-
-
-def lines(notes: Path, name: str) -> list[dict[str, Any]]:
-    path = notes / name
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def wait_ran(notes: Path, task_id: str) -> dict[str, Any]:

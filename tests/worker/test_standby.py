@@ -16,26 +16,15 @@ from celery import chain
 from byrd.task.standby import Standby
 from tests.cluster import Cluster, Worker, wait_until
 from tests.invariants import check_database
+from tests.notes import lines
 
 APP = "tests.apps.slices"
-
-
-@pytest.fixture
-def notes(tmp_path: Path) -> Path:
-    folder = tmp_path / "notes"
-    folder.mkdir()
-    return folder
 
 
 @pytest.fixture
 def app(cluster: Cluster) -> Iterator[Any]:
     yield cluster.app(APP)
     check_database(cluster.database_url)
-
-
-def lines(notes: Path, name: str) -> list[dict[str, Any]]:
-    path = notes / name
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def start(cluster: Cluster, notes: Path, *, concurrency: int = 2, **settings: float) -> Worker:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -17,15 +16,9 @@ from byrd.errors import ArgumentError, IllegalTransitionError
 from byrd.store import termination
 from tests.cluster import Cluster, Worker, wait_until
 from tests.invariants import check_database
+from tests.notes import lines
 
 APP = "tests.apps.stubborn"
-
-
-@pytest.fixture
-def notes(tmp_path: Path) -> Path:
-    folder = tmp_path / "notes"
-    folder.mkdir()
-    return folder
 
 
 @pytest.fixture
@@ -36,11 +29,6 @@ def app(cluster: Cluster) -> Iterator[Any]:
 
 def start(cluster: Cluster, notes: Path, **options: Any) -> Worker:
     return cluster.worker(APP, env={"NOTES": str(notes)}, **options)
-
-
-def lines(notes: Path, name: str) -> list[dict[str, Any]]:
-    path = notes / name
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def wait_noted(notes: Path, name: str) -> dict[str, Any]:
