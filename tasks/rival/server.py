@@ -159,9 +159,11 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if self.rival.latency:
                 time.sleep(self.rival.latency)
-            status = self._answer(path)
-        finally:
+            answer = self._answer(path)
+            status = answer[0]
+        finally:  # before it is sent: who has the answer may ask for the counts, or for the next page
             self.rival.answered(status)
+        self._send(*answer)
 
     do_HEAD = do_GET  # noqa: N815 - the name is the protocol's
 
@@ -180,21 +182,22 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the name is the base class's
         """Say nothing: the counts in `traffic` are the log."""
 
-    def _answer(self, path: str) -> HTTPStatus:
+    def _answer(self, path: str) -> tuple[HTTPStatus, bytes, str | None, Mapping[str, str]]:
+        """The status, the body, its type, and the headers that are the page's own."""
         if path == "/robots.txt":
-            return self._send(HTTPStatus.OK, self.rival.robots().encode(), "text/plain; charset=utf-8")
+            return HTTPStatus.OK, self.rival.robots().encode(), "text/plain; charset=utf-8", {}
         if path == "/sitemap.xml":
-            return self._send(HTTPStatus.OK, self.rival.sitemap().encode(), "application/xml")
+            return HTTPStatus.OK, self.rival.sitemap().encode(), "application/xml", {}
         page = self.rival.site.pages.get(path)
         if page is None:
             body = b"<!doctype html><title>Not found</title><p>There is no such page."
-            return self._send(HTTPStatus.NOT_FOUND, body, "text/html; charset=utf-8")
+            return HTTPStatus.NOT_FOUND, body, "text/html; charset=utf-8", {}
         validators = {"ETag": page.etag, "Last-Modified": format_datetime(page.last_modified, usegmt=True)}
         if path in HIDDEN_PAGES:
             validators["X-Robots-Tag"] = "noindex"
         if self._is_fresh(page):
-            return self._send(HTTPStatus.NOT_MODIFIED, b"", None, validators)
-        return self._send(HTTPStatus.OK, page.html, "text/html; charset=utf-8", validators)
+            return HTTPStatus.NOT_MODIFIED, b"", None, validators
+        return HTTPStatus.OK, page.html, "text/html; charset=utf-8", validators
 
     def _is_fresh(self, page: SitePage) -> bool:
         """Whether the visitor holds this very page already (RFC 9110: an entity tag outranks a date)."""
@@ -209,7 +212,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(
         self, status: HTTPStatus, body: bytes, content_type: str | None, headers: Mapping[str, str] | None = None
-    ) -> HTTPStatus:
+    ) -> None:
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
@@ -220,4 +223,3 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
-        return status

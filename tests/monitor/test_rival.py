@@ -1,6 +1,7 @@
 """The rival's site: real enough to practise on, and the same on every machine."""
 
 import json
+import time
 from email.utils import format_datetime
 
 import httpx
@@ -49,6 +50,21 @@ def test_a_page_is_not_sent_again_to_who_has_it(rival: RivalServer) -> None:
             assert answer.content == page.html
     assert rival.traffic.requests["/pricing"] == 8
     assert rival.traffic.statuses == {200: 5, 304: 3}
+
+
+def test_an_answer_is_counted_before_it_is_sent(rival: RivalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = rival.answered
+
+    def count_late(status: int) -> None:
+        time.sleep(0.2)
+        count(status)
+
+    monkeypatch.setattr(rival, "answered", count_late)
+    with httpx.Client(base_url=rival.url) as client:
+        for expected in (1, 2):
+            client.get("/pricing")
+            assert rival.traffic.statuses == {200: expected}
+    assert rival.traffic.peak_concurrency == 1
 
 
 def test_the_version_can_be_switched_while_it_serves(rival: RivalServer) -> None:
