@@ -373,6 +373,13 @@ def test_peek_is_not_needed_where_something_became_ready(world: World) -> None:
     assert woken(world.work([world.claim(run, "a")], peek=True)) == ["b"]
 
 
+@pytest.mark.parametrize("ready", [{"queue": "elsewhere"}, {"countdown": 60}, {"priority": 3}])
+def test_peek_is_needed_where_what_became_ready_tells_nobody_of_this_queue(world: World, ready: dict[str, Any]) -> None:
+    run = world.submit(chain(sig("a"), sig("b", **ready)), shared=True)
+    world.submit(sig("x"), shared=True)
+    assert sorted(woken(world.work([world.claim(run, "a")], peek=True))) == ["b", "x"]
+
+
 def test_a_result_is_kept_to_the_letter(world: World) -> None:
     run = world.submit(chain(chord([sig("a"), sig("b")], sig("c")), sig("d")), shared=True)
     values = ['{"q": "\\" \\\\ \\n ü €"}', '"{1,NULL,\\"x\\"}"']

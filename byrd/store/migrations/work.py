@@ -264,8 +264,16 @@ BEGIN
                    (SELECT p.id FROM byrd.steps p WHERE p.run_id = s.run_id AND p.no = s.after), NULL::int, NULL
               FROM byrd.steps s WHERE s.id = ANY(ready_ids);
     END IF;
-    -- There is more than this process takes, or it takes no others, and nobody else is told.
-    IF peek AND (claimed >= most OR NOT others) AND cardinality(ready_ids) = 0 THEN
+    -- There may be more than this process takes, or it takes no others: of each queue, one ready step for somebody else
+    -- to begin with, unless one that has become ready here does as well.
+    IF peek AND (claimed >= most OR NOT others) THEN
+        IF cardinality(ready_ids) > 0 THEN
+            SELECT ARRAY(SELECT q FROM unnest(my_queues) q
+                          WHERE NOT EXISTS (SELECT FROM byrd.steps s
+                                             WHERE s.id = ANY(ready_ids) AND s.queue = q AND NOT s.solo
+                                               AND s.run_at <= clock_timestamp()))
+              INTO my_queues;
+        END IF;
         RETURN QUERY
             SELECT 'ready', s.id, s.run_id, s.no, s.kind, s.task, s.queue, s.attempt, s.retries, 1, NULL, NULL,
                    s.options, s.group_id, NULL::int, s.join_pos,

@@ -68,7 +68,7 @@ def _runs() -> None:
     # A second submit of the same workflow with the same key finds this row: the unique key is the guard.
     op.execute("CREATE UNIQUE INDEX runs_key ON byrd.runs (coalesce(workflow, ''), key) WHERE key IS NOT NULL")
     op.execute("CREATE INDEX runs_created ON byrd.runs (created_at DESC)")
-    op.execute("CREATE INDEX runs_workflow ON byrd.runs (workflow, created_at DESC)")
+    op.execute("CREATE INDEX runs_workflow ON byrd.runs (workflow, created_at DESC) WHERE workflow IS NOT NULL")
     op.execute("CREATE INDEX runs_status ON byrd.runs (status, created_at DESC)")
     op.execute(trigger_of("runs", RUN_RULES))
     op.execute(
