@@ -300,8 +300,8 @@ class _Builder:
                 **times_of(options, task),
             )
         )
-        links, errbacks = given.links_of(sig), given.errbacks_of(sig)
-        if links or errbacks:
+        if given.links or given.errbacks or "link" in options or "link_error" in own:
+            links, errbacks = given.links_of(sig), given.errbacks_of(sig)
             self.hang(no, given, links, errbacks)
         return no
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import uuid
 
 #: Ids of the same minute begin alike, and so do those of one minute in 256.
 _BUCKET_SECONDS, _BUCKETS = 60, 256
@@ -20,4 +19,7 @@ def new_id() -> str:
     """
     raw = bytearray(os.urandom(16))
     raw[0] = int(time.time() // _BUCKET_SECONDS) % _BUCKETS
-    return str(uuid.UUID(bytes=bytes(raw), version=4))
+    # Its version and variant; uuid.UUID would take three times as long for all this.
+    raw[6], raw[8] = raw[6] & 0x0F | 0x40, raw[8] & 0x3F | 0x80
+    digits = raw.hex()
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"

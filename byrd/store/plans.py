@@ -260,7 +260,7 @@ _WRITE_RUNS = f"""SELECT * FROM byrd.write_runs(%(run_ids)s, %(workflows)s, %(ti
 
 def _array(column: Sequence[Any], default: Any = None) -> str | None:
     """Return a column as Postgres writes arrays; None where each value is the default."""
-    if default is not _NEVER and all(value == default for value in column):
+    if default is not _NEVER and column.count(default) == len(column):
         return None
     return array_of(column)
 

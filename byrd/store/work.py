@@ -64,9 +64,9 @@ def work(
 ) -> Work:
     """running → succeeded for what is ``done``; claim at most ``most`` steps: what follows, ``own``, and ``others``.
 
-    Members of two groups of one run are refused as unusual.  ``peek``: if this call may leave ready steps, return one of
-    each queue of this worker, for others to be woken; not of queues where one that became ready here wakes them.  Right
-    when it is run twice with the same ``token``: what was recorded stays so, and what was claimed is found.
+    Members of two groups of one run are refused as unusual.  ``peek``: if this call may leave ready steps, return one
+    of each queue of this worker, for others to be woken; not of queues where one that became ready here wakes them.
+    Right when it is run twice with the same ``token``: what was recorded stays so, and what was claimed is found.
     """
     rows = rows_of(
         conn,
