@@ -105,9 +105,9 @@ class Publisher:
             with self.app.producer_pool.acquire(block=True, timeout=5) as producer:
                 # Else kombu would try for six seconds to reach a broker that refuses.
                 producer.connection.ensure_connection(max_retries=0, timeout=5)
-                if offer and not (due := self._untaken(producer, due)):
-                    return True
                 wanted = self._wanted(producer, due)
+                if offer and wanted:  # where enough wake-ups wait, no process does
+                    wanted = self._untaken(producer, wanted)
                 with _batch(producer, len(wanted)):
                     failed = [wakeup for wakeup in wanted if not self._sent(producer, wakeup)]
         except Exception as exc:  # noqa: BLE001 - each transport has errors of its own, and none of them loses work

@@ -94,6 +94,17 @@ def published(app: Celery, queue: str) -> list[int]:
     return [message["headers"]["byrd"]["no"] for message in messages]
 
 
+def test_where_enough_wake_ups_wait_nothing_is_offered(app: Celery, broker_url: str) -> None:
+    """Whoever submits much would ask in vain each time: no process waits for work while messages do."""
+    publisher = Publisher(app, lambda _: Consumers(2, True))
+    assert publisher.publish(_wakeup(no) for no in range(16))
+    with redis.Redis.from_url(broker_url) as direct:
+        pushed = direct.info("commandstats")["cmdstat_lpush"]["calls"]
+        assert publisher.publish([_wakeup(16)])
+        assert direct.info("commandstats")["cmdstat_lpush"]["calls"] == pushed
+    assert published(app, "celery") == [*range(16)]
+
+
 @pytest.mark.parametrize("denied", ["-lpush", "-rpop"])
 def test_a_broker_that_allows_no_offers_is_published_to(
     own_broker: EmbeddedValkey, caplog: pytest.LogCaptureFixture, denied: str
