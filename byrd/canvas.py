@@ -300,7 +300,7 @@ class _Builder:
                 **times_of(options, task),
             )
         )
-        if given.links or given.errbacks or "link" in options or "link_error" in own:
+        if given.links or given.errbacks or "link" in options or "link_error" in own:  # else neither finds any
             links, errbacks = given.links_of(sig), given.errbacks_of(sig)
             self.hang(no, given, links, errbacks)
         return no

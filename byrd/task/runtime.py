@@ -339,7 +339,7 @@ class Runtime:
             return self._look_up(task, step)
         state = (task, task._get_exec_options(), task.ignore_result, router, *_policies_of(task))
         known = self._natures.get(task.name)
-        if known is None or known[0] != state:
+        if known is None or known[0] != state:  # they are the same objects, most often, which is seen at once
             known = self._natures[task.name] = (state, self._look_up(task, step))
         return known[1]
 

@@ -29,7 +29,9 @@ class Traffic:
     requests: Mapping[str, int]
     """How often each path was asked for."""
     statuses: Mapping[int, int]
+    """How many answers of each status were made; whether a visitor stayed until all of it was sent is not known."""
     peak_concurrency: int
+    """The most answers that were being made at once, from the request on; to send them is not counted."""
     shortest_gap: float
     """Seconds between the two closest page requests, as they arrived (infinite for fewer than two)."""
     busiest_second: int

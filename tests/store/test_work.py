@@ -373,6 +373,21 @@ def test_peek_is_not_needed_where_something_became_ready(world: World) -> None:
     assert woken(world.work([world.claim(run, "a")], peek=True)) == ["b"]
 
 
+def test_peek_is_needed_of_the_other_queues_where_something_became_ready_in_one(world: World) -> None:
+    world.sql("UPDATE byrd.workers SET queues = ARRAY['work', 'elsewhere'] RETURNING 1")
+    run = world.submit(chain(sig("a"), sig("b")), shared=True)
+    world.submit(group(sig("x"), sig("y", queue="elsewhere")), shared=True)
+    assert sorted(woken(world.work([world.claim(run, "a")], peek=True))) == ["b", "y"]
+
+
+def test_peek_is_needed_where_what_became_ready_is_not_shared_any_more(world: World) -> None:
+    """Its task has got a rate limit since: Celery's main process may keep its message for a while."""
+    run = world.submit(chain(sig("a"), sig("b")), shared=True)
+    world.submit(sig("x"), shared=True)
+    world.sql("UPDATE byrd.workers SET shares = ARRAY['a', 'x'] RETURNING 1")
+    assert sorted(woken(world.work([world.claim(run, "a")], peek=True))) == ["b", "x"]
+
+
 @pytest.mark.parametrize("ready", [{"queue": "elsewhere"}, {"countdown": 60}, {"priority": 3}])
 def test_peek_is_needed_where_what_became_ready_tells_nobody_of_this_queue(world: World, ready: dict[str, Any]) -> None:
     run = world.submit(chain(sig("a"), sig("b", **ready)), shared=True)

@@ -156,6 +156,7 @@ def test_plans_made_while_the_tables_were_tiny_are_good_when_they_are_large(
         "own_id",
         "SKIP LOCKED",
         "below AS",
+        "SELECT ARRAY(SELECT q FROM",
         "ignore_result",
     ):
         assert part in texts, f"they did not come to {part!r}"

@@ -265,13 +265,14 @@ BEGIN
               FROM byrd.steps s WHERE s.id = ANY(ready_ids);
     END IF;
     -- There may be more than this process takes, or it takes no others: of each queue, one ready step for somebody else
-    -- to begin with, unless one that has become ready here does as well.
+    -- to begin with.  A slice is begun there anyway by the message of a step that became ready here, if it is due, not
+    -- solo, and shared.  From here on, my_queues are those without one.
     IF peek AND (claimed >= most OR NOT others) THEN
         IF cardinality(ready_ids) > 0 THEN
             SELECT ARRAY(SELECT q FROM unnest(my_queues) q
                           WHERE NOT EXISTS (SELECT FROM byrd.steps s
                                              WHERE s.id = ANY(ready_ids) AND s.queue = q AND NOT s.solo
-                                               AND s.run_at <= clock_timestamp()))
+                                               AND s.run_at <= clock_timestamp() AND s.task = ANY(my_tasks)))
               INTO my_queues;
         END IF;
         RETURN QUERY
