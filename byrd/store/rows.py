@@ -137,10 +137,11 @@ class Claim:
 
 
 class Consumers(NamedTuple):
-    """Who consumes a queue: how many processes, and whether all of them take steps that have no message."""
+    """Who consumes a queue: how many processes of how many workers, and whether all take steps without a message."""
 
     processes: int
     all_share: bool
+    workers: int
 
 
 class Counts(NamedTuple):

@@ -490,12 +490,12 @@ def consumers(conn: Connection, queue: str) -> Consumers:
     """Return who consumes a queue: the workers whose lease lasts."""
     row = query(
         conn,
-        f"""SELECT coalesce(sum(greatest(concurrency, 1)), 0) AS processes,
+        f"""SELECT coalesce(sum(greatest(concurrency, 1)), 0) AS processes, count(*) AS workers,
                    coalesce(bool_and(shares <> '{{}}'), true) AS all_share
             FROM byrd.workers WHERE %(queue)s = ANY(queues) AND lease_until > {_NOW} AND NOT stopping""",
         {"queue": queue},
     ).one()
-    return Consumers(int(row.processes), row.all_share)
+    return Consumers(int(row.processes), row.all_share, row.workers)
 
 
 def running_here(conn: Connection, worker_id: str, step_id: str) -> Any:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from celery import Celery
 from kombu.exceptions import OperationalError
@@ -45,8 +45,9 @@ _CONSUMERS_SECONDS, _NO_CONSUMERS_SECONDS = 3.0, 0.2
 _MANY = 1_000_000
 #: For so long it is remembered that a queue had room.
 _ROOM_SECONDS = 0.5
-#: To take a wake-up and to look what is ready takes its process this long, at the very least.
-_TAKING_SECONDS = 0.00025
+#: A worker's main process takes messages one after the other, and needs this long for each, at the very least.  On a
+#: usual machine plain Celery needs a millisecond, and a wake-up that finds nothing takes a worker three.
+_TAKING_SECONDS = 0.0005
 #: What a queue that nobody is known to consume holds will stay there for so long.
 _NOBODY_SECONDS = 0.02
 #: In a queue of no more messages than this, it is looked which are there; of a longer one, it is known how many.
@@ -58,6 +59,18 @@ SHARED = "byrd_shared"
 _SHARED = f'"{SHARED}": true'.encode()
 #: What a message says of its step, as ``_send`` writes it: the step's id, and its attempts so far.
 _STEP = re.compile(rb'"step": "((?:[^"\\]|\\.)*)", "no": \d+, "attempt": (\d+)')
+
+
+class _Enough(NamedTuple):
+    """How many wake-ups are enough for a queue, for so many processes, and how many seconds it takes to take them."""
+
+    wakeups: int
+    processes: int
+    seconds: float
+
+
+#: Each step has one.
+_ALL = _Enough(_MANY, _MANY, 0.0)
 
 
 class Publisher:
@@ -76,8 +89,8 @@ class Publisher:
         self._line_up = line_up
         #: Asks who consumes a queue; without it, each step gets a message of its own.
         self._ask_consumers = consumers
-        #: For each queue, how many wake-ups are enough, how many processes there are for them, and when it was asked.
-        self._consumers: dict[str, tuple[int, int, float]] = {}
+        #: For each queue, what is enough for its consumers, and when they were asked for.
+        self._consumers: dict[str, tuple[_Enough, float]] = {}
         self._complained = self._away_until = self._deaf_until = 0.0
         #: For each queue, for how many wake-ups there is still room, and until when that is so; then it is not known.
         self._room: dict[str, tuple[int, float]] = {}
@@ -134,7 +147,7 @@ class Publisher:
 
     def _is_full(self, queue: str) -> bool:
         room, until = self._room.get(queue, (0, 0.0))
-        return room == 0 and time.monotonic() < until and self._enough(queue)[0] < _MANY
+        return room == 0 and time.monotonic() < until and self._enough(queue).wakeups < _MANY
 
     def _untaken(self, producer: Any, due: list[Wakeup]) -> list[Wakeup]:
         """Offer wake-ups to the processes that wait for them; return those that are still to be published."""
@@ -147,8 +160,8 @@ class Publisher:
         taken: set[str] = set()
         channel = producer.connection.default_channel
         for queue, wakeups in offers.items():
-            enough, processes = self._enough(queue)
-            some = wakeups[: processes if enough < _MANY else 0]
+            enough = self._enough(queue)
+            some = wakeups[: enough.processes if enough.wakeups < _MANY else 0]
             if some:
                 taken |= {wakeup.id for wakeup in some[: len(some) - self._left(channel, queue, some)]}
         return [wakeup for wakeup in due if wakeup.id not in taken] if taken else due
@@ -223,17 +236,17 @@ class Publisher:
 
     def _remembered(self, producer: Any, queue: str) -> tuple[int, float]:
         """Return how many wake-ups there is room for, and until when that is so, by the monotonic clock."""
-        enough, processes = self._enough(queue)
-        if enough >= _MANY:
-            return enough, 0.0
+        enough = self._enough(queue)
+        if enough.wakeups >= _MANY:
+            return enough.wakeups, 0.0
         room, until = self._room.get(queue, (0, 0.0))
         now = time.monotonic()
         if now >= until:
-            room, newest_is_one = self._look(producer.connection.default_channel, queue, enough)
+            room, newest_is_one = self._look(producer.connection.default_channel, queue, enough.wakeups)
             if room > 0:  # they are taken, so there will not be less for a while, but for what others put there
                 until = now + _ROOM_SECONDS
-            elif newest_is_one:  # nothing needs another one until all messages may have been taken, and looked
-                until = now + (_TAKING_SECONDS * enough / processes if processes else _NOBODY_SECONDS)
+            elif newest_is_one:  # nothing needs another one until all messages may have been taken
+                until = now + enough.seconds
         return room, until
 
     def _look(self, channel: Any, queue: str, enough: int) -> tuple[int, bool]:
@@ -252,26 +265,28 @@ class Publisher:
             return 1, False
         return 0, newest is not None and _SHARED in newest  # None: it was empty a moment before
 
-    def _enough(self, queue: str) -> tuple[int, int]:
-        """Return how many wake-ups are enough for a queue, as its consumers are, and how many processes these have.
+    def _enough(self, queue: str) -> _Enough:
+        """Return what is enough for a queue, as its consumers are; those of threads need a wake-up for each step."""
+        enough, since = self._consumers.get(queue, (None, 0.0))
+        if enough is None or time.monotonic() - since > (
+            _CONSUMERS_SECONDS if enough.processes else _NO_CONSUMERS_SECONDS
+        ):
+            enough = self._ask(queue)
+            self._consumers[queue] = (enough, time.monotonic())
+        return enough
 
-        Those of threads need one each.
-        """
-        enough, processes, since = self._consumers.get(queue, (0, 0, 0.0))
-        if not enough or time.monotonic() - since > (_CONSUMERS_SECONDS if processes else _NO_CONSUMERS_SECONDS):
-            enough, processes = self._ask(queue)
-            self._consumers[queue] = (enough, processes, time.monotonic())
-        return enough, processes
-
-    def _ask(self, queue: str) -> tuple[int, int]:
+    def _ask(self, queue: str) -> _Enough:
         if self._ask_consumers is None:
-            return _MANY, _MANY
+            return _ALL
         try:
-            processes, all_share = self._ask_consumers(queue)
+            processes, all_share, workers = self._ask_consumers(queue)
         except (NotLiveError, DBAPIError) as exc:
             log.debug("who consumes %s is not known: %s", queue, exc)
-            return _MANY, _MANY
-        return (max(_ENOUGH, processes), processes) if all_share else (_MANY, _MANY)
+            return _ALL
+        if not all_share:
+            return _ALL
+        wakeups = max(_ENOUGH, processes)
+        return _Enough(wakeups, processes, _TAKING_SECONDS * wakeups / workers if workers else _NOBODY_SECONDS)
 
     def room(self, queue: str) -> int | None:
         """Return for how many wake-ups of steps that need no message of their own there is room in a queue.
@@ -280,7 +295,7 @@ class Publisher:
         """
         try:
             with self.app.producer_pool.acquire(block=True, timeout=5) as producer:
-                enough, _ = self._enough(queue)
+                enough = self._enough(queue).wakeups
                 if not _is_redis(producer) or enough >= _MANY:
                     return None
                 producer.connection.ensure_connection(max_retries=0, timeout=5)

@@ -71,7 +71,7 @@ def test_an_offer_that_nobody_waits_for_leaves_nothing_behind(client: Any, broke
 
 def test_one_that_waits_is_given_one_step_of_its_queues(app: Celery, broker_url: str) -> None:
     found: list[Any] = []
-    waiter, publisher = Publisher(app), Publisher(app, lambda _: Consumers(2, True))
+    waiter, publisher = Publisher(app), Publisher(app, lambda _: Consumers(2, True, workers=1))
     waits = threading.Thread(target=lambda: found.append(waiter.wait_for_offer(["rare", "celery"], "w", 30.0)))
     waits.start()
     wait_until(lambda: waiting(broker_url))
@@ -96,7 +96,7 @@ def published(app: Celery, queue: str) -> list[int]:
 
 def test_where_enough_wake_ups_wait_nothing_is_offered(app: Celery, broker_url: str) -> None:
     """Whoever submits much would ask in vain each time: no process waits for work while messages do."""
-    publisher = Publisher(app, lambda _: Consumers(2, True))
+    publisher = Publisher(app, lambda _: Consumers(2, True, workers=1))
     assert publisher.publish(_wakeup(no) for no in range(16))
     with redis.Redis.from_url(broker_url) as direct:
         pushed = direct.info("commandstats")["cmdstat_lpush"]["calls"]
@@ -114,7 +114,7 @@ def test_a_broker_that_allows_no_offers_is_published_to(
         direct.execute_command("ACL", "SETUSER", "shy", "on", ">pw", "+@connection", *selectors)
         url = own_broker.url.replace("redis://", "redis://shy:pw@")
         with Celery("idle", broker=url, set_as_current=False) as app:
-            publisher = Publisher(app, lambda _: Consumers(2, True))
+            publisher = Publisher(app, lambda _: Consumers(2, True, workers=1))
             assert all(publisher.publish([_wakeup(no)]) for no in range(3))
             assert direct.llen("celery") == 3
             assert not publisher.takes_offers()

@@ -66,7 +66,7 @@ def test_who_consumes_a_queue_is_asked_again_while_much_is_published(
     """Else each step would have a message of its own for ever, for a consumer that is gone."""
     monkeypatch.setattr(publisher_module, "_CONSUMERS_SECONDS", 0.0)
     shared, published, ends = [False], 0, time.monotonic() + 1.5
-    publisher = Publisher(app, lambda _queue: Consumers(1, shared[0]))
+    publisher = Publisher(app, lambda _queue: Consumers(1, shared[0], workers=1))
     while time.monotonic() < ends:
         assert publisher.publish([_shared(published)])
         shared[0], published = True, published + 1
@@ -79,7 +79,7 @@ def test_a_queue_that_was_found_full_is_not_looked_at_again_at_once(
     app: Celery, broker_url: str, monkeypatch: pytest.MonkeyPatch, processes: int, lasts: str
 ) -> None:
     monkeypatch.setattr(publisher_module, lasts, 100.0)
-    publisher = Publisher(app, lambda _queue: Consumers(processes, all_share=True))
+    publisher = Publisher(app, lambda _queue: Consumers(processes, True, workers=processes))
     assert publisher.publish(_shared(no) for no in range(16))
     assert publisher.publish([_shared(16)])
     assert _sent(broker_url) == [*range(16)]
@@ -108,7 +108,7 @@ def test_a_full_queue_is_looked_at_again_once_all_may_have_been_taken(
     app: Celery, broker_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(publisher_module, "_TAKING_SECONDS", 0.02)
-    publisher = Publisher(app, lambda _queue: Consumers(4, all_share=True))
+    publisher = Publisher(app, lambda _queue: Consumers(8, True, workers=4))
     assert publisher.publish(_shared(no) for no in range(16))
     assert publisher.publish([_shared(16)])
     with redis.Redis.from_url(broker_url) as client:
@@ -124,7 +124,7 @@ def test_a_full_queue_is_looked_at_again_at_once_when_it_does_not_end_with_wakeu
     """The one wake-up in it may be taken at once, and others run something else."""
     monkeypatch.setattr(publisher_module, "_TAKING_SECONDS", 100.0)
     monkeypatch.setattr(publisher_module, "_ROOM_SECONDS", 0.0)
-    publisher = Publisher(app, lambda _queue: Consumers(4, all_share=True))
+    publisher = Publisher(app, lambda _queue: Consumers(8, True, workers=4))
     with redis.Redis.from_url(broker_url) as client:
         assert publisher.publish([_shared(0)])
         assert publisher.publish(_wakeup(no) for no in range(1, 16))
@@ -141,7 +141,7 @@ def test_a_full_queue_is_forgotten_once_it_has_a_consumer_that_needs_each_messag
     monkeypatch.setattr(publisher_module, "_CONSUMERS_SECONDS", 0.0)
     monkeypatch.setattr(publisher_module, "_TAKING_SECONDS", 100.0)
     shared = [True]
-    publisher = Publisher(app, lambda _queue: Consumers(2, shared[0]))
+    publisher = Publisher(app, lambda _queue: Consumers(2, shared[0], workers=1))
     assert publisher.publish(_shared(no) for no in range(20))
     assert publisher.publish([_shared(20)])
     assert _sent(broker_url) == [*range(16)]
@@ -153,7 +153,7 @@ def test_a_full_queue_is_forgotten_once_it_has_a_consumer_that_needs_each_messag
 def test_a_full_queue_keeps_nothing_from_another(app: Celery, broker_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publisher_module, "_TAKING_SECONDS", 100.0)
     app.conf.task_create_missing_queues = True
-    publisher = Publisher(app, lambda _queue: Consumers(2, all_share=True))
+    publisher = Publisher(app, lambda _queue: Consumers(2, True, workers=1))
     for _ in range(2):
         assert publisher.publish(_shared(no) for no in range(20))
     both = [_shared(20), _shared(21, queue="other")]
@@ -166,7 +166,7 @@ def test_whoever_asks_for_room_may_publish_upon_the_answer(
     app: Celery, broker_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(publisher_module, "_TAKING_SECONDS", 100.0)
-    publisher = Publisher(app, lambda _queue: Consumers(2, all_share=True))
+    publisher = Publisher(app, lambda _queue: Consumers(2, True, workers=1))
     for _ in range(2):
         assert publisher.publish(_shared(no) for no in range(16))
     assert publisher.room("celery") == 0
@@ -187,7 +187,7 @@ def test_that_nobody_consumes_a_queue_is_soon_asked_again(
 
     def ask(queue: str) -> Consumers:
         asked.append(queue)
-        return Consumers(0, all_share=True)
+        return Consumers(0, True, workers=0)
 
     publisher = Publisher(app, ask)
     wait_until(lambda: publisher.publish([_shared(1)]) and len(asked) > 2, timeout=10)
@@ -197,7 +197,7 @@ def test_as_many_processes_as_wakeups_are_enough_for_may_have_taken_them_already
     app: Celery, broker_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(publisher_module, "_TAKING_SECONDS", 0.02)
-    publisher = Publisher(app, lambda _queue: Consumers(100, all_share=True))
+    publisher = Publisher(app, lambda _queue: Consumers(100, True, workers=100))
     assert publisher.publish(_shared(no) for no in range(120))
     assert publisher.publish([_shared(120)])
     assert len(_sent(broker_url)) == 100
