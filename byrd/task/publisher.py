@@ -119,7 +119,7 @@ class Publisher:
                 # Else kombu would try for six seconds to reach a broker that refuses.
                 producer.connection.ensure_connection(max_retries=0, timeout=5)
                 wanted = self._wanted(producer, due)
-                if offer and wanted:  # where enough wake-ups wait, no process does
+                if offer:  # only these: where enough wake-ups wait, no process does
                     wanted = self._untaken(producer, wanted)
                 with _batch(producer, len(wanted)):
                     failed = [wakeup for wakeup in wanted if not self._sent(producer, wakeup)]

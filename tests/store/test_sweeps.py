@@ -599,23 +599,3 @@ def test_a_step_of_a_run_that_does_not_run_is_not_claimed(world: World, status: 
     assert world.try_claim(step.id, step.attempt) is None
     assert world.step(run, "a").status == "ready"
     world.sql("UPDATE byrd.runs SET status = 'running' RETURNING 1")
-
-
-# ------------------------------------------------------------------------------------------------- who consumes
-
-
-def test_who_consumes_a_queue(world: World) -> None:
-    assert world.do(sweeps.consumers, "nobody's") == (0, True, 0)
-    world.add_worker()
-    world.add_worker(lease_seconds=-1)
-    world.sql("UPDATE byrd.workers SET queues = ARRAY['work'], concurrency = 3, shares = ARRAY['a'] RETURNING 1")
-    found = world.do(sweeps.consumers, "work")
-    assert found == (6, True, 2)
-    assert (found.processes, found.workers) == (6, 2)
-    stopping = world.add_worker()
-    world.sql(
-        "UPDATE byrd.workers SET queues = ARRAY['work'], shares = '{}' WHERE id = %(id)s RETURNING 1", id=stopping
-    )
-    assert not world.do(sweeps.consumers, "work").all_share
-    world.sql("UPDATE byrd.workers SET stopping = true WHERE id = %(id)s RETURNING 1", id=stopping)
-    assert world.do(sweeps.consumers, "work") == found
